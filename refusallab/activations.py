@@ -1,0 +1,100 @@
+"""The residual stream of a batch of prompts: what enters each block, at chosen positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from refusallab.errors import RefusalLabError
+from refusallab.model import Edit, Model, Prompt, batches, blocks, no_edit
+
+
+def residual(
+    m: Model,
+    prompts: Sequence[Prompt],
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    system: str | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Block inputs (resid_pre) as fp32 [n, layers, positions, width], in the order of the prompts.
+
+    `layers` defaults to 0..L-1 and `positions` to the post-instruction tokens; positions count from the end
+    (-1 is the last prompt token), because prompts are padded on the left. With an edit, this is the stream
+    after the edit: what the block reads.
+    """
+    layers, positions = _sites(m, layers, positions)
+    out = torch.empty(len(prompts), len(layers), len(positions), m.width)
+    for rows, acts in _batched_residual(m, prompts, layers, positions, edit, system, batch_size):
+        out[rows] = acts.float()
+    return out
+
+
+def mean_residual(
+    m: Model,
+    prompts: Sequence[Prompt],
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    system: str | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """The mean of `residual` over the prompts, summed in float64: float64 [layers, positions, width]."""
+    layers, positions = _sites(m, layers, positions)
+    total = torch.zeros(len(layers), len(positions), m.width, dtype=torch.float64)
+    for _, acts in _batched_residual(m, prompts, layers, positions, edit, system, batch_size):
+        total += acts.double().sum(0)
+    return total / len(prompts)
+
+
+def _sites(
+    m: Model, layers: Sequence[int] | None, positions: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    layers = list(range(m.n_layers) if layers is None else layers)
+    positions = list(m.positions if positions is None else positions)
+    if not layers or min(layers) < 0 or max(layers) >= m.n_layers:
+        raise RefusalLabError(
+            f"Layers {layers} are not all in 0 to {m.n_layers - 1}: {m.name} has {m.n_layers}."
+        )
+    if not positions or max(positions) >= 0:
+        raise RefusalLabError(
+            f"Positions {positions} must be negative: they count from the end of the prompt."
+        )
+    return layers, positions
+
+
+def _batched_residual(
+    m: Model,
+    prompts: Sequence[Prompt],
+    layers: list[int],
+    positions: list[int],
+    edit: Edit | None,
+    system: str | None,
+    batch_size: int,
+) -> Iterator[tuple[list[int], Tensor]]:
+    for rows, batch in batches(m, prompts, batch_size, system=system):
+        shortest = int(batch["attention_mask"].sum(1).min())
+        if -min(positions) > shortest:
+            raise RefusalLabError(f"Position {min(positions)}, but a prompt has only {shortest} tokens.")
+        yield rows, _trace_residual(m, batch, layers, positions, edit).cpu()
+
+
+@torch.no_grad()
+def _trace_residual(
+    m: Model, batch: dict[str, Tensor], layers: list[int], positions: list[int], edit: Edit | None
+) -> Tensor:
+    nn, plain, edit = m.nn, edit is None, edit or no_edit
+    order = sorted(set(layers))  # a trace reads in the order of the forward pass
+    with nn.trace(logits_to_keep=1, remote=m.remote) as tracer:
+        with tracer.invoke(**batch):
+            edit(nn)
+        with tracer.invoke():  # a reader of its own: it sees what the edit leaves at each block
+            acts = torch.stack([blocks(nn)[layer].input[:, positions] for layer in order], 1).save()
+            if plain:
+                tracer.stop()  # the blocks above need not run; an edit may still have work there
+    return acts[:, [order.index(layer) for layer in layers]]  # [batch, layers, positions, width]

@@ -1,0 +1,244 @@
+"""The refusal direction: difference in means, three scores for every candidate, and the selection rule.
+
+Arditi et al. 2024 (arXiv 2406.11717), sections 2.3 and Appendix C. A candidate is the difference of the mean residual
+streams of harmful and harmless prompts at one block input (layer) and one post-instruction token (position).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from refusallab.activations import mean_residual
+from refusallab.errors import RefusalLabError
+from refusallab.interventions import ablation, addition
+from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
+from refusallab.model import Model, Prompt, logits
+
+HOOK = "resid_pre"              # candidates are block inputs
+MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate direction and its scores, all of them kept, whether it passes the filters or not."""
+
+    position: int               # counted from the end of the prompt
+    layer: int
+    bypass: float               # mean refusal metric on harmful prompts under ablation: low is good
+    induce: float               # mean refusal metric on harmless prompts under addition: high is good
+    kl: float                   # mean KL(base || ablated) at the last token of harmless prompts, in nats: low is good
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A direction and where it comes from."""
+
+    vector: Tensor              # [width], raw length
+    layer: int
+    position: int
+    model: str
+    commit: str
+    hook: str = HOOK
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """All that the search for a direction produced."""
+
+    direction: Direction        # the selected one
+    selected: Candidate
+    candidates: tuple[Candidate, ...]
+    vectors: Tensor             # [layers, positions, width]
+    refusal_tokens: tuple[int, ...]
+    kept: dict[str, int]        # prompts left after filtering, by set
+
+
+def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """mean(harmful) - mean(harmless) over the first dimension, in float64, returned as fp32.
+
+    harmful [n, ..., width], harmless [m, ..., width] -> [..., width]. Raises RefusalLabError for empty or unlike shapes.
+    """
+    if len(harmful) == 0 or len(harmless) == 0:
+        raise RefusalLabError("A mean needs at least one harmful and one harmless prompt; a list is empty.")
+    if harmful.shape[1:] != harmless.shape[1:]:
+        raise RefusalLabError(f"Harmful and harmless activations differ in shape: {list(harmful.shape)}, {list(harmless.shape)}.")
+    return (harmful.double().mean(0) - harmless.double().mean(0)).float()
+
+
+def candidate_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Tensor:
+    """Difference in means at every block input and post-instruction position: fp32 [layers, positions, width].
+
+    At layer 0 every prompt has the same embedding at a template token, so these candidates are zero: a free control.
+    """
+    a, b = mean_residual(m, harmful), mean_residual(m, harmless)
+    difference = a - b
+    noise = 1e-6 * (a.norm(dim=-1, keepdim=True) + b.norm(dim=-1, keepdim=True))     # [layers, positions, 1]
+    return torch.where(difference.norm(dim=-1, keepdim=True) <= noise, 0.0, difference).float()
+
+
+def score_candidates(
+    m: Model,
+    vectors: Tensor,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    refusal_tokens: Sequence[int],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Candidate]:
+    """Bypass, induce and KL of every candidate on validation prompts.
+
+    vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
+    those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is told how many are done.
+    """
+    prompts, n = [*harmful, *harmless], len(harmful)
+    base = logits(m, prompts)
+    untouched = refusal_metric(base, refusal_tokens)
+    candidates = []
+    for layer in range(vectors.shape[0]):
+        for index, position in enumerate(m.positions):
+            r = vectors[layer, index]
+            if not r.isfinite().all():
+                scores = (math.nan, math.nan, math.nan)
+            elif r.norm() == 0:
+                scores = (untouched[:n].mean().item(), untouched[n:].mean().item(), 0.0)
+            else:
+                ablated = logits(m, prompts, edit=ablation(r))
+                added = logits(m, harmless, edit=addition(r, layer))
+                scores = (
+                    refusal_metric(ablated[:n], refusal_tokens).mean().item(),
+                    refusal_metric(added, refusal_tokens).mean().item(),
+                    kl_divergence(base[n:], ablated[n:]).mean().item(),
+                )
+            candidates.append(Candidate(position, layer, *scores))
+            if progress:
+                progress(len(candidates))
+    return candidates
+
+
+def discarded_because(candidate: Candidate, n_layers: int) -> str | None:
+    """Why the paper's filters discard a candidate, or None if they keep it."""
+    if any(math.isnan(score) for score in (candidate.bypass, candidate.induce, candidate.kl)):
+        return "score is NaN"
+    if candidate.layer >= int(DEPTH * n_layers):
+        return f"layer in the last {1 - DEPTH:.0%}"
+    if candidate.kl > MAX_KL:
+        return f"KL over {MAX_KL}"
+    if candidate.induce <= MIN_INDUCE:
+        return f"induce not over {MIN_INDUCE:g}"
+    return None
+
+
+def select(candidates: Sequence[Candidate], n_layers: int) -> Candidate:
+    """The candidate with the lowest bypass score among those that pass the filters (Appendix C).
+
+    Raises RefusalLabError, with the count for each filter, when none passes.
+    """
+    reasons = [discarded_because(c, n_layers) for c in candidates]
+    passing = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
+    if not passing:
+        counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(filter(None, reasons))))
+        raise RefusalLabError(f"No candidate passes the filters ({counts}). Look at the scores, or use more prompts.")
+    return min(passing, key=lambda c: c.bypass)
+
+
+def find_direction(
+    m: Model,
+    harmful_train: Sequence[Prompt],
+    harmless_train: Sequence[Prompt],
+    harmful_val: Sequence[Prompt],
+    harmless_val: Sequence[Prompt],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Search:
+    """The whole method: learn refusal tokens, filter prompts, take differences in means, score, select.
+
+    As in the paper, prompts on which the model does not behave as their label says (harmful with a refusal metric below 0,
+    harmless above 0) are left out of train and validation.
+    """
+    harmful_logits, harmless_logits = logits(m, harmful_train), logits(m, harmless_train)
+    tokens = learn_refusal_tokens(harmful_logits, harmless_logits)
+
+    def keep(prompts: Sequence[Prompt], prompt_logits: Tensor, sign: int, name: str) -> list[Prompt]:
+        kept = [p for p, x in zip(prompts, refusal_metric(prompt_logits, tokens).tolist(), strict=True) if sign * x > 0]
+        if not kept:
+            raise RefusalLabError(f"None of the {name} prompts behaves as its label says: {m.name} does not refuse as expected.")
+        return kept
+
+    kept = {
+        "harmful_train": keep(harmful_train, harmful_logits, 1, "harmful train"),
+        "harmless_train": keep(harmless_train, harmless_logits, -1, "harmless train"),
+        "harmful_val": keep(harmful_val, logits(m, harmful_val), 1, "harmful validation"),
+        "harmless_val": keep(harmless_val, logits(m, harmless_val), -1, "harmless validation"),
+    }
+    vectors = candidate_directions(m, kept["harmful_train"], kept["harmless_train"])
+    candidates = score_candidates(m, vectors, kept["harmful_val"], kept["harmless_val"], tokens, progress=progress)
+    best = select(candidates, m.n_layers)
+    vector = vectors[best.layer, m.positions.index(best.position)]
+    direction = Direction(vector, best.layer, best.position, m.name, m.commit)
+    return Search(direction, best, tuple(candidates), vectors, tuple(tokens), {k: len(v) for k, v in kept.items()})
+
+
+def random_directions(width: int, count: int, seed: int) -> Tensor:
+    """Random unit vectors [count, width], the control for every claim about a direction."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=-1)
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    """Cosine similarity of every pair: [n, width] -> [n, n]. A zero vector has cosine 0 with all."""
+    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    return unit @ unit.T
+
+
+def save_candidates(path: Path, search: Search, m: Model) -> None:
+    """Write every candidate's scores as JSON, before any filter, with what they were measured on."""
+    record = {
+        "model": m.name, "commit": m.commit, "hook": HOOK, "refusal_tokens": list(search.refusal_tokens), "kept": search.kept,
+        "selected": asdict(search.selected), "candidates": [asdict(c) for c in search.candidates],
+    }
+    _write(path, json.dumps(record, indent=1).encode())
+
+
+def save_direction(path: Path, direction: Direction) -> None:
+    """Write a direction as safetensors; where it comes from stands in the metadata."""
+    origin = {k: str(v) for k, v in asdict(direction).items() if k != "vector"}
+    part = path.with_suffix(".part")
+    try:
+        save_file({"vector": direction.vector.contiguous()}, part, metadata=origin)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise RefusalLabError(_not_saved(path, error)) from error
+
+
+def load_direction(path: Path) -> Direction:
+    """Read a direction written by `save_direction`."""
+    try:
+        with safe_open(path, "pt") as file:
+            origin, vector = file.metadata(), file.get_tensor("vector")
+        return Direction(vector, int(origin["layer"]), int(origin["position"]), origin["model"], origin["commit"], origin["hook"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise RefusalLabError(f"{path} holds no direction that can be read: save it again with save_direction.") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RefusalLabError(_not_saved(path, error)) from error
+
+
+def _not_saved(path: Path, error: Exception) -> str:
+    return f"{path} was not saved ({error}); an earlier file of that name is untouched. Free some space or choose another folder."

@@ -1,0 +1,140 @@
+"""Edits of the residual stream along a direction: ablate, add, affine, clamp.
+
+Each function returns an edit for `refusallab.model.logits`, `generate` and `residual`. In generation it acts
+on the prompt and on every generated token. x is the residual stream [batch, seq, width], r a direction
+[width], r^ = r / |r|.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusallab.errors import RefusalLabError
+from refusallab.model import Edit, attention, blocks, mlp
+
+
+def unit(r: Tensor) -> Tensor:
+    """r / |r| in fp32, for [width] or row by row for [batch, width].
+
+    Raises RefusalLabError for a zero direction, NaN or infinity, or another number of dimensions.
+    """
+    r = _finite(r)
+    norm = r.norm(dim=-1, keepdim=True)
+    if (norm == 0).any():
+        raise RefusalLabError("The direction is zero, so it points nowhere: take another layer or position.")
+    return r / norm
+
+
+def project_out(x: Tensor, r: Tensor) -> Tensor:
+    """x - (x . r^) r^: x without its component along r.
+
+    x is [..., width] and r [width], or x [batch, seq, width] and r [batch, width]: one direction per row.
+    """
+    return _remove(x, unit(r))
+
+
+def ablation(r: Tensor) -> Edit:
+    """Directional ablation: no component along r anywhere (arXiv 2406.11717, section 2.4).
+
+    Projects r out of the input of every block, every attention output and every MLP output, at all positions.
+    r is [width] or [batch, width].
+    """
+    direction = unit(r)
+
+    def edit(nn: Any) -> None:
+        for block in blocks(nn):
+            block.input = _remove(block.input, direction)
+            output = attention(block).output
+            attention(block).output = (_remove(output[0], direction), *output[1:])
+            mlp(block).output = _remove(mlp(block).output, direction)
+
+    return edit
+
+
+def addition(r: Tensor, layer: int, coefficient: float = 1.0) -> Edit:
+    """Activation addition: x + coefficient * r at the input of one block (2406.11717, section 2.4).
+
+    Acts at all positions; r keeps its length. r is [width] or [batch, width]. A zero r is allowed and changes
+    nothing.
+    """
+    step = coefficient * _finite(r)
+
+    def edit(nn: Any) -> None:
+        block = _block(nn, layer)
+        block.input = block.input + _fit(step, block.input)
+
+    return edit
+
+
+def affine(r: Tensor, layer: int, reference: Tensor, alpha: float) -> Edit:
+    """Affine concept editing: x - proj_r(x - reference) + alpha * r (arXiv 2411.09003).
+
+    Acts at the input of one block, all positions. The component along r becomes that of `reference` ([width],
+    for example the harmless mean) plus alpha lengths of r. With reference 0 and alpha 0 this is ablation at
+    one site.
+    """
+    direction, step, origin = unit(r), alpha * _finite(r), _finite(reference)
+
+    def edit(nn: Any) -> None:
+        block = _block(nn, layer)
+        x = block.input
+        away = x - _fit(origin, x)
+        block.input = _remove(away, direction) + _fit(origin, x) + _fit(step, x)
+
+    return edit
+
+
+def clamp(r: Tensor, layer: int, value: float) -> Edit:
+    """Set the component along r^ to `value`, at the input of one block, all positions.
+
+    `value` is in units of the stream: it is a length along r^, not a multiple of r.
+    """
+    direction = unit(r)
+
+    def edit(nn: Any) -> None:
+        block = _block(nn, layer)
+        x = block.input
+        block.input = _remove(x, direction) + value * _fit(direction, x)
+
+    return edit
+
+
+def _finite(r: Tensor) -> Tensor:
+    r = torch.as_tensor(r).detach().float()
+    if r.ndim not in (1, 2):
+        raise RefusalLabError(f"A direction has shape [width] or [batch, width], not {list(r.shape)}.")
+    if not r.isfinite().all():
+        raise RefusalLabError("The direction has NaN or infinite entries: check how it was computed.")
+    return r
+
+
+def _remove(x: Tensor, direction: Tensor) -> Tensor:
+    direction = _fit(direction, x)
+    return x - (x * direction).sum(-1, keepdim=True) * direction
+
+
+def _fit(r: Tensor, x: Tensor) -> Tensor:
+    """r with the dtype and device of x, shaped to broadcast over the positions of x."""
+    if r.shape[-1] != x.shape[-1]:
+        raise RefusalLabError(
+            f"The direction has width {r.shape[-1]} but the residual stream {x.shape[-1]}: "
+            "take the direction from the same model."
+        )
+    r = r.to(x)
+    if r.ndim == 1:
+        return r
+    if r.shape[0] != x.shape[0]:
+        raise RefusalLabError(
+            f"{r.shape[0]} directions for a batch of {x.shape[0]}: give one per prompt, "
+            "and a batch_size that holds all prompts."
+        )
+    return r[:, None]  # [batch, 1, width]
+
+
+def _block(nn: Any, layer: int) -> Any:
+    if not 0 <= layer < len(blocks(nn)):
+        raise RefusalLabError(f"There is no layer {layer}: the model has layers 0 to {len(blocks(nn)) - 1}.")
+    return blocks(nn)[layer]

@@ -1,0 +1,42 @@
+"""The model catalogue: what is bundled here and which open models the labs know."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of catalog.toml. Bundled models have a role, hub models an id."""
+
+    name: str
+    kind: str  # "bundled" or "hub"
+    role: str = ""
+    architecture: str = ""
+    seed: int | None = None
+    id: str = ""
+    parameters: str = ""
+    license: str = ""
+    gated: bool = False
+    memory_gb: float = 0.0  # weights in fp32
+    dtype: str = ""
+    quirks: str = ""
+
+
+@cache
+def catalog() -> dict[str, Entry]:
+    """Every known model by name (bundled) or alias (hub), in the order of catalog.toml."""
+    tables = tomllib.loads((HERE / "catalog.toml").read_text(encoding="utf-8"))
+    return {
+        name: Entry(name=name, kind=kind, **fields)
+        for kind in ("bundled", "hub")
+        for name, fields in tables[kind].items()
+    }
+
+
+def weights_dir(name: str) -> Path:
+    """The folder of a bundled model: config, safetensors, tokenizer."""
+    return HERE / "weights" / name

@@ -1,0 +1,244 @@
+"""The set-up files agree with each other, the code and the README; `make` does what the README says."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import refusallab
+
+ROOT = Path(__file__).parent.parent
+CONDA_NAMES = {"pytorch": "torch"}
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins(lines):
+    """Exact public versions, by canonical name. Any other kind of line is a mistake in these files."""
+    found = {}
+    for line in lines:
+        pin = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
+        if pin is None:
+            raise ValueError(f"not an exact public version: {line}")
+        found[canonicalize_name(CONDA_NAMES.get(pin[1], pin[1]))] = pin[2]
+    return found
+
+
+def requirements(pyproject, extras=("lab", "test")):
+    project = tomllib.loads(pyproject)["project"]
+    lines = project["dependencies"] + [line for e in extras for line in project["optional-dependencies"][e]]
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+def disagreements(pyproject, constraints, environment):
+    """One line for each way in which the three texts differ; none when they agree."""
+    direct = requirements(pyproject)
+    pinned = pins(line for line in constraints.splitlines() if line and not line.startswith("#"))
+    conda = yaml.safe_load(environment)["dependencies"]
+    python, pip, *packages, from_pip = conda
+    assert pip == "pip"
+    *pip_packages, project = from_pip["pip"]
+    assert project == "-e ."
+    env = pins(packages) | pins(pip_packages)
+
+    problems = []
+    requires_python = Requirement("python" + tomllib.loads(pyproject)["project"]["requires-python"])
+    if python.removeprefix("python=") not in requires_python.specifier:
+        problems.append(f"environment.yml has {python}, pyproject.toml wants {requires_python}")
+    for name, requirement in direct.items():
+        if name not in pinned:
+            problems.append(f"{name} is not in constraints.txt")
+        elif pinned[name] not in requirement.specifier:
+            problems.append(f"constraints.txt has {name} {pinned[name]}, pyproject.toml wants {requirement}")
+        if env.get(name) != pinned.get(name):
+            problems.append(f"{name}: environment.yml {env.get(name)}, constraints.txt {pinned.get(name)}")
+    problems += [f"{name} is in environment.yml, not in pyproject.toml" for name in env if name not in direct]
+    return problems
+
+
+FILES = ("pyproject.toml", "constraints.txt", "environment.yml")
+
+
+def test_the_three_files_agree():
+    assert disagreements(*map(read, FILES)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "problem"),
+    [
+        ("environment.yml", "scipy==1", "scipy==2", "scipy: environment.yml 2"),
+        ("environment.yml", "  - pytorch==2.13.0\n", "", "torch: environment.yml None"),
+        ("environment.yml", "- rich==", "- fastai==1.0\n  - rich==", "fastai is in environment.yml, not in"),
+        ("environment.yml", "python=3.11", "python=3.10", "environment.yml has python=3.10"),
+        ("constraints.txt", "nnsight==0.8.1", "nnsight==0.8.2", "constraints.txt has nnsight 0.8.2"),
+        ("constraints.txt", "torch==2.13.0\n", "", "torch is not in constraints.txt"),
+        ("pyproject.toml", "transformers>=5.20,<5.23", "transformers<5", "wants transformers<5"),
+        ("pyproject.toml", '"tqdm>=4.66"', '"tqdm>=4.66", "fastai"', "fastai is not in constraints.txt"),
+    ],
+)
+def test_a_planted_disagreement_is_found(file, old, new, problem):
+    texts = {name: read(name) for name in FILES}
+    changed = re.sub(rf"^(.*?){re.escape(old)}", lambda m: m[1] + new, texts[file], count=1, flags=re.M)
+    assert changed != texts[file]
+    texts[file] = changed
+    assert any(problem in line for line in disagreements(*texts.values()))
+
+
+@pytest.mark.parametrize("line", ["torch==2.13.0+cpu", "torch>=2.13", "-e .", "torch @ file:///t.whl"])
+def test_constraints_hold_exact_public_versions_only(line):
+    pyproject, constraints, environment = map(read, FILES)
+    with pytest.raises(ValueError, match="not an exact public version"):
+        disagreements(pyproject, f"{constraints}{line}\n", environment)
+
+
+def undeclared_imports(folder, pyproject):
+    """Packages that the Python files below a folder import and pyproject.toml does not list for it."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split(".")[0])
+    own = {"refusallab", "smallmodels", "conftest"} | {path.stem for path in (ROOT / folder).glob("*.py")}
+    distributions = packages_distributions()
+    declared = requirements(pyproject, extras=("lab", "test") if folder == "tests" else ("lab",))
+    return {
+        name
+        for name in names - own - sys.stdlib_module_names
+        if not any(canonicalize_name(d) in declared for d in distributions.get(name, [name]))
+    }
+
+
+@pytest.mark.parametrize("folder", ["refusallab", "smallmodels", "tests"])
+def test_every_import_is_a_declared_dependency(folder):
+    assert undeclared_imports(folder, read("pyproject.toml")) == set()
+
+
+def test_an_undeclared_import_is_found():
+    pyproject = read("pyproject.toml").replace('    "scipy>=1.13",\n', "")
+    assert undeclared_imports("refusallab", pyproject) == {"scipy"}
+
+
+def test_versions_agree():
+    version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    assert refusallab.__version__ == version == yaml.safe_load(read("CITATION.cff"))["version"]
+
+
+def test_readme_names_every_bundled_model():
+    bundled = tomllib.loads(read("smallmodels/catalog.toml"))["bundled"]
+    first_cells = re.findall(r"^\| (`charter-[^|]*)", read("README.md"), flags=re.M)
+    assert sorted(re.findall(r"`([\w-]+)`", "".join(first_cells))) == sorted(bundled)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert read(".ci/run").splitlines()[-1] == "make test"
+    assert "`make test`" in read("README.md")
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-c "*) exit $OLD ;;
+  "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/refusallab" ;;
+esac
+case "$*" in *"$BREAK"*) exit 1 ;; esac
+echo "$(basename "$0") $*" >> calls
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run make on a copy of the set-up files, with a stand-in for Python that notes its calls."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    tools = {"python3": FAKE_PYTHON, "uname": "#!/bin/sh\necho $SYSTEM", "id": "#!/bin/sh\necho $USER_ID"}
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(target, *, ok=True, **variables):
+        (tmp_path / "calls").write_text("")
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        settings = {"PATH": path, "OLD": "0", "BREAK": "nothing", "SYSTEM": "Linux", "USER_ID": "1000"}
+        env = settings | variables
+        result = subprocess.run(["make", target], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert (result.returncode == 0) == ok, result.stdout + result.stderr
+        return result.stderr if not ok else (tmp_path / "calls").read_text().splitlines()
+
+    run.folder = tmp_path
+    return run
+
+
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+@needs_make
+class TestMake:
+    def test_setup_runs_once(self, make):
+        venv, install = make("setup")
+        assert venv == "python3 -m venv .venv"
+        assert install == "python -m pip install --constraint constraints.txt --editable .[lab,test]"
+        assert make("setup") == []
+
+    @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+    def test_setup_runs_again_when_a_file_changed(self, make, changed):
+        make("setup")
+        stamp = (make.folder / ".venv" / ".installed").stat().st_mtime
+        os.utime(make.folder / changed, (stamp + 1, stamp + 1))
+        assert len(make("setup")) == 2
+
+    def test_a_failed_setup_is_not_taken_for_done(self, make):
+        make("setup", ok=False, BREAK="pip install")
+        assert len(make("setup")) == 2
+
+    @pytest.mark.parametrize(
+        ("target", "command"),
+        [("test", "pytest -n 2 --dist loadfile"), ("demo", "refusallab demo"), ("lab", "-m jupyterlab")],
+    )
+    def test_each_target_works_alone(self, make, target, command):
+        venv, install, call = make(target)
+        assert "venv" in venv
+        assert "pip install" in install
+        assert command in call
+        assert len(make(target)) == 1
+
+    @pytest.mark.parametrize(
+        ("variables", "browser"),
+        [
+            ({}, False),
+            ({"DISPLAY": ":0"}, True),
+            ({"WAYLAND_DISPLAY": "wayland-0"}, True),
+            ({"SYSTEM": "Darwin"}, True),
+            ({"CI": "true", "DISPLAY": ":0"}, False),
+            ({"CI": "true", "SYSTEM": "Darwin"}, False),
+        ],
+    )
+    def test_lab_opens_a_browser_where_there_is_one(self, make, variables, browser):
+        call = make("lab", **variables)[-1]
+        assert "--ServerApp.root_dir=labs" in call
+        assert ("--no-browser" not in call) == browser
+        assert "--allow-root" not in call
+
+    def test_lab_as_root(self, make):
+        assert "--allow-root" in make("lab", USER_ID="0")[-1]
+
+    def test_old_python_is_named_with_the_way_out(self, make):
+        message = make("setup", ok=False, OLD="1")
+        assert "needs Python 3.11 or newer" in message
+        assert "make setup PYTHON=" in message
+        assert not (make.folder / ".venv").exists()
