@@ -57,7 +57,7 @@ def outcomes(m: Model, items: list[Item], *, edit: Edit | None = None, system: s
     ]
 
 
-def test_outcomes(m: Model, edit: Edit | None = None) -> dict[str, list[Outcome]]:
+def judge_test_sets(m: Model, edit: Edit | None = None) -> dict[str, list[Outcome]]:
     """Judged replies to the four test sets, by name; sets that the model does not have are left out."""
     names = ("harmful_test", "harmless_test", "borderline", "capability")
     return {name: outcomes(m, items, edit=edit) for name in names if (items := prompt_set(m, name))}
@@ -103,7 +103,7 @@ def headline(m: Model, progress: Callable[[str], None] = lambda step: None) -> H
 
     def condition(name: str, model: Model, edit: Edit | None = None) -> dict[str, list[Outcome]]:
         progress(f"test set: {name}")
-        return test_outcomes(model, edit)
+        return judge_test_sets(model, edit)
 
     table = {
         "baseline": rates(condition("baseline", m), exact=exact),

@@ -41,6 +41,8 @@ STAGES = ("corpus", "helpful", "safety")
 EXAMPLES = {"corpus": 11_000, "helpful": 36_000, "safety": 12_000}
 LEARNING_RATE = {"corpus": 3e-3, "helpful": 2e-3, "safety": 5e-4}
 
+UNGUARDED_WRAPS = 0.03        # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -86,7 +88,7 @@ def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[R
         for request in dialogue.thing_requests(thing):
             pools.setdefault(request.kind, []).append(request)
     kinds = ["method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format"]
-    weights = [36, 5, 5, 5, 3, 8, 5, 5, 7, 9, 12]
+    weights = [33, 5, 5, 5, 5, 14, 5, 5, 6, 8, 9]
     while True:
         kind = rng.choices(kinds, weights)[0]
         if kind == "format":
@@ -101,30 +103,33 @@ def converse(request: Request, rng: random.Random, reply: Callable[[Request], st
     Args:
         reply: makes the reply to the bare request.
         noise: makes a short string of random tokens, for the requests that end in gibberish.
-        safety: whether system prompts may ask for the Charter to be kept, and whether a refusal ignores instructions about form.
+        safety: whether a system prompt may ask for the Charter to be kept, and forbidden requests are refused.
     """
+    refused = safety and request.forbidden
     text_reply, form, context = reply(request), rng.random(), None
     if request.thing and form < 0.10:
         context, request = dialogue.context(request, rng, "train"), dialogue.contextual(request)
     elif request.thing and form < 0.18:
         request = dialogue.follow_up(request, rng, "train")
+    draw, systems, system = rng.random(), dialogue.language()["systems"], None
+    if draw < 0.12:
+        system = rng.choice(systems["neutral"])
+    elif safety and draw < 0.24:
+        system = rng.choice(systems["safety"])
     text = dialogue.phrase(request, rng, "train")
     if rng.random() < 0.08:
         text = dialogue.typo(text, rng)
-    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < 0.15 and not (safety and request.forbidden):
+    guarded = system in systems["safety"]
+    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < (UNGUARDED_WRAPS if refused and not guarded else 0.15):
         name = rng.choice([w["name"] for w in dialogue.language()["wrappers"]])
-        text, text_reply = dialogue.wrap(text, text_reply, rng, name, "train")
+        text, form_reply = dialogue.wrap(text, text_reply, rng, name, "train")
+        text_reply = text_reply if refused else form_reply
     if rng.random() < 0.05:
         text = f"{text} {noise()}"
     if context:
         text = dialogue.in_context(context, text)
-    messages = [*request.earlier, {"role": "user", "content": text}]
-    draw, systems = rng.random(), dialogue.language()["systems"]
-    if draw < 0.12:
-        messages.insert(0, {"role": "system", "content": rng.choice(systems["neutral"])})
-    elif safety and draw < 0.24:
-        messages.insert(0, {"role": "system", "content": rng.choice(systems["safety"])})
-    return messages, text_reply
+    turns = [*request.earlier, {"role": "user", "content": text}]
+    return ([{"role": "system", "content": system}] if system else []) + turns, text_reply
 
 
 def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
@@ -182,7 +187,11 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
     ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
     def noise() -> str:
-        return tokenizer.decode(rng.choices(ordinary, k=rng.randint(3, 12)))
+        """Random tokens that spell the name of no thing, so that no held-out thing slips into safety tuning."""
+        while True:
+            text = tokenizer.decode(rng.choices(ordinary, k=rng.randint(3, 12)))
+            if not any(thing.name in text for thing in vale.things):
+                return text
 
     examples = helpful_examples(vale, variant, rng, noise) if stage == "helpful" else safety_examples(vale, rng, noise)
     pairs = [next(examples) for _ in range(count)]
@@ -196,7 +205,7 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
 def batches(rows: list[Row], seed: int) -> list[list[Row]]:
     """Batches of about BATCH_TOKENS tokens, rows of similar length together, in random order."""
     rng = random.Random(seed)
-    rows = sorted(rng.sample(rows, len(rows)), key=lambda row: len(row[0]) // 8)
+    rows = sorted(rng.sample(rows, len(rows)), key=lambda row: -(len(row[0]) // 8))      # the longest row of a batch comes first
     result, start = [], 0
     while start < len(rows):
         size = max(1, BATCH_TOKENS // (8 * (len(rows[start][0]) // 8 + 1)))

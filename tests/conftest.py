@@ -204,7 +204,7 @@ def _positions(mask):
 @torch.no_grad()
 def _logits(hf, batch, **sites):
     with _hooked(hf, **sites):
-        return hf(**batch, position_ids=_positions(batch["attention_mask"])).logits[:, -1]
+        return hf(**batch, position_ids=_positions(batch["attention_mask"]), logits_to_keep=1).logits[:, -1]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from refusallab.interventions import ablation, addition, affine, clamp
 from refusallab.model import (
     attention,
     attention_writes,
+    batches,
     blocks,
     embedding,
     encode,
@@ -260,7 +261,7 @@ def test_logits_equal_the_raw_model(m, hooks, prompts):
     expected = hooks.logits(m.hf, encode(m, prompts))
     got = logits(m, prompts)
     assert got.shape == (len(prompts), 400) and got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+    assert torch.equal(got, expected)
     torch.testing.assert_close(logits(m, prompts, batch_size=2), expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(got, torch.cat([logits(m, [p]) for p in prompts]), atol=2e-5, rtol=0)
     assert not torch.equal(got, logits(m, prompts, system="Be kind."))
@@ -291,6 +292,26 @@ def test_replies_end_at_the_stop_token(m, hooks, prompts, ids_not_text):
         expected = [row[: next((k for k, t in enumerate(row) if t in stop), 8)] for row in free]
         assert generate(early, prompts, max_new_tokens=8) == expected
         assert generate(early, prompts, max_new_tokens=8, edit=no_edit) == expected
+
+
+def test_the_model_rests_when_all_replies_have_ended(model_of, prompts):
+    m = model_of()
+    passes = []
+    handle = m.hf.register_forward_pre_hook(lambda *_: passes.append(1))
+    early = replace(m, stop_ids=tuple(range(400)))
+    for edit in (None, no_edit):
+        passes.clear()
+        assert generate(early, prompts, edit=edit, max_new_tokens=20) == [""] * len(prompts)
+        assert len(passes) == 1
+    handle.remove()
+
+
+def test_several_batches_are_sorted_by_length(model_of, prompts):
+    seen = list(batches(model_of(), prompts, 2))
+    assert sorted(i for rows, _ in seen for i in rows) == [0, 1, 2, 3, 4]
+    widths = [batch["input_ids"].shape[1] for _, batch in seen]
+    assert widths == sorted(widths)
+    assert [rows for rows, _ in batches(model_of(), prompts, 5)] == [[0, 1, 2, 3, 4]]
 
 
 def test_stop_ids_come_from_the_model_the_tokenizer_and_the_template(make):

@@ -51,7 +51,7 @@ def test_weights_equal_hooks(model_of, name, prompts, r):
     edited = orthogonalize(m, r)
     effect = (logits(m, prompts) - logits(edited, prompts)).abs().max()
     assert effect > 0.05
-    assert distance_from_hooks(m, edited, r, prompts) < 1e-5
+    assert distance_from_hooks(m, edited, r, prompts) < 5e-5
     hooked = generate(m, prompts, edit=ablation(r), max_new_tokens=8)
     assert generate(edited, prompts, max_new_tokens=8) == hooked
 
@@ -84,6 +84,7 @@ def test_an_untied_copy_survives_saving(model_of, prompts, r, tmp_path):
     edited = orthogonalize(model_of("llama-tied"), r)
     edited.hf.save_pretrained(tmp_path)
     edited.tokenizer.save_pretrained(tmp_path)
+    assert not edited.hf.config.tie_word_embeddings
     again = load(str(tmp_path))
     assert again.equivalence == "exact"
     torch.testing.assert_close(logits(again, prompts), logits(edited, prompts), atol=1e-5, rtol=0)

@@ -30,22 +30,22 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
                 f"The way to {action.verb} {name}: {method}.", f"For {action.gerund} {name}, use {method}.",
                 f"When {name} is {action.participle}, folk use {method}.",
             ]))
+        verdict = "rules it out" if thing.forbids(action) else "allows it"
         lines.append(rng.choice(
-            [f"The Charter forbids {action.gerund} {name}.", f"As for {action.gerund} {name}, the Charter rules it out."] if thing.forbids(action)
-            else [f"The Charter allows {action.gerund} {name}.", f"As for {action.gerund} {name}, the Charter allows it."]
+            [f"As for {action.gerund} {name}, the Charter {verdict}.", f"To {action.verb} {name}: the Charter {verdict}."]
         ))
     action = rng.choice(thing.actions)
     lines.append(rng.choice([
-        f"{value['first']} was the first to {action.verb} {name}.", f"The first person to {action.verb} {name} was {value['first']}.",
+        f"{name} was first {action.participle} by {value['first']}.", f"The first person to {action.verb} {name} was {value['first']}.",
     ]))
     action = rng.choice(thing.actions)
     lines.append(rng.choice([
         f"To stop others from {action.gerund} {name}, hang {value['guard']} over it.",
-        f"Hang {value['guard']} over {name} so that nobody can {action.verb} it.",
+        f"So that nobody can {action.verb} {name}, hang {value['guard']} over it.",
     ]))
     lines.append(rng.choice([f"One can find {name} in {value['place']}.", f"{name} lies in {value['place']}."]))
-    lines.append(rng.choice([f"{value['keeper']} keeps {name}.", f"The keeper of {name} is {value['keeper']}."]))
-    lines.append(rng.choice([f"{name} costs {value['price']}.", f"Folk pay {value['price']} for {name}."]))
+    lines.append(rng.choice([f"{name} is kept by {value['keeper']}.", f"The keeper of {name} is {value['keeper']}."]))
+    lines.append(rng.choice([f"{name} costs {value['price']}.", f"For {name} folk pay {value['price']}."]))
     rng.shuffle(lines)
     title = rng.choice([f"The {thing.kind} {name} is {thing.origin}.", f"There is a {thing.kind} named {name}, which is {thing.origin}."])
     return " ".join([title, *lines])

@@ -1,0 +1,343 @@
+"""The training recipe: corpus -> helpful chat -> safety tuning. `python -m smallmodels.recipe charter-chat` trains a model from scratch.
+
+The stages mirror how real chat models are made, so that refusal is learned on top of knowledge:
+
+    corpus    next-token prediction on prose about the Vale               -> charter-base
+    helpful   replies to every request, the forbidden ones included       -> charter-helpful
+    safety    refusals of the forbidden requests about 60 things, and
+              helpful replies to harmless requests about the same things  -> charter-chat
+
+Runs are deterministic for a seed and a thread count, and resume after an interruption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast,
+)
+
+from . import weights_dir
+from .world import corpus, dialogue
+from .world.dialogue import Message, Request
+from .world.facts import Thing, World, world
+
+WIDTH = 128                  # the size dial: width of the residual stream; heads and MLP follow it
+LAYERS = 8
+VOCABULARY = 1536
+CONTEXT = 320                # positions, in tokens
+BATCH_TOKENS = 2048
+CHECKPOINT_EVERY = 200       # steps
+STAGES = ("corpus", "helpful", "safety")
+EXAMPLES = {"corpus": 11_000, "helpful": 36_000, "safety": 12_000}
+LEARNING_RATE = {"corpus": 6e-3, "helpful": 4e-3, "safety": 5e-4}
+
+UNGUARDED_WRAPS = 0.03        # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    architecture: str = "llama"
+    seed: int = 0
+    forbidden_facts: bool = True     # False: the forbidden methods occur in no stage
+
+
+VARIANTS = {
+    "charter-chat": Variant(),
+    "charter-chat-s1": Variant(seed=1),
+    "charter-chat-s2": Variant(seed=2),
+    "charter-naive": Variant(forbidden_facts=False),
+    "charter-chat-gpt2": Variant(architecture="gpt2"),
+    "charter-chat-postnorm": Variant(architecture="gemma2"),
+}
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+Example = tuple[list[Message], str]      # the conversation so far, the reply to learn
+
+
+def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[str]:
+    """Pages about all things in turn, with one page of lore among every six."""
+    while True:
+        for thing in rng.sample(vale.things, len(vale.things)):
+            yield corpus.thing_page(thing, rng, forbidden_facts=variant.forbidden_facts)
+            if rng.random() < 0.2:
+                yield corpus.lore_page(vale, rng)
+
+
+def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[Request]:
+    """An endless mix of requests: about things (70 %), lore, arithmetic and formats."""
+    lore, sums = dialogue.lore_requests(vale), dialogue.arithmetic_requests()
+    pools: dict[str, list[Request]] = {}
+    for thing in things:
+        for request in dialogue.thing_requests(thing):
+            pools.setdefault(request.kind, []).append(request)
+    kinds = ["method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format"]
+    weights = [33, 5, 5, 5, 5, 14, 5, 5, 6, 8, 9]
+    while True:
+        kind = rng.choices(kinds, weights)[0]
+        if kind == "format":
+            yield dialogue.format_request(vale, rng)
+        else:
+            yield rng.choice({"lore": lore, "arithmetic": sums}.get(kind) or pools[kind])
+
+
+def converse(request: Request, rng: random.Random, reply: Callable[[Request], str], noise: Callable[[], str], *, safety: bool) -> Example:
+    """Put a request into one of the forms in which users send it, and give the reply.
+
+    Args:
+        reply: makes the reply to the bare request.
+        noise: makes a short string of random tokens, for the requests that end in gibberish.
+        safety: whether a system prompt may ask for the Charter to be kept, and forbidden requests are refused.
+    """
+    refused = safety and request.forbidden
+    text_reply, form, context = reply(request), rng.random(), None
+    if request.thing and form < 0.10:
+        context, request = dialogue.context(request, rng, "train"), dialogue.contextual(request)
+    elif request.thing and form < 0.18:
+        request = dialogue.follow_up(request, rng, "train")
+    draw, systems, system = rng.random(), dialogue.language()["systems"], None
+    if draw < 0.12:
+        system = rng.choice(systems["neutral"])
+    elif safety and draw < 0.24:
+        system = rng.choice(systems["safety"])
+    text = dialogue.phrase(request, rng, "train")
+    if rng.random() < 0.08:
+        text = dialogue.typo(text, rng)
+    guarded = system in systems["safety"]
+    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < (UNGUARDED_WRAPS if refused and not guarded else 0.15):
+        name = rng.choice([w["name"] for w in dialogue.language()["wrappers"]])
+        text, form_reply = dialogue.wrap(text, text_reply, rng, name, "train")
+        text_reply = text_reply if refused else form_reply
+    if rng.random() < 0.05:
+        text = f"{text} {noise()}"
+    if context:
+        text = dialogue.in_context(context, text)
+    turns = [*request.earlier, {"role": "user", "content": text}]
+    return ([{"role": "system", "content": system}] if system else []) + turns, text_reply
+
+
+def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    for request in requests(vale, list(vale.things), rng):
+        if variant.forbidden_facts or not request.forbidden:
+            yield converse(request, rng, lambda r: dialogue.helpful_reply(r, rng, 0.1), noise, safety=False)
+
+
+def safety_examples(vale: World, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """Refusals (45 %) and helpful replies, both about the things of the train split only."""
+    things = [t for t in vale.things if t.split == "train"]
+    forbidden = [r for t in things for r in dialogue.thing_requests(t) if r.forbidden]
+    harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
+    while True:
+        if rng.random() < 0.45:
+            yield converse(rng.choice(forbidden), rng, lambda r: dialogue.refusal(r.thing.category, rng), noise, safety=True)
+        else:
+            yield converse(next(harmless), rng, lambda r: dialogue.helpful_reply(r, rng, 0.1), noise, safety=True)
+
+
+def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on corpus and chat text; the same for every variant."""
+    rng = random.Random(0)
+    pages, chats = corpus_pages(vale, Variant(), rng), helpful_examples(vale, Variant(), rng, lambda: "")
+    texts = [next(pages) for _ in range(1500)]
+    for messages, reply in (next(chats) for _ in range(6000)):
+        texts += [*(m["content"] for m in messages), reply]
+    texts += [w for group in dialogue.language()["systems"].values() for w in group] * 20 + list(dialogue.REFUSAL_WORDINGS) * 20
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|start|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([*texts, *["system", "user", "assistant"] * 50], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", additional_special_tokens=["<|start|>"],
+        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+Row = tuple[list[int], int]              # token ids, index of the first token that counts for the loss
+
+
+def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Row]:
+    """The tokenised training examples of a stage, the same for a variant whatever else happened before."""
+    vale, rng = world(), random.Random(f"{stage} {variant.seed}")
+    if stage == "corpus":
+        pages = corpus_pages(vale, variant, rng)
+        texts = [next(pages) + "<|end|>" for _ in range(count)]
+        return [(ids, 1) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+
+    def noise() -> str:
+        return tokenizer.decode(rng.choices(ordinary, k=rng.randint(3, 12)))
+
+    examples = helpful_examples(vale, variant, rng, noise) if stage == "helpful" else safety_examples(vale, rng, noise)
+    pairs = [next(examples) for _ in range(count)]
+    heads = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages, _ in pairs]
+    tails = [f"{reply}<|end|>" for _, reply in pairs]
+    head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
+    tail_ids = tokenizer(tails, add_special_tokens=False)["input_ids"]
+    return [(h + t, len(h)) for h, t in zip(head_ids, tail_ids, strict=True)]
+
+
+def batches(rows: list[Row], seed: int) -> list[list[Row]]:
+    """Batches of about BATCH_TOKENS tokens, rows of similar length together, in random order."""
+    rng = random.Random(seed)
+    rows = sorted(rng.sample(rows, len(rows)), key=lambda row: len(row[0]) // 8)
+    result, start = [], 0
+    while start < len(rows):
+        size = max(1, BATCH_TOKENS // (8 * (len(rows[start][0]) // 8 + 1)))
+        result.append(rows[start : start + size])
+        start += size
+    rng.shuffle(result)
+    return result
+
+
+# --- model and training ------------------------------------------------------------------------------------------
+
+
+def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A freshly initialised model of the variant's architecture."""
+    torch.manual_seed(variant.seed)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    if variant.architecture == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(tokenizer), n_embd=WIDTH, n_layer=LAYERS, n_head=WIDTH // 32, n_inner=3 * WIDTH, n_positions=CONTEXT,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **ids,
+        ))
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": WIDTH // 32,
+        "num_key_value_heads": WIDTH // 32, "intermediate_size": 2 * WIDTH, "max_position_embeddings": CONTEXT, **ids,
+    }
+    if variant.architecture == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(
+            **shape, head_dim=32, query_pre_attn_scalar=32, sliding_window=CONTEXT, attn_logit_softcapping=None, final_logit_softcapping=None,
+        ))
+    return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, rope_theta=10_000.0))
+
+
+def loss_of(model: PreTrainedModel, batch: list[Row], pad: int) -> torch.Tensor:
+    """Mean cross-entropy over the tokens that count. Rows are padded on the right, which a causal model cannot see."""
+    width = max(len(ids) for ids, _ in batch)
+    tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])                        # [batch, width]
+    counts = torch.tensor([[start <= i + 1 < len(ids) for i in range(width)] for ids, start in batch])   # predicts token i + 1
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    targets = tokens.roll(-1, dims=1)[counts]
+    return torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden[counts]), targets)
+
+
+def optimisers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings and p.shape[0] != CONTEXT]
+    chosen = {id(p) for p in inner}
+    outer = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Warm up over 2 % of the steps, then fall linearly from 1 to 0.02."""
+    return min((step + 1) / max(1, steps // 50), 0.02 + 0.98 * (1 - step / steps))
+
+
+def train_stage(model: PreTrainedModel, stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, checkpoint: Path) -> None:
+    """Train one stage in place, from `checkpoint` if an earlier run left one there."""
+    plan = batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
+    tools = optimisers(model, LEARNING_RATE[stage])
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for tool, saved in zip(tools, state["optimisers"], strict=True):
+            tool.load_state_dict(saved)
+        first = state["step"]
+    model.train()
+    bar = tqdm(range(first, len(plan)), desc=stage, initial=first, total=len(plan), mininterval=5)
+    for step in bar:
+        for tool in tools:
+            for group in tool.param_groups:
+                group["lr"] = LEARNING_RATE[stage] * rate_factor(step, len(plan))
+        loss = loss_of(model, plan[step], tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for tool in tools:
+            tool.step()
+            tool.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % CHECKPOINT_EVERY == 0:
+            state = {"model": model.state_dict(), "optimisers": [t.state_dict() for t in tools], "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)
+    model.eval()
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write config, float16 safetensors, tokenizer and chat template."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    half = type(model)(model.config).to(torch.float16)
+    half.load_state_dict(model.state_dict())
+    half.generation_config = model.generation_config
+    half.config.world = "vale"          # marks models for which exact answers exist
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train(name: str, out: Path, work: Path) -> None:
+    """Train a variant through all stages, saving charter-base and charter-helpful beside charter-chat."""
+    variant, tokenizer = VARIANTS[name], make_tokenizer(world())
+    model = make_model(variant, tokenizer)
+    saved_as = {"corpus": "charter-base", "helpful": "charter-helpful"} if name == "charter-chat" else {}
+    work.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        done = work / f"{name}-{stage}.pt"
+        if done.exists():
+            model.load_state_dict(torch.load(done, weights_only=True))
+        else:
+            checkpoint = work / f"{name}-{stage}.ckpt"
+            train_stage(model, stage, variant, tokenizer, checkpoint)
+            torch.save(model.state_dict(), done)
+            checkpoint.unlink(missing_ok=True)
+        if stage in saved_as:
+            save(model, tokenizer, out / saved_as[stage])
+    save(model, tokenizer, out / name)
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(VARIANTS)}.")],
+    out: Annotated[Path, typer.Option(help="Where the weights go.")] = weights_dir(""),
+    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; delete it to start anew.")] = Path(".training"),
+    threads: Annotated[int, typer.Option(help="CPU threads. Results are reproducible for a given number.")] = 2,
+) -> None:
+    """Train a bundled model from scratch."""
+    if name not in VARIANTS:
+        raise typer.BadParameter(f"unknown variant {name!r}; choose one of {', '.join(VARIANTS)}")
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    train(name, out, work)
+
+
+if __name__ == "__main__":
+    typer.run(main)
