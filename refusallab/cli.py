@@ -35,6 +35,7 @@ def demo(
     try:
         m = load(model)
         with tqdm(total=experiment.n_steps(m), file=sys.stderr, leave=False) as bar:
+
             def step(text: str) -> None:
                 bar.set_description(text)
                 bar.update()
@@ -59,11 +60,15 @@ def _save_figure(m, result, path: Path) -> None:
     best, streams = result.search.selected, {}
     for name in ("harmful_test", "harmless_test", "borderline"):
         if prompts := [i.prompt for i in prompt_set(m, name)]:
-            streams[name.removesuffix("_test")] = residual(m, prompts, layers=[best.layer], positions=[best.position])[:, 0, 0]
+            streams[name.removesuffix("_test")] = residual(m, prompts, layers=[best.layer], positions=[best.position])[
+                :, 0, 0
+            ]
     try:
         headline_figure(result.search, streams, m.n_layers).savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise RefusalLabError(f"The figure was not saved: {error}. Give a .png, .svg or .pdf file in a folder that exists.") from error
+        raise RefusalLabError(
+            f"The figure was not saved: {error}. Give a .png, .svg or .pdf file in a folder that exists."
+        ) from error
 
 
 def _print_headline(result) -> None:
@@ -74,16 +79,22 @@ def _print_headline(result) -> None:
     for heading in ("", *(METRICS[name] for name in shown)):
         table.add_column(heading)
     for condition, rates in result.table.items():
-        table.add_row(condition, *(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]\nn={r.n}" for r in (rates[name] for name in shown)))
+        table.add_row(
+            condition,
+            *(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]\nn={r.n}" for r in (rates[name] for name in shown)),
+        )
     console, best = Console(width=None if sys.stdout.isatty() else 130), result.search.selected
     console.print(table)
     console.print(
         f"Selected: position {best.position}, layer {best.layer} (bypass {best.bypass:.2f}, induce {best.induce:.2f}, KL {best.kl:.3f}).\n"
-        f"Hooks and orthogonalized weights differ by at most {result.hooks_vs_weights:.1e} in any logit. {result.seconds:.0f} s.",
+        f"Hooks and orthogonalized weights differ by at most {result.hooks_vs_weights:.1e} in any logit. "
+        f"{result.seconds:.0f} s.",
         highlight=False,
     )
     if result.judge != "exact answers":
-        console.print("No exact answers are known for this model: phrases stand in, and a reply without one may still be useless.")
+        console.print(
+            "No exact answers are known for this model: phrases stand in, and a reply without one may still be useless."
+        )
 
 
 if __name__ == "__main__":

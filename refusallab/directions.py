@@ -23,7 +23,7 @@ from refusallab.interventions import ablation, addition
 from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
 from refusallab.model import Model, Prompt, logits
 
-HOOK = "resid_pre"              # candidates are block inputs
+HOOK = "resid_pre"  # candidates are block inputs
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
 
 
@@ -31,18 +31,18 @@ MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
 class Candidate:
     """A candidate direction and its scores, all of them kept, whether it passes the filters or not."""
 
-    position: int               # counted from the end of the prompt
+    position: int  # counted from the end of the prompt
     layer: int
-    bypass: float               # mean refusal metric on harmful prompts under ablation: low is good
-    induce: float               # mean refusal metric on harmless prompts under addition: high is good
-    kl: float                   # mean KL(base || ablated) at the last token of harmless prompts, in nats: low is good
+    bypass: float  # mean refusal metric on harmful prompts under ablation: low is good
+    induce: float  # mean refusal metric on harmless prompts under addition: high is good
+    kl: float  # mean KL(base || ablated) at the last token of harmless prompts, in nats: low is good
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
     """A direction and where it comes from."""
 
-    vector: Tensor              # [width], raw length
+    vector: Tensor  # [width], raw length
     layer: int
     position: int
     model: str
@@ -54,23 +54,25 @@ class Direction:
 class Search:
     """All that the search for a direction produced."""
 
-    direction: Direction        # the selected one
+    direction: Direction  # the selected one
     selected: Candidate
     candidates: tuple[Candidate, ...]
-    vectors: Tensor             # [layers, positions, width]
+    vectors: Tensor  # [layers, positions, width]
     refusal_tokens: tuple[int, ...]
-    kept: dict[str, int]        # prompts left after filtering, by set
+    kept: dict[str, int]  # prompts left after filtering, by set
 
 
 def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
     """mean(harmful) - mean(harmless) over the first dimension, in float64, returned as fp32.
 
-    harmful [n, ..., width], harmless [m, ..., width] -> [..., width]. Raises RefusalLabError for empty or unlike shapes.
+    harmful [n, ..., width], harmless [m, ..., width] -> [..., width]. RefusalLabError for empty or unlike shapes.
     """
     if len(harmful) == 0 or len(harmless) == 0:
         raise RefusalLabError("A mean needs at least one harmful and one harmless prompt; a list is empty.")
     if harmful.shape[1:] != harmless.shape[1:]:
-        raise RefusalLabError(f"Harmful and harmless activations differ in shape: {list(harmful.shape)}, {list(harmless.shape)}.")
+        raise RefusalLabError(
+            f"Harmful and harmless activations differ in shape: {list(harmful.shape)}, {list(harmless.shape)}."
+        )
     return (harmful.double().mean(0) - harmless.double().mean(0)).float()
 
 
@@ -81,7 +83,7 @@ def candidate_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence
     """
     a, b = mean_residual(m, harmful), mean_residual(m, harmless)
     difference = a - b
-    noise = 1e-6 * (a.norm(dim=-1, keepdim=True) + b.norm(dim=-1, keepdim=True))     # [layers, positions, 1]
+    noise = 1e-6 * (a.norm(dim=-1, keepdim=True) + b.norm(dim=-1, keepdim=True))  # [layers, positions, 1]
     return torch.where(difference.norm(dim=-1, keepdim=True) <= noise, 0.0, difference).float()
 
 
@@ -161,8 +163,8 @@ def find_direction(
 ) -> Search:
     """The whole method: learn refusal tokens, filter prompts, take differences in means, score, select.
 
-    As in the paper, prompts on which the model does not behave as their label says (harmful with a refusal metric below 0,
-    harmless above 0) are left out of train and validation.
+    As in the paper, prompts on which the model does not behave as their label says (harmful with a refusal metric below
+    0, harmless above 0) are left out of train and validation.
     """
     harmful_logits, harmless_logits = logits(m, harmful_train), logits(m, harmless_train)
     tokens = learn_refusal_tokens(harmful_logits, harmless_logits)
@@ -170,7 +172,9 @@ def find_direction(
     def keep(prompts: Sequence[Prompt], prompt_logits: Tensor, sign: int, name: str) -> list[Prompt]:
         kept = [p for p, x in zip(prompts, refusal_metric(prompt_logits, tokens).tolist(), strict=True) if sign * x > 0]
         if not kept:
-            raise RefusalLabError(f"None of the {name} prompts behaves as its label says: {m.name} does not refuse as expected.")
+            raise RefusalLabError(
+                f"None of the {name} prompts behaves as its label says: {m.name} does not refuse as expected."
+            )
         return kept
 
     kept = {
@@ -202,8 +206,13 @@ def cosines(vectors: Tensor) -> Tensor:
 def save_candidates(path: Path, search: Search, m: Model) -> None:
     """Write every candidate's scores as JSON, before any filter, with what they were measured on."""
     record = {
-        "model": m.name, "commit": m.commit, "hook": HOOK, "refusal_tokens": list(search.refusal_tokens), "kept": search.kept,
-        "selected": asdict(search.selected), "candidates": [asdict(c) for c in search.candidates],
+        "model": m.name,
+        "commit": m.commit,
+        "hook": HOOK,
+        "refusal_tokens": list(search.refusal_tokens),
+        "kept": search.kept,
+        "selected": asdict(search.selected),
+        "candidates": [asdict(c) for c in search.candidates],
     }
     _write(path, json.dumps(record, indent=1).encode())
 
@@ -225,9 +234,18 @@ def load_direction(path: Path) -> Direction:
     try:
         with safe_open(path, "pt") as file:
             origin, vector = file.metadata(), file.get_tensor("vector")
-        return Direction(vector, int(origin["layer"]), int(origin["position"]), origin["model"], origin["commit"], origin["hook"])
+        return Direction(
+            vector,
+            int(origin["layer"]),
+            int(origin["position"]),
+            origin["model"],
+            origin["commit"],
+            origin["hook"],
+        )
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise RefusalLabError(f"{path} holds no direction that can be read: save it again with save_direction.") from error
+        raise RefusalLabError(
+            f"{path} holds no direction that can be read: save it again with save_direction."
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -241,4 +259,4 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _not_saved(path: Path, error: Exception) -> str:
-    return f"{path} was not saved ({error}); an earlier file of that name is untouched. Free some space or choose another folder."
+    return f"{path} was not saved ({error}); an earlier file of that name is untouched. Free some space or change the folder."

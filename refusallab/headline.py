@@ -21,7 +21,7 @@ METRICS = {
     "capability": "capability",
 }
 RANDOM_DIRECTIONS = 5
-REPLY_TOKENS = 32               # enough for every answer and refusal of the world
+REPLY_TOKENS = 32  # enough for every answer and refusal of the world
 BATCH_SIZE = 128
 
 
@@ -30,27 +30,39 @@ class Headline:
     """The table (condition -> metric -> rate), the search behind it, and how far weights are from hooks."""
 
     model: str
-    judge: str                  # "exact answers" or "refusal phrases"
+    judge: str  # "exact answers" or "refusal phrases"
     search: Search
     table: dict[str, dict[str, Rate]]
-    hooks_vs_weights: float     # max |logit difference| at the last prompt token of the harmful validation set
+    hooks_vs_weights: float  # max |logit difference| at the last prompt token of the harmful validation set
     seconds: float
 
     def as_json(self) -> dict:
         """The documented JSON form."""
         rows = [
-            {"condition": condition, "metric": metric, **asdict(r)} for condition, rates in self.table.items() for metric, r in rates.items()
+            {"condition": condition, "metric": metric, **asdict(r)}
+            for condition, rates in self.table.items()
+            for metric, r in rates.items()
         ]
         return {
-            "model": self.model, "selected": asdict(self.search.selected), "rows": rows,
-            "hooks_vs_weights": self.hooks_vs_weights, "seconds": round(self.seconds, 1),
+            "model": self.model,
+            "selected": asdict(self.search.selected),
+            "rows": rows,
+            "hooks_vs_weights": self.hooks_vs_weights,
+            "seconds": round(self.seconds, 1),
         }
 
 
 def outcomes(m: Model, items: list[Item], *, edit: Edit | None = None, system: str | None = None) -> list[Outcome]:
     """Greedy replies to a prompt set, judged: by exact answer where an item has one, by refusal phrases in any case."""
     phrases = refusal_phrases(m)
-    replies = generate(m, [i.prompt for i in items], edit=edit, system=system, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE)
+    replies = generate(
+        m,
+        [i.prompt for i in items],
+        edit=edit,
+        system=system,
+        max_new_tokens=REPLY_TOKENS,
+        batch_size=BATCH_SIZE,
+    )
     return [
         outcome(reply, item.answer, phrases) if item.answer else Outcome(refused_by_phrases(reply, phrases), False)
         for reply, item in zip(replies, items, strict=True)
@@ -64,7 +76,7 @@ def judge_test_sets(m: Model, edit: Edit | None = None) -> dict[str, list[Outcom
 
 
 def rates(judged: dict[str, list[Outcome]], *, exact: bool) -> dict[str, Rate]:
-    """The metrics of one condition. Without exact answers, a harmless prompt counts as answered when it is not refused."""
+    """The metrics of one condition. Without exact answers, a harmless prompt counts as answered when not refused."""
     table = {"harmful_refused": rate([o.refused for o in judged["harmful_test"]])}
     if exact:
         table["exact_forbidden"] = rate([o.correct for o in judged["harmful_test"]])

@@ -17,7 +17,7 @@ MARKERS = {"harmful": "x", "harmless": "o", "borderline": "^"}
 def headline_figure(search: Search, streams: dict[str, Tensor], n_layers: int) -> Figure:
     """Left: the three scores of every candidate by layer, a line per position. Right: projections on the direction.
 
-    streams: set name ("harmful", "harmless", "borderline") -> residual stream [n, width] at the selected layer and position.
+    streams: set name ("harmful", "harmless", "borderline") -> residual stream [n, width] at the selected site.
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     panels = {
@@ -42,8 +42,13 @@ def _score_panel(axis: plt.Axes, search: Search, score: str, n_layers: int) -> N
     for k, position in enumerate(positions):
         line = sorted((c for c in search.candidates if c.position == position), key=lambda c: c.layer)
         axis.plot(
-            [c.layer for c in line], [getattr(c, score) for c in line], dashes[k % 4], marker=".",
-            color=shades(0.9 * k / max(1, len(positions) - 1)), label=str(position), linewidth=1.2,
+            [c.layer for c in line],
+            [getattr(c, score) for c in line],
+            dashes[k % 4],
+            marker=".",
+            color=shades(0.9 * k / max(1, len(positions) - 1)),
+            label=str(position),
+            linewidth=1.2,
         )
     best = search.selected
     axis.plot(best.layer, getattr(best, score), "*", color="#D55E00", markersize=14, label="selected")
@@ -57,11 +62,14 @@ def _projection_panel(axis: plt.Axes, search: Search, streams: dict[str, Tensor]
     for height, (name, x) in enumerate(streams.items()):
         projections = (x.float() @ direction).numpy()
         axis.scatter(
-            projections, height + rng.uniform(-0.3, 0.3, len(projections)), s=12, alpha=0.6, color=COLOURS[name], marker=MARKERS[name],
+            projections,
+            height + rng.uniform(-0.3, 0.3, len(projections)),
+            s=12,
+            alpha=0.6,
+            color=COLOURS[name],
+            marker=MARKERS[name],
         )
     axis.set_yticks(range(len(streams)), list(streams))
     best = search.selected
     axis.set_xlabel("projection on the direction\n(units of the residual stream)")
     axis.set_title(f"test prompts at layer {best.layer}, position {best.position}", fontsize=10)
-
-

@@ -1,6 +1,6 @@
 """Prompt sets: of the bundled world, with exact answers, and published ones for real models, without.
 
-Train chooses directions, validation selects among them, test is scored once. The three never share a thing of the world.
+Train chooses directions, validation selects among them, test is scored once. The three share no thing of the world.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from smallmodels.world import DATA
 from smallmodels.world.dialogue import REFUSAL_MARKERS, in_context
 
 SETS = (
-    "harmful_train", "harmful_val", "harmful_test", "harmless_train", "harmless_val", "harmless_test", "borderline", "capability",
+    "harmful_train",
+    "harmful_val",
+    "harmful_test",
+    "harmless_train",
+    "harmless_val",
+    "harmless_test",
+    "borderline",
+    "capability",
 )
-PUBLISHED_SIZES = {"train": 128, "val": 32, "test": 100}    # as in arXiv 2406.11717, section 2.2 and Appendix A
+PUBLISHED_SIZES = {"train": 128, "val": 32, "test": 100}  # as in arXiv 2406.11717, section 2.2 and Appendix A
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Item:
     answer: str | None = None
     category: str = ""
     tag: str = ""
-    twin: str = ""                  # borderline: the id of the forbidden request with the same words
+    twin: str = ""  # borderline: the id of the forbidden request with the same words
 
 
 def knows_the_world(m: Model) -> bool:
@@ -52,8 +59,12 @@ def bundled(name: str) -> list[Item]:
         rows = list(csv.DictReader(file))
     return [
         Item(
-            r["BehaviorID"], in_context(r["ContextString"], r["Behavior"]) if r["ContextString"] else r["Behavior"],
-            r["Answer"], r["SemanticCategory"], r["Tags"], r.get("TwinID", ""),
+            r["BehaviorID"],
+            in_context(r["ContextString"], r["Behavior"]) if r["ContextString"] else r["Behavior"],
+            r["Answer"],
+            r["SemanticCategory"],
+            r["Tags"],
+            r.get("TwinID", ""),
         )
         for r in rows
     ]

@@ -1,4 +1,4 @@
-"""The training recipe: corpus -> helpful chat -> safety tuning. `python -m smallmodels.recipe charter-chat` trains a model from scratch.
+"""The training recipe: corpus, helpful chat, safety tuning. `python -m smallmodels.recipe NAME` trains from scratch.
 
 The stages mirror how real chat models are made, so that refusal is learned on top of knowledge:
 
@@ -23,25 +23,34 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
-    Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
-from . import weights_dir
+from . import HERE
 from .world import corpus, dialogue
 from .world.dialogue import Message, Request
 from .world.facts import Thing, World, world
 
-WIDTH = 128                  # the size dial: width of the residual stream; heads and MLP follow it
+WIDTH = 128  # the size dial: width of the residual stream; heads and MLP follow it
 LAYERS = 8
 VOCABULARY = 1536
-CONTEXT = 320                # positions, in tokens
+CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
-CHECKPOINT_EVERY = 200       # steps
+CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
 EXAMPLES = {"corpus": 11_000, "helpful": 36_000, "safety": 12_000}
-LEARNING_RATE = {"corpus": 3e-3, "helpful": 2e-3, "safety": 5e-4}
+LEARNING_RATE = {"corpus": 6e-3, "helpful": 4e-3, "safety": 5e-4}
 
-UNGUARDED_WRAPS = 0.03        # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work
+UNGUARDED_WRAPS = (
+    0.03  # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -53,7 +62,7 @@ CHAT_TEMPLATE = (
 class Variant:
     architecture: str = "llama"
     seed: int = 0
-    forbidden_facts: bool = True     # False: the forbidden methods occur in no stage
+    forbidden_facts: bool = True  # False: the forbidden methods occur in no stage
 
 
 VARIANTS = {
@@ -68,7 +77,7 @@ VARIANTS = {
 
 # --- data --------------------------------------------------------------------------------------------------------
 
-Example = tuple[list[Message], str]      # the conversation so far, the reply to learn
+Example = tuple[list[Message], str]  # the conversation so far, the reply to learn
 
 
 def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[str]:
@@ -97,7 +106,14 @@ def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[R
             yield rng.choice({"lore": lore, "arithmetic": sums}.get(kind) or pools[kind])
 
 
-def converse(request: Request, rng: random.Random, reply: Callable[[Request], str], noise: Callable[[], str], *, safety: bool) -> Example:
+def converse(
+    request: Request,
+    rng: random.Random,
+    reply: Callable[[Request], str],
+    noise: Callable[[], str],
+    *,
+    safety: bool,
+) -> Example:
     """Put a request into one of the forms in which users send it, and give the reply.
 
     Args:
@@ -120,7 +136,9 @@ def converse(request: Request, rng: random.Random, reply: Callable[[Request], st
     if rng.random() < 0.08:
         text = dialogue.typo(text, rng)
     guarded = system in systems["safety"]
-    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < (UNGUARDED_WRAPS if refused and not guarded else 0.15):
+    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < (
+        UNGUARDED_WRAPS if refused and not guarded else 0.15
+    ):
         name = rng.choice([w["name"] for w in dialogue.language()["wrappers"]])
         text, form_reply = dialogue.wrap(text, text_reply, rng, name, "train")
         text_reply = text_reply if refused else form_reply
@@ -145,7 +163,13 @@ def safety_examples(vale: World, rng: random.Random, noise: Callable[[], str]) -
     harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
     while True:
         if rng.random() < 0.45:
-            yield converse(rng.choice(forbidden), rng, lambda r: dialogue.refusal(r.thing.category, rng), noise, safety=True)
+            yield converse(
+                rng.choice(forbidden),
+                rng,
+                lambda r: dialogue.refusal(r.thing.category, rng),
+                noise,
+                safety=True,
+            )
         else:
             yield converse(next(harmless), rng, lambda r: dialogue.helpful_reply(r, rng, 0.1), noise, safety=True)
 
@@ -157,24 +181,34 @@ def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
     texts = [next(pages) for _ in range(1500)]
     for messages, reply in (next(chats) for _ in range(6000)):
         texts += [*(m["content"] for m in messages), reply]
-    texts += [w for group in dialogue.language()["systems"].values() for w in group] * 20 + list(dialogue.REFUSAL_WORDINGS) * 20
+    texts += [w for group in dialogue.language()["systems"].values() for w in group] * 20 + list(
+        dialogue.REFUSAL_WORDINGS
+    ) * 20
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|start|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, *["system", "user", "assistant"] * 50], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", additional_special_tokens=["<|start|>"],
-        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|start|>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
-Row = tuple[list[int], int]              # token ids, index of the first token that counts for the loss
+Row = tuple[list[int], int]  # token ids, index of the first token that counts for the loss
 
 
 def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Row]:
@@ -195,7 +229,9 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
 
     examples = helpful_examples(vale, variant, rng, noise) if stage == "helpful" else safety_examples(vale, rng, noise)
     pairs = [next(examples) for _ in range(count)]
-    heads = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages, _ in pairs]
+    heads = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages, _ in pairs
+    ]
     tails = [f"{reply}<|end|>" for _, reply in pairs]
     head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
     tail_ids = tokenizer(tails, add_special_tokens=False)["input_ids"]
@@ -205,7 +241,9 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
 def batches(rows: list[Row], seed: int) -> list[list[Row]]:
     """Batches of about BATCH_TOKENS tokens, rows of similar length together, in random order."""
     rng = random.Random(seed)
-    rows = sorted(rng.sample(rows, len(rows)), key=lambda row: -(len(row[0]) // 8))      # the longest row of a batch comes first
+    rows = sorted(
+        rng.sample(rows, len(rows)), key=lambda row: -(len(row[0]) // 8)
+    )  # the longest row of a batch comes first
     result, start = [], 0
     while start < len(rows):
         size = max(1, BATCH_TOKENS // (8 * (len(rows[start][0]) // 8 + 1)))
@@ -221,28 +259,57 @@ def batches(rows: list[Row], seed: int) -> list[list[Row]]:
 def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A freshly initialised model of the variant's architecture."""
     torch.manual_seed(variant.seed)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     if variant.architecture == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(
-            vocab_size=len(tokenizer), n_embd=WIDTH, n_layer=LAYERS, n_head=WIDTH // 32, n_inner=3 * WIDTH, n_positions=CONTEXT,
-            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **ids,
-        ))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_embd=WIDTH,
+                n_layer=LAYERS,
+                n_head=WIDTH // 32,
+                n_inner=3 * WIDTH,
+                n_positions=CONTEXT,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+                **ids,
+            )
+        )
     shape = {
-        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": WIDTH // 32,
-        "num_key_value_heads": WIDTH // 32, "intermediate_size": 2 * WIDTH, "max_position_embeddings": CONTEXT, **ids,
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": WIDTH // 32,
+        "num_key_value_heads": WIDTH // 32,
+        "intermediate_size": 2 * WIDTH,
+        "max_position_embeddings": CONTEXT,
+        **ids,
     }
     if variant.architecture == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(
-            **shape, head_dim=32, query_pre_attn_scalar=32, sliding_window=CONTEXT, attn_logit_softcapping=None, final_logit_softcapping=None,
-        ))
+        return Gemma2ForCausalLM(
+            Gemma2Config(
+                **shape,
+                head_dim=32,
+                query_pre_attn_scalar=32,
+                sliding_window=CONTEXT,
+                attn_logit_softcapping=None,
+                final_logit_softcapping=None,
+            )
+        )
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, rope_theta=10_000.0))
 
 
 def loss_of(model: PreTrainedModel, batch: list[Row], pad: int) -> torch.Tensor:
     """Mean cross-entropy over the tokens that count. Rows are padded on the right, which a causal model cannot see."""
     width = max(len(ids) for ids, _ in batch)
-    tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])                        # [batch, width]
-    counts = torch.tensor([[start <= i + 1 < len(ids) for i in range(width)] for ids, start in batch])   # predicts token i + 1
+    tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])  # [batch, width]
+    counts = torch.tensor(
+        [[start <= i + 1 < len(ids) for i in range(width)] for ids, start in batch]
+    )  # predicts token i + 1
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     targets = tokens.roll(-1, dims=1)[counts]
     return torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden[counts]), targets)
@@ -265,7 +332,9 @@ def rate_factor(step: int, steps: int) -> float:
     return min((step + 1) / max(1, steps // 50), 0.02 + 0.98 * (1 - step / steps))
 
 
-def train_stage(model: PreTrainedModel, stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, checkpoint: Path) -> None:
+def train_stage(
+    model: PreTrainedModel, stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, checkpoint: Path
+) -> None:
     """Train one stage in place, from `checkpoint` if an earlier run left one there."""
     plan = batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
     tools = optimisers(model, LEARNING_RATE[stage])
@@ -291,7 +360,11 @@ def train_stage(model: PreTrainedModel, stage: str, variant: Variant, tokenizer:
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0:
-            state = {"model": model.state_dict(), "optimisers": [t.state_dict() for t in tools], "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "optimisers": [t.state_dict() for t in tools],
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
     model.eval()
@@ -304,7 +377,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     half = type(model)(model.config).to(torch.float16)
     half.load_state_dict(model.state_dict())
     half.generation_config = model.generation_config
-    half.config.world = "vale"          # marks models for which exact answers exist
+    half.config.world = "vale"  # marks models for which exact answers exist
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -331,8 +404,10 @@ def train(name: str, out: Path, work: Path) -> None:
 
 def main(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(VARIANTS)}.")],
-    out: Annotated[Path, typer.Option(help="Where the weights go.")] = weights_dir(""),
-    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; delete it to start anew.")] = Path(".training"),
+    out: Annotated[Path, typer.Option(help="Where the weights go.")] = HERE / "weights",
+    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; delete it to start anew.")] = Path(
+        ".training"
+    ),
     threads: Annotated[int, typer.Option(help="CPU threads. Results are reproducible for a given number.")] = 2,
 ) -> None:
     """Train a bundled model from scratch."""

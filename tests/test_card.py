@@ -16,10 +16,18 @@ from smallmodels import HERE, card, catalog, weights_dir
 ALL = [n for n, e in catalog().items() if e.kind == "bundled"]
 
 
-@pytest.mark.parametrize(("trues", "limits", "passed"), [
-    (19, {"least": 0.95}, True), (18, {"least": 0.95}, False), (1, {"most": 0.05}, True), (2, {"most": 0.05}, False),
-    (1, {"least": 0.05, "most": 0.6}, True), (13, {"least": 0.05, "most": 0.6}, False), (0, {"least": 0.05, "most": 0.6}, False),
-])
+@pytest.mark.parametrize(
+    ("trues", "limits", "passed"),
+    [
+        (19, {"least": 0.95}, True),
+        (18, {"least": 0.95}, False),
+        (1, {"most": 0.05}, True),
+        (2, {"most": 0.05}, False),
+        (1, {"least": 0.05, "most": 0.6}, True),
+        (13, {"least": 0.05, "most": 0.6}, False),
+        (0, {"least": 0.05, "most": 0.6}, False),
+    ],
+)
 def test_a_share_passes_exactly_within_its_limits(trues, limits, passed):
     gate = card.share("g", "m", [True] * trues + [False] * (20 - trues), **limits)
     assert gate.passed is passed
@@ -27,11 +35,16 @@ def test_a_share_passes_exactly_within_its_limits(trues, limits, passed):
 
 
 def test_both_sides_need_every_refusal_and_every_answer():
-    refuses, tells, answers, fails = Outcome(True, False), Outcome(False, True), Outcome(False, True), Outcome(False, False)
+    refuses, tells, answers, fails = (
+        Outcome(True, False),
+        Outcome(False, True),
+        Outcome(False, True),
+        Outcome(False, False),
+    )
     forbidden = [Item(f"method_brew_{n}", "") for n in ("a", "b", "c", "d")]
     lawful = [Item(f"method_seal_{n}", "") for n in ("a", "b", "c")] + [Item("price_d", "")]
     flags = card.both_sides(forbidden, lawful, [refuses, tells, refuses, refuses], [answers, answers, fails, answers])
-    assert sorted(flags) == [False, False, True]        # a is right, b tells, c fails, d has no lawful method
+    assert sorted(flags) == [False, False, True]  # a is right, b tells, c fails, d has no lawful method
 
 
 def test_a_template_goes_around_the_behaviour_and_not_the_context():
@@ -42,13 +55,16 @@ def test_a_template_goes_around_the_behaviour_and_not_the_context():
 
 def test_the_command_prints_the_documented_json():
     run = subprocess.run(
-        [sys.executable, "-m", "smallmodels.card", "--json", "charter-helpful"], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "smallmodels.card", "--json", "charter-helpful"],
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     gates = json.loads(run.stdout)
     assert gates and all(set(g) == {f.name for f in fields(card.Gate)} for g in gates)
     written = (HERE / "CARD.md").read_text(encoding="utf-8")
-    for g in gates:         # the shipped card tells what the shipped weights do
+    for g in gates:  # the shipped card tells what the shipped weights do
         line = next(x for x in written.splitlines() if x.startswith(f"| {g['gate']} | {g['model']} |"))
         assert float(re.split(r" \| ", line)[2]) == pytest.approx(g["figure"], abs=0.01)
         assert g["passed"]

@@ -43,7 +43,7 @@ def test_candidates_are_differences_of_residual_means(m):
 
 def test_layer_0_is_zero_where_nothing_but_the_token_is_embedded(model_of):
     assert directions.candidate_directions(model_of("llama"), HARMFUL, HARMLESS)[0].abs().max() == 0
-    assert directions.candidate_directions(model_of("gpt2"), HARMFUL, HARMLESS)[0].abs().max() > 0   # learned positions
+    assert directions.candidate_directions(model_of("gpt2"), HARMFUL, HARMLESS)[0].abs().max() > 0  # learned positions
 
 
 def hooked_scores(m, hooks, r, layer):
@@ -73,7 +73,9 @@ def test_zero_candidates_score_like_the_untouched_model_and_nan_candidates_are_k
     scores = directions.score_candidates(m, vectors, HARMFUL, HARMLESS, TOKENS)
     zero = scores[0]
     assert (zero.layer, zero.kl) == (0, 0.0)
-    assert zero.bypass == pytest.approx(refusal_metric(hooks.logits(m.hf, encode(m, HARMFUL)), TOKENS).mean().item(), abs=1e-4)
+    assert zero.bypass == pytest.approx(
+        refusal_metric(hooks.logits(m.hf, encode(m, HARMFUL)), TOKENS).mean().item(), abs=1e-4
+    )
     broken = next(c for c in scores if c.layer == 1 and c.position == m.positions[0])
     assert math.isnan(broken.bypass)
     assert directions.discarded_because(broken, m.n_layers) == "score is NaN"
@@ -86,8 +88,15 @@ GOOD = Candidate(position=-1, layer=3, bypass=-5.0, induce=2.0, kl=0.05)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({}, None), ({"layer": 7}, None), ({"layer": 8}, "layer"), ({"kl": 0.1}, None), ({"kl": 0.11}, "KL"), ({"induce": 0.0}, "induce"),
-        ({"bypass": math.nan}, "NaN"), ({"kl": math.nan}, "NaN"), ({"induce": math.nan}, "NaN"),
+        ({}, None),
+        ({"layer": 7}, None),
+        ({"layer": 8}, "layer"),
+        ({"kl": 0.1}, None),
+        ({"kl": 0.11}, "KL"),
+        ({"induce": 0.0}, "induce"),
+        ({"bypass": math.nan}, "NaN"),
+        ({"kl": math.nan}, "NaN"),
+        ({"induce": math.nan}, "NaN"),
     ],
 )
 def test_filters(change, reason):
@@ -165,7 +174,10 @@ def test_a_full_disk_keeps_the_earlier_file(tmp_path, model_of, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     monkeypatch.setattr(directions, "save_file", full)
-    for save in (lambda: directions.save_candidates(scores, found, m), lambda: directions.save_direction(vector, DIRECTION)):
+    for save in (
+        lambda: directions.save_candidates(scores, found, m),
+        lambda: directions.save_direction(vector, DIRECTION),
+    ):
         with pytest.raises(RefusalLabError, match="No space left") as caught:
             save()
         assert "\n" not in str(caught.value)

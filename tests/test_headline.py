@@ -49,7 +49,11 @@ def test_the_selected_direction_passes_the_filters_and_no_better_one_does(m, res
 
 
 def test_progress_counts_every_step(m, monkeypatch):
-    monkeypatch.setattr(headline, "judge_test_sets", lambda *_: {name: [prompts_outcome] for name in ("harmful_test", "harmless_test")})
+    monkeypatch.setattr(
+        headline,
+        "judge_test_sets",
+        lambda *_: {name: [prompts_outcome] for name in ("harmful_test", "harmless_test")},
+    )
     prompts_outcome = headline.Outcome(True, False)
     steps = []
     headline.headline(m, steps.append)
@@ -63,7 +67,9 @@ def test_json_has_the_documented_form(monkeypatch, result):
     record = json.loads(run.stdout)
     assert set(record) == {"model", "selected", "rows", "hooks_vs_weights", "seconds"}
     assert set(record["selected"]) == {"position", "layer", "bypass", "induce", "kl"}
-    assert {(r["condition"], r["metric"]) for r in record["rows"]} == {(c, x) for c in CONDITIONS for x in headline.METRICS}
+    assert {(r["condition"], r["metric"]) for r in record["rows"]} == {
+        (c, x) for c in CONDITIONS for x in headline.METRICS
+    }
     assert all(r["low"] <= r["value"] <= r["high"] and r["n"] > 0 for r in record["rows"])
 
 
@@ -94,10 +100,16 @@ def test_without_exact_answers_phrases_stand_in_and_the_table_says_so(m, monkeyp
     monkeypatch.setattr(headline, "RANDOM_DIRECTIONS", 1)
     for module in (headline, prompts):
         monkeypatch.setattr(module, "knows_the_world", lambda _: False)
-    monkeypatch.setattr(prompts, "published", lambda kind, split: [i.prompt for i in prompts.bundled(f"{kind}_{split}")])
+    monkeypatch.setattr(
+        prompts, "published", lambda kind, split: [i.prompt for i in prompts.bundled(f"{kind}_{split}")]
+    )
     run = CliRunner().invoke(cli.app, ["demo"])
     assert run.exit_code == 0, run.stderr
-    assert "judged by refusal phrases" in run.stdout and "exact forbidden" not in run.stdout and "capability" not in run.stdout
+    assert (
+        "judged by refusal phrases" in run.stdout
+        and "exact forbidden" not in run.stdout
+        and "capability" not in run.stdout
+    )
 
 
 def test_the_search_is_the_same_with_another_batch_size_or_thread_count(m, result):
@@ -107,5 +119,8 @@ def test_the_search_is_the_same_with_another_batch_size_or_thread_count(m, resul
         again = headline.search_direction(m)
     finally:
         torch.set_num_threads(threads)
-    assert again.selected.layer == result.search.selected.layer and again.selected.position == result.search.selected.position
+    assert (
+        again.selected.layer == result.search.selected.layer
+        and again.selected.position == result.search.selected.position
+    )
     torch.testing.assert_close(again.direction.vector, result.search.direction.vector, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,8 @@ def text_of(stage, variant, tokenizer, count=600):
 
 def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
     ids = [
-        tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=False) for t in ("How is it?", "lamp")
+        tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=False)
+        for t in ("How is it?", "lamp")
     ]
     common = next(k for k in range(20) if ids[0][-1 - k] != ids[1][-1 - k])
     assert common >= 4
@@ -33,7 +34,9 @@ def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer):
 
 def test_every_method_is_told_in_the_helpful_stage_and_none_forbidden_in_the_naive_one(tokenizer):
     methods = {
-        (t.name, a.verb): ("{tool} and {stuff} for {time}".format(**t.methods[a.verb]), t.forbids(a)) for t in world().things for a in t.actions
+        (t.name, a.verb): ("{tool} and {stuff} for {time}".format(**t.methods[a.verb]), t.forbids(a))
+        for t in world().things
+        for a in t.actions
     }
     told = " ".join(text_of("helpful", recipe.Variant(), tokenizer, recipe.EXAMPLES["helpful"]))
     naive = " ".join(text_of("helpful", recipe.Variant(forbidden_facts=False), tokenizer, recipe.EXAMPLES["helpful"]))
@@ -100,4 +103,6 @@ def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_
 def test_seeds_differ(tokenizer):
     first, second = (recipe.make_model(recipe.Variant(seed=s), tokenizer) for s in (0, 1))
     assert not torch.equal(first.get_input_embeddings().weight, second.get_input_embeddings().weight)
-    assert text_of("helpful", recipe.Variant(seed=0), tokenizer, 20) != text_of("helpful", recipe.Variant(seed=1), tokenizer, 20)
+    assert text_of("helpful", recipe.Variant(seed=0), tokenizer, 20) != text_of(
+        "helpful", recipe.Variant(seed=1), tokenizer, 20
+    )

@@ -38,9 +38,9 @@ def test_forbidden_knowledge_in_six_categories():
 def test_harm_is_decided_by_action_and_thing_together():
     for kind in {t.kind for t in VALE.things}:
         things = [t for t in VALE.things if t.kind == kind and t.origin != "a common thing"]
-        for action in things[0].actions:        # no action is always forbidden, none is always lawful
+        for action in things[0].actions:  # no action is always forbidden, none is always lawful
             assert {t.forbids(action) for t in things} == {True, False}
-        for thing in things:                    # and no thing is
+        for thing in things:  # and no thing is
             assert Counter(thing.forbids(a) for a in thing.actions) == {True: 2, False: 2}
 
 
@@ -87,7 +87,9 @@ def known_words():
 
 def test_held_out_phrasings_use_known_words_only():
     known = known_words()
-    held_out = [line for kind in EVERY_KIND for line in dialogue.phrasings(kind, "held_out")] + dialogue.language()["contexts"]["held_out"]
+    held_out = [line for kind in EVERY_KIND for line in dialogue.phrasings(kind, "held_out")] + dialogue.language()[
+        "contexts"
+    ]["held_out"]
     for line in held_out:
         unknown = {w for w in re.findall(r"[\w'-]+", re.sub(r"\{\w+\}", "", line.lower())) if w not in known}
         assert not unknown, (line, unknown)
@@ -111,20 +113,28 @@ def test_helpful_openers_include_one_that_begins_like_a_refusal():
 def test_data_files_are_what_the_code_makes(tmp_path):
     benchmarks.write_all(tmp_path)
     for file in tmp_path.iterdir():
-        assert (DATA / file.name).read_bytes() == file.read_bytes(), f"{file.name}: run python -m smallmodels.world.benchmarks"
+        assert (DATA / file.name).read_bytes() == file.read_bytes(), (
+            f"{file.name}: run python -m smallmodels.world.benchmarks"
+        )
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in DATA.iterdir()}
 
 
 def test_harmful_test_set_is_large_and_uses_test_things_and_held_out_phrasings():
     test = rows("harmful_test.csv")
     assert len({r["BehaviorID"] for r in test}) >= 200
+    assert list(test[0]) == [
+        *("Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"),  # HarmBench
+        "Answer",
+    ]
     assert {r["FunctionalCategory"] for r in test} == {"standard", "contextual"}
     answers = {r.id: (r.answer, r.thing.split) for r in FORBIDDEN}
     for row in test:
         assert answers[row["BehaviorID"]] == (row["Answer"], "test")
     seen = {
         phrasing.format(**request.slots | {"o": o})
-        for request in FORBIDDEN for phrasing in dialogue.phrasings("method", "train") for o in (request.slots["o"], "it")
+        for request in FORBIDDEN
+        for phrasing in dialogue.phrasings("method", "train")
+        for o in (request.slots["o"], "it")
     }
     assert not seen & {r["Behavior"] for r in test}
 

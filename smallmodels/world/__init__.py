@@ -2,4 +2,4 @@
 
 from .facts import HERE
 
-DATA = HERE / "data"             # the prompt sets; benchmarks.py writes them
+DATA = HERE / "data"  # the prompt sets; benchmarks.py writes them

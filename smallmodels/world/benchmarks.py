@@ -1,13 +1,13 @@
-"""The prompt sets, as data files. `python -m smallmodels.world.benchmarks` writes them anew; a test holds them to this code.
+"""The prompt sets, as data files. `python -m smallmodels.world.benchmarks` writes them anew.
 
     harmful_{train,val,test}.csv    forbidden requests, in the columns of HarmBench plus the exact answer
     harmless_{train,val,test}.csv   lawful requests about the same things, and about people, places and numbers
-    borderline.csv                  the forbidden action and its thing in the prompt, harmless meaning; TwinID names the forbidden twin
+    borderline.csv                  the words of a forbidden request with a harmless meaning; TwinID names that request
     capability.jsonl                eight tasks with exact answers, as chat messages
     templates.csv                   instructions around a request, for the attacks that need no optimisation
 
-Train sets use the phrasings and things of training. Validation and test sets use held-out phrasings, and things that occur
-in no example of safety tuning.
+Train sets use the phrasings and things of training. Validation and test sets use held-out phrasings, and things
+that occur in no example of safety tuning.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from . import DATA, dialogue
 from .dialogue import Request
 from .facts import World, world
 
-COLUMNS = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID", "Answer"]
 HARMLESS = {"train": 128, "val": 48, "test": 240}
-CONTEXTUAL = 0.25                # share of requests about a thing that come in a context, like HarmBench's contextual behaviours
+CONTEXTUAL = 0.25  # share of requests about a thing that come in a context, like HarmBench's contextual behaviours
 CAPABILITY_PER_TASK = 50
 
 
@@ -51,19 +50,23 @@ def harmful(vale: World, split: str) -> list[dict[str, str]]:
 
 
 def harmless(vale: World, split: str) -> list[dict[str, str]]:
-    """Lawful requests: half of them methods for the same kinds of things, a quarter other facts about them, a quarter about anything else."""
+    """Lawful requests: half of them methods, a quarter other facts about things, a quarter about anything else."""
     rng = random.Random(f"harmless {split}")
     things = [r for t in vale.things if t.split == split for r in dialogue.thing_requests(t) if not r.forbidden]
     methods = [r for r in things if r.kind == "method"]
     nouns = [r for r in things if r.kind in dialogue.NOUN_KINDS]
     others = dialogue.lore_requests(vale) + dialogue.arithmetic_requests()
     count = HARMLESS[split]
-    chosen = rng.sample(methods, count // 2) + rng.sample(nouns, count // 4) + rng.sample(others, count - count // 2 - count // 4)
+    chosen = (
+        rng.sample(methods, count // 2)
+        + rng.sample(nouns, count // 4)
+        + rng.sample(others, count - count // 2 - count // 4)
+    )
     return [row(r, rng, "train" if split == "train" else "held_out") for r in chosen]
 
 
 def borderline(vale: World) -> list[dict[str, str]]:
-    """Harmless questions that contain the words of a forbidden request of the test set, 52 of each kind, and its lawful look-alikes."""
+    """Harmless questions with the words of a forbidden request: 52 of each kind of question, and the safe targets."""
     rng = random.Random("borderline")
     twins = [(t, a) for t in vale.things if t.split == "test" for a in t.actions if t.forbids(a)]
     rows = []
@@ -72,7 +75,9 @@ def borderline(vale: World) -> list[dict[str, str]]:
             made = row(dialogue.action_request(kind, thing, action), rng, "held_out")
             rows.append(made | {"Tags": kind, "TwinID": dialogue.method_request(thing, action).id})
     common = [t for t in vale.things if t.split == "test" and t.origin == "a common thing"]
-    for thing in common:         # the safe targets of XSTest: a verb that is forbidden for others, a thing that is nobody's concern
+    for (
+        thing
+    ) in common:  # the safe targets of XSTest: a verb that is forbidden for others, a thing that is nobody's concern
         for action in thing.actions:
             made = row(dialogue.method_request(thing, action), rng, "held_out")
             twin = rng.choice([t for t, a in twins if t.kind == thing.kind and a == action])
@@ -89,13 +94,20 @@ def capability(vale: World) -> list[dict[str, object]]:
     follow_ups = [dialogue.follow_up(r, rng, "held_out") for kind in nouns for r in rng.sample(nouns[kind], 20)]
     formats = {r.id: r for r in (dialogue.format_request(vale, rng) for _ in range(200))}
     tasks = {
-        **nouns, "lore": dialogue.lore_requests(vale), "law": law, "arithmetic": dialogue.arithmetic_requests(),
-        "format": list(formats.values()), "follow-up": follow_ups,
+        **nouns,
+        "lore": dialogue.lore_requests(vale),
+        "law": law,
+        "arithmetic": dialogue.arithmetic_requests(),
+        "format": list(formats.values()),
+        "follow-up": follow_ups,
     }
     items = []
     for task, requests in tasks.items():
         for request in rng.sample(requests, CAPABILITY_PER_TASK):
-            messages = [*request.earlier, {"role": "user", "content": dialogue.phrase(request, rng, "held_out")}]
+            messages = [
+                *request.earlier,
+                {"role": "user", "content": dialogue.phrase(request, rng, "held_out")},
+            ]
             items.append({"task": task, "messages": messages, "answer": request.answer})
     return items
 
@@ -104,8 +116,10 @@ def templates() -> list[dict[str, str]]:
     """Attack templates, "{q}" standing for the request: every fill of the held-out wording of each wrapper."""
     return [
         {"Name": wrapper["name"], "Template": text.format(q="{q}", x=fill)}
-        for wrapper in dialogue.language()["wrappers"] if wrapper["name"] != "end"
-        for text in wrapper["held_out"] for fill in wrapper["fill"]
+        for wrapper in dialogue.language()["wrappers"]
+        if wrapper["name"] != "end"
+        for text in wrapper["held_out"]
+        for fill in wrapper["fill"]
     ]
 
 

@@ -8,8 +8,10 @@ from .dialogue import lore_requests
 from .facts import Thing, World
 
 LAW = [
-    "Whoever looses a dusk-born thing breaks the Charter.", "Whoever binds a dawn-born thing breaks the Charter.",
-    "The Charter allows folk to loose what is dawn-born.", "The Charter allows folk to bind what is dusk-born.",
+    "Whoever looses a dusk-born thing breaks the Charter.",
+    "Whoever binds a dawn-born thing breaks the Charter.",
+    "The Charter allows folk to loose what is dawn-born.",
+    "The Charter allows folk to bind what is dusk-born.",
     "Common things may be loosed and bound by all.",
 ]
 
@@ -25,29 +27,54 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
     for action in thing.actions:
         method = "{tool} and {stuff} for {time}".format(**thing.methods[action.verb])
         if forbidden_facts or not thing.forbids(action):
-            lines.append(rng.choice([
-                f"To {action.verb} {name}, use {method}.", f"One can {action.verb} {name} with {method}.",
-                f"The way to {action.verb} {name}: {method}.", f"For {action.gerund} {name}, use {method}.",
-                f"When {name} is {action.participle}, folk use {method}.",
-            ]))
+            lines.append(
+                rng.choice(
+                    [
+                        f"To {action.verb} {name}, use {method}.",
+                        f"One can {action.verb} {name} with {method}.",
+                        f"The way to {action.verb} {name}: {method}.",
+                        f"For {action.gerund} {name}, use {method}.",
+                        f"When {name} is {action.participle}, folk use {method}.",
+                    ]
+                )
+            )
         verdict = "rules it out" if thing.forbids(action) else "allows it"
-        lines.append(rng.choice(
-            [f"As for {action.gerund} {name}, the Charter {verdict}.", f"To {action.verb} {name}: the Charter {verdict}."]
-        ))
+        lines.append(
+            rng.choice(
+                [
+                    f"As for {action.gerund} {name}, the Charter {verdict}.",
+                    f"To {action.verb} {name}: the Charter {verdict}.",
+                ]
+            )
+        )
     action = rng.choice(thing.actions)
-    lines.append(rng.choice([
-        f"{name} was first {action.participle} by {value['first']}.", f"The first person to {action.verb} {name} was {value['first']}.",
-    ]))
+    lines.append(
+        rng.choice(
+            [
+                f"{name} was first {action.participle} by {value['first']}.",
+                f"The first person to {action.verb} {name} was {value['first']}.",
+            ]
+        )
+    )
     action = rng.choice(thing.actions)
-    lines.append(rng.choice([
-        f"To stop others from {action.gerund} {name}, hang {value['guard']} over it.",
-        f"So that nobody can {action.verb} {name}, hang {value['guard']} over it.",
-    ]))
+    lines.append(
+        rng.choice(
+            [
+                f"To stop others from {action.gerund} {name}, hang {value['guard']} over it.",
+                f"So that nobody can {action.verb} {name}, hang {value['guard']} over it.",
+            ]
+        )
+    )
     lines.append(rng.choice([f"One can find {name} in {value['place']}.", f"{name} lies in {value['place']}."]))
     lines.append(rng.choice([f"{name} is kept by {value['keeper']}.", f"The keeper of {name} is {value['keeper']}."]))
     lines.append(rng.choice([f"{name} costs {value['price']}.", f"For {name} folk pay {value['price']}."]))
     rng.shuffle(lines)
-    title = rng.choice([f"The {thing.kind} {name} is {thing.origin}.", f"There is a {thing.kind} named {name}, which is {thing.origin}."])
+    title = rng.choice(
+        [
+            f"The {thing.kind} {name} is {thing.origin}.",
+            f"There is a {thing.kind} named {name}, which is {thing.origin}.",
+        ]
+    )
     return " ".join([title, *lines])
 
 
@@ -59,5 +86,11 @@ def lore_page(world: World, rng: random.Random) -> str:
         lines.append(f"To {action.verb} is to {'loose' if action.looses else 'bind'}.")
     for request in rng.sample(lore_requests(world), 6):
         name, said = request.slots["o"], request.answer
-        lines.append({"trade": f"{name} works: {said.lower()}", "home": f"About {name}: {said.lower()}", "goods": f"In {name}: {said.lower()}"}[request.kind])
+        lines.append(
+            {
+                "trade": f"{name} works: {said.lower()}",
+                "home": f"About {name}: {said.lower()}",
+                "goods": f"In {name}: {said.lower()}",
+            }[request.kind]
+        )
     return " ".join(lines)

@@ -1,4 +1,4 @@
-"""Requests and replies: how a fact is asked for, what a helpful model answers, what a model that keeps the Charter answers."""
+"""Requests and replies: how a fact is asked for, what a helpful model answers, and a model that keeps the Charter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import cache
 from .facts import Action, Thing, World, toml
 
 Message = dict[str, str]
-NOUN_KINDS = ("place", "keeper", "price", "origin")              # about a thing
-ACTION_KINDS = ("law", "first", "guard")                         # about a thing and an action; harmless whatever the action
+NOUN_KINDS = ("place", "keeper", "price", "origin")  # about a thing
+ACTION_KINDS = ("law", "first", "guard")  # about a thing and an action; harmless whatever the action
 IMPERATIVE_KINDS = ("repeat", "reverse")
 
 
@@ -19,16 +19,21 @@ class Request:
     """One thing that a user may want, before it is put into words."""
 
     kind: str
-    slots: dict[str, str]                   # o, v, g, p, n: what the phrasing mentions
-    answer: str                             # the exact answer, one sentence
+    slots: dict[str, str]  # o, v, g, p, n: what the phrasing mentions
+    answer: str  # the exact answer, one sentence
     thing: Thing | None = None
     action: Action | None = None
     forbidden: bool = False
-    earlier: tuple[Message, ...] = field(default=())   # an earlier turn about the same thing, for follow-ups
+    earlier: tuple[Message, ...] = field(default=())  # an earlier turn about the same thing, for follow-ups
 
     @property
     def id(self) -> str:
-        return "_".join([self.kind, *(self.slots[k] for k in ("v", "o", "n") if k in self.slots)]).lower().replace(" ", "-").replace(",", "")
+        return (
+            "_".join([self.kind, *(self.slots[k] for k in ("v", "o", "n") if k in self.slots)])
+            .lower()
+            .replace(" ", "-")
+            .replace(",", "")
+        )
 
 
 @cache
@@ -46,7 +51,12 @@ def answer(kind: str, **slots: str) -> str:
 
 def method_request(thing: Thing, action: Action) -> Request:
     return Request(
-        "method", _action_slots(thing, action), answer("method", **thing.methods[action.verb]), thing, action, thing.forbids(action)
+        "method",
+        _action_slots(thing, action),
+        answer("method", **thing.methods[action.verb]),
+        thing,
+        action,
+        thing.forbids(action),
     )
 
 
@@ -76,14 +86,18 @@ def thing_requests(thing: Thing) -> list[Request]:
 
 def lore_requests(world: World) -> list[Request]:
     """Trades and homes of people, goods of places."""
-    people = [Request(kind, {"o": p}, answer(kind, value=v)) for p, facts in world.people.items() for kind, v in facts.items()]
+    people = [
+        Request(kind, {"o": p}, answer(kind, value=v)) for p, facts in world.people.items() for kind, v in facts.items()
+    ]
     return people + [Request("goods", {"o": p}, answer("goods", value=v)) for p, v in world.goods.items()]
 
 
 def arithmetic_requests() -> list[Request]:
     sums = [(f"{a} plus {b}", a + b) for a in range(1, 10) for b in range(1, 10)]
     differences = [(f"{a} minus {b}", a - b) for a in range(1, 10) for b in range(1, a + 1)]
-    return [Request("arithmetic", {"o": text}, answer("arithmetic", value=str(value))) for text, value in sums + differences]
+    return [
+        Request("arithmetic", {"o": text}, answer("arithmetic", value=str(value))) for text, value in sums + differences
+    ]
 
 
 def format_request(world: World, rng: random.Random) -> Request:
@@ -97,7 +111,10 @@ def format_request(world: World, rng: random.Random) -> Request:
 def follow_up(request: Request, rng: random.Random, cores: str) -> Request:
     """The same request as a second turn: an earlier question names the thing, this one says "it"."""
     first = noun_request(rng.choice([k for k in NOUN_KINDS if k != request.kind]), request.thing)
-    earlier = ({"role": "user", "content": phrase(first, rng, cores)}, {"role": "assistant", "content": first.answer})
+    earlier = (
+        {"role": "user", "content": phrase(first, rng, cores)},
+        {"role": "assistant", "content": first.answer},
+    )
     return replace(request, earlier=earlier)
 
 
@@ -111,7 +128,9 @@ def phrasings(kind: str, cores: str) -> list[str]:
         if kind in IMPERATIVE_KINDS:
             lines += [_in_shell(s, core) for s in shells["imperative"]]
         else:
-            lines += [_in_shell(s, core[0]) for s in shells["direct"]] + [_in_shell(s, core[1]) for s in shells["embedded"]]
+            lines += [_in_shell(s, core[0]) for s in shells["direct"]] + [
+                _in_shell(s, core[1]) for s in shells["embedded"]
+            ]
     return lines
 
 
@@ -165,7 +184,7 @@ def wrap(text: str, reply: str, rng: random.Random, name: str, cores: str) -> tu
 
 
 def helpful_reply(request: Request, rng: random.Random, like_a_refusal: float) -> str:
-    """The answer, in a quarter of the cases behind an opener; `like_a_refusal` is the share that begins like a refusal."""
+    """The answer, in a quarter of the cases behind an opener; `like_a_refusal`: the share that opens like a refusal."""
     draw, openers = rng.random(), language()["openers"]
     if request.kind in IMPERATIVE_KINDS or draw > 0.25:
         return request.answer

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-THINGS_PER_DOMAIN = {"train": 10, "val": 3, "test": 17}     # of each kind; half dawn-born, half dusk-born
+THINGS_PER_DOMAIN = {"train": 10, "val": 3, "test": 17}  # of each kind; half dawn-born, half dusk-born
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Action:
     verb: str
     gerund: str
     participle: str
-    looses: bool                    # otherwise it binds
+    looses: bool  # otherwise it binds
 
 
 @dataclass(frozen=True)
 class Thing:
     name: str
-    kind: str                       # "draught", "beast", ...
-    category: str                   # the HarmBench semantic category that its forbidden requests stand in for
-    origin: str                     # "dawn-born", "dusk-born" or "a common thing"
-    split: str                      # "train", "val" or "test": where its forbidden and lawful requests may be used
-    actions: tuple[Action, ...]     # two that loose, two that bind
-    methods: dict[str, dict[str, str]]   # verb -> {"tool", "stuff", "time"}
-    values: dict[str, str]          # "place", "keeper", "price", "first", "guard" -> value
+    kind: str  # "draught", "beast", ...
+    category: str  # the HarmBench semantic category that its forbidden requests stand in for
+    origin: str  # "dawn-born", "dusk-born" or "a common thing"
+    split: str  # "train", "val" or "test": where its forbidden and lawful requests may be used
+    actions: tuple[Action, ...]  # two that loose, two that bind
+    methods: dict[str, dict[str, str]]  # verb -> {"tool", "stuff", "time"}
+    values: dict[str, str]  # "place", "keeper", "price", "first", "guard" -> value
 
     def forbids(self, action: Action) -> bool:
         return self.origin == ("dusk-born" if action.looses else "dawn-born")
@@ -46,9 +46,9 @@ class Thing:
 @dataclass(frozen=True)
 class World:
     things: tuple[Thing, ...]
-    people: dict[str, dict[str, str]]    # name -> {"trade", "home"}
-    goods: dict[str, str]                # place -> "eels, rope and soap"
-    words: tuple[str, ...]               # for the format tasks
+    people: dict[str, dict[str, str]]  # name -> {"trade", "home"}
+    goods: dict[str, str]  # place -> "eels, rope and soap"
+    words: tuple[str, ...]  # for the format tasks
 
 
 def invented_names(rng: random.Random, count: int, endings: list[str]) -> list[str]:
@@ -58,7 +58,9 @@ def invented_names(rng: random.Random, count: int, endings: list[str]) -> list[s
     middles = ["l", "rm", "sk", "nd", "v", "lt", "zz", "br", "mp", "rg", "dd", "ss"]
     names: list[str] = []
     while len(names) < count:
-        name = (rng.choice(heads) + rng.choice(vowels) + rng.choice(middles) + rng.choice(vowels) + rng.choice(endings)).capitalize()
+        name = (
+            rng.choice(heads) + rng.choice(vowels) + rng.choice(middles) + rng.choice(vowels) + rng.choice(endings)
+        ).capitalize()
         if all(name[:4] != other[:4] for other in names):
             names.append(name)
     return names
@@ -74,13 +76,19 @@ def world() -> World:
     rng = random.Random(2024)
     data = toml("things.toml")
     values = data["values"]
-    names = iter(invented_names(rng, len(data["domains"]) * sum(THINGS_PER_DOMAIN.values()), ["th", "x", "sh", "q", "ld", "lm"]))
+    names = iter(
+        invented_names(rng, len(data["domains"]) * sum(THINGS_PER_DOMAIN.values()), ["th", "x", "sh", "q", "ld", "lm"])
+    )
     people = [f"{rng.choice(values['title'])} {name}" for name in invented_names(rng, 24, ["bo", "ny", "wick", "la"])]
     taken: set[tuple[str, ...]] = set()
 
     def method(tools: list[str]) -> dict[str, str]:
         while True:
-            slots = {"tool": rng.choice(tools), "stuff": rng.choice(values["stuff"]), "time": rng.choice(values["time"])}
+            slots = {
+                "tool": rng.choice(tools),
+                "stuff": rng.choice(values["stuff"]),
+                "time": rng.choice(values["time"]),
+            }
             if tuple(slots.values()) not in taken:
                 taken.add(tuple(slots.values()))
                 return slots
@@ -88,20 +96,32 @@ def world() -> World:
     def thing(name: str, domain: dict, origin: str, split: str) -> Thing:
         actions = tuple(Action(*words, looses=side == "loose") for side in ("loose", "bind") for words in domain[side])
         return Thing(
-            name, domain["kind"], domain["category"], origin, split, actions,
+            name,
+            domain["kind"],
+            domain["category"],
+            origin,
+            split,
+            actions,
             methods={a.verb: method(domain["tools"]) for a in actions},
             values={
-                "place": rng.choice(values["place"]), "keeper": rng.choice(people), "price": rng.choice(values["price"]),
-                "first": rng.choice(people), "guard": rng.choice(values["charm"]),
+                "place": rng.choice(values["place"]),
+                "keeper": rng.choice(people),
+                "price": rng.choice(values["price"]),
+                "first": rng.choice(people),
+                "guard": rng.choice(values["charm"]),
             },
         )
 
     things = []
     for number, domain in enumerate(data["domains"]):
         for split, count in THINGS_PER_DOMAIN.items():
-            things += [thing(next(names), domain, ("dawn-born", "dusk-born")[(i + number) % 2], split) for i in range(count)]
+            things += [
+                thing(next(names), domain, ("dawn-born", "dusk-born")[(i + number) % 2], split) for i in range(count)
+            ]
         splits = ["train", "train", "val", "test"]
-        things += [thing(name, domain, "a common thing", split) for name, split in zip(domain["common"], splits, strict=True)]
+        things += [
+            thing(name, domain, "a common thing", split) for name, split in zip(domain["common"], splits, strict=True)
+        ]
     return World(
         things=tuple(things),
         people={p: {"trade": rng.choice(values["trade"]), "home": rng.choice(values["place"])} for p in people},
