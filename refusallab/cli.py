@@ -86,7 +86,8 @@ def _print_headline(result) -> None:
     console, best = Console(width=None if sys.stdout.isatty() else 130), result.search.selected
     console.print(table)
     console.print(
-        f"Selected: position {best.position}, layer {best.layer} (bypass {best.bypass:.2f}, induce {best.induce:.2f}, KL {best.kl:.3f}).\n"
+        f"Selected: position {best.position}, layer {best.layer} "
+        f"(bypass {best.bypass:.2f}, induce {best.induce:.2f}, KL {best.kl:.3f}).\n"
         f"Hooks and orthogonalized weights differ by at most {result.hooks_vs_weights:.1e} in any logit. "
         f"{result.seconds:.0f} s.",
         highlight=False,

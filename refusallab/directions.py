@@ -259,4 +259,4 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _not_saved(path: Path, error: Exception) -> str:
-    return f"{path} was not saved ({error}); an earlier file of that name is untouched. Free some space or change the folder."
+    return f"{path} was not saved ({error}); what stood there is untouched. Free space or change the folder."

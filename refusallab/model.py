@@ -262,7 +262,7 @@ def _find(name: str) -> tuple[Path, str]:
     entry = catalog().get(name)
     if entry and entry.kind == "bundled":
         return weights_dir(name), ""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name), ""
     repository = _hub_id(name)
     try:

@@ -33,14 +33,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import HERE
+from . import HERE, catalog
 from .world import corpus, dialogue
 from .world.dialogue import Message, Request
 from .world.facts import Thing, World, world
 
 WIDTH = 128  # the size dial: width of the residual stream; heads and MLP follow it
 LAYERS = 8
-VOCABULARY = 1536
+VOCABULARY = 2048
 CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
@@ -66,12 +66,9 @@ class Variant:
 
 
 VARIANTS = {
-    "charter-chat": Variant(),
-    "charter-chat-s1": Variant(seed=1),
-    "charter-chat-s2": Variant(seed=2),
-    "charter-naive": Variant(forbidden_facts=False),
-    "charter-chat-gpt2": Variant(architecture="gpt2"),
-    "charter-chat-postnorm": Variant(architecture="gemma2"),
+    name: Variant(entry.architecture, entry.seed, forbidden_facts=name != "charter-naive")
+    for name, entry in catalog().items()
+    if entry.kind == "bundled" and name not in ("charter-base", "charter-helpful")  # stages of charter-chat
 }
 
 
@@ -194,7 +191,7 @@ def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, *["system", "user", "assistant"] * 50], trainer)
+    tokenizer.train_from_iterator([*texts, *["system", "user", "assistant"] * 2000], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
