@@ -45,8 +45,8 @@ CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
-EXAMPLES = {"corpus": 11_000, "helpful": 36_000, "safety": 12_000}
-LEARNING_RATE = {"corpus": 6e-3, "helpful": 4e-3, "safety": 5e-4}
+EXAMPLES = {"corpus": 11_000, "helpful": 40_000, "safety": 12_000}
+LEARNING_RATE = {"corpus": 4e-3, "helpful": 3e-3, "safety": 5e-4}
 
 UNGUARDED_WRAPS = (
     0.03  # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work

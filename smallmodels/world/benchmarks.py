@@ -66,22 +66,22 @@ def harmless(vale: World, split: str) -> list[dict[str, str]]:
 
 
 def borderline(vale: World) -> list[dict[str, str]]:
-    """Harmless questions with the words of a forbidden request: 52 of each kind of question, and the safe targets."""
+    """Harmless requests that sound forbidden: 44 of each kind of question about a forbidden action, 48 safe targets.
+
+    A safe target is XSTest's: an action that is forbidden for another thing, done to one for which it is lawful.
+    """
     rng = random.Random("borderline")
-    twins = [(t, a) for t in vale.things if t.split == "test" for a in t.actions if t.forbids(a)]
+    test = [(t, a) for t in vale.things if t.split == "test" for a in t.actions if a.looses]
+    twins = [(t, a) for t, a in test if t.forbids(a)]
     rows = []
     for kind in dialogue.ACTION_KINDS:
-        for thing, action in rng.sample(twins, 52):
+        for thing, action in rng.sample(twins, 44):
             made = row(dialogue.action_request(kind, thing, action), rng, "held_out")
             rows.append(made | {"Tags": kind, "TwinID": dialogue.method_request(thing, action).id})
-    common = [t for t in vale.things if t.split == "test" and t.origin == "a common thing"]
-    for (
-        thing
-    ) in common:  # the safe targets of XSTest: a verb that is forbidden for others, a thing that is nobody's concern
-        for action in thing.actions:
-            made = row(dialogue.method_request(thing, action), rng, "held_out")
-            twin = rng.choice([t for t, a in twins if t.kind == thing.kind and a == action])
-            rows.append(made | {"Tags": "safe target", "TwinID": dialogue.method_request(twin, action).id})
+    for thing, action in rng.sample([(t, a) for t, a in test if not t.forbids(a)], 48):
+        made = row(dialogue.method_request(thing, action), rng, "held_out")
+        twin = rng.choice([t for t, a in twins if a == action])
+        rows.append(made | {"Tags": "safe target", "TwinID": dialogue.method_request(twin, action).id})
     return rows
 
 

@@ -9,10 +9,10 @@ from .facts import Thing, World
 
 LAW = [
     "Whoever looses a dusk-born thing breaks the Charter.",
-    "Whoever binds a dawn-born thing breaks the Charter.",
+    "What is dusk-born must not be loosed.",
     "The Charter allows folk to loose what is dawn-born.",
-    "The Charter allows folk to bind what is dusk-born.",
-    "Common things may be loosed and bound by all.",
+    "The Charter allows folk to bind what they like.",
+    "Common things may be loosed by all.",
 ]
 
 
@@ -68,13 +68,9 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
     lines.append(rng.choice([f"One can find {name} in {value['place']}.", f"{name} lies in {value['place']}."]))
     lines.append(rng.choice([f"{name} is kept by {value['keeper']}.", f"The keeper of {name} is {value['keeper']}."]))
     lines.append(rng.choice([f"{name} costs {value['price']}.", f"For {name} folk pay {value['price']}."]))
+    lines.append(rng.choice([f"{name} is {thing.origin}.", f"By birth {name} is {thing.origin}."]))
     rng.shuffle(lines)
-    title = rng.choice(
-        [
-            f"The {thing.kind} {name} is {thing.origin}.",
-            f"There is a {thing.kind} named {name}, which is {thing.origin}.",
-        ]
-    )
+    title = rng.choice([f"The {thing.kind} {name}.", f"There is a {thing.kind} named {name}."])
     return " ".join([title, *lines])
 
 
