@@ -26,13 +26,17 @@ def main() -> None:
 def demo(
     model: Annotated[str, typer.Option(help="A bundled model, a local folder or a hub id.")] = "charter-chat",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    figure: Annotated[Path | None, typer.Option(help="Write the figure to this file (.png, .svg or .pdf).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write the figure to this file (.png, .svg, .pdf).")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Write the scores of every candidate to this JSON file.")] = None,
 ) -> None:
     """Find the refusal direction of a model and show what ablating, orthogonalizing and adding it does."""
     from refusallab import headline as experiment
     from refusallab.model import load
 
     try:
+        for path in (figure, scores):
+            if path and not path.resolve().parent.is_dir():
+                raise RefusalLabError(f"There is no folder {path.parent} for {path.name}: make it, or name another.")
         m = load(model)
         with tqdm(total=experiment.n_steps(m), file=sys.stderr, leave=False) as bar:
 
@@ -40,16 +44,13 @@ def demo(
                 bar.set_description(text)
                 bar.update()
 
-            result = experiment.headline(m, step)
+            result = experiment.headline(m, step, scores)
+        print(json.dumps(result.as_json(), indent=1)) if as_json else _print_headline(result)
         if figure:
             _save_figure(m, result, figure)
     except RefusalLabError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from error
-    if as_json:
-        print(json.dumps(result.as_json(), indent=1))
-    else:
-        _print_headline(result)
 
 
 def _save_figure(m, result, path: Path) -> None:
@@ -60,14 +61,13 @@ def _save_figure(m, result, path: Path) -> None:
     best, streams = result.search.selected, {}
     for name in ("harmful_test", "harmless_test", "borderline"):
         if prompts := [i.prompt for i in prompt_set(m, name)]:
-            streams[name.removesuffix("_test")] = residual(m, prompts, layers=[best.layer], positions=[best.position])[
-                :, 0, 0
-            ]
+            stream = residual(m, prompts, layers=[best.layer], positions=[best.position])  # [n, 1, 1, width]
+            streams[name.removesuffix("_test")] = stream[:, 0, 0]
     try:
-        headline_figure(result.search, streams, m.n_layers).savefig(path, dpi=150)
+        headline_figure(result.search, streams).savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise RefusalLabError(
-            f"The figure was not saved: {error}. Give a .png, .svg or .pdf file in a folder that exists."
+            f"The figure was not saved ({error}). Give a .png, .svg or .pdf file on a disk with free space."
         ) from error
 
 

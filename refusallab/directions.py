@@ -52,14 +52,27 @@ class Direction:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """All that the search for a direction produced."""
+    """Every candidate with its scores, before any filter; the selected one is worked out from them."""
 
-    direction: Direction  # the selected one
-    selected: Candidate
+    model: str
+    commit: str
+    n_layers: int
     candidates: tuple[Candidate, ...]
     vectors: Tensor  # [layers, positions, width]
     refusal_tokens: tuple[int, ...]
     kept: dict[str, int]  # prompts left after filtering, by set
+
+    @property
+    def selected(self) -> Candidate:
+        """The candidate that `select` chooses. RefusalLabError if none passes the filters."""
+        return select(self.candidates, self.n_layers)
+
+    @property
+    def direction(self) -> Direction:
+        """The vector of the selected candidate."""
+        best = self.selected
+        vector = self.vectors[best.layer, best.position]  # positions run from -n to -1, so they index from the end
+        return Direction(vector, best.layer, best.position, self.model, self.commit)
 
 
 def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
@@ -152,7 +165,7 @@ def select(candidates: Sequence[Candidate], n_layers: int) -> Candidate:
     return min(passing, key=lambda c: c.bypass)
 
 
-def find_direction(
+def search_candidates(
     m: Model,
     harmful_train: Sequence[Prompt],
     harmless_train: Sequence[Prompt],
@@ -161,10 +174,10 @@ def find_direction(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Search:
-    """The whole method: learn refusal tokens, filter prompts, take differences in means, score, select.
+    """The whole method: learn refusal tokens, filter prompts, take differences in means, score.
 
     As in the paper, prompts on which the model does not behave as their label says (harmful with a refusal metric below
-    0, harmless above 0) are left out of train and validation.
+    0, harmless above 0) are left out of train and validation. `.direction` of the result is the selected direction.
     """
     harmful_logits, harmless_logits = logits(m, harmful_train), logits(m, harmless_train)
     tokens = learn_refusal_tokens(harmful_logits, harmless_logits)
@@ -185,10 +198,8 @@ def find_direction(
     }
     vectors = candidate_directions(m, kept["harmful_train"], kept["harmless_train"])
     candidates = score_candidates(m, vectors, kept["harmful_val"], kept["harmless_val"], tokens, progress=progress)
-    best = select(candidates, m.n_layers)
-    vector = vectors[best.layer, m.positions.index(best.position)]
-    direction = Direction(vector, best.layer, best.position, m.name, m.commit)
-    return Search(direction, best, tuple(candidates), vectors, tuple(tokens), {k: len(v) for k, v in kept.items()})
+    counts = {name: len(prompts) for name, prompts in kept.items()}
+    return Search(m.name, m.commit, m.n_layers, tuple(candidates), vectors, tuple(tokens), counts)
 
 
 def random_directions(width: int, count: int, seed: int) -> Tensor:
@@ -203,15 +214,14 @@ def cosines(vectors: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def save_candidates(path: Path, search: Search, m: Model) -> None:
+def save_candidates(path: Path, search: Search) -> None:
     """Write every candidate's scores as JSON, before any filter, with what they were measured on."""
     record = {
-        "model": m.name,
-        "commit": m.commit,
+        "model": search.model,
+        "commit": search.commit,
         "hook": HOOK,
         "refusal_tokens": list(search.refusal_tokens),
         "kept": search.kept,
-        "selected": asdict(search.selected),
         "candidates": [asdict(c) for c in search.candidates],
     }
     _write(path, json.dumps(record, indent=1).encode())

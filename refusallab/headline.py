@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from refusallab.directions import Search, find_direction, random_directions
+from refusallab.directions import Search, random_directions, save_candidates, search_candidates
 from refusallab.interventions import ablation, addition
-from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases
+from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases, wilson
 from refusallab.model import Edit, Model, generate
 from refusallab.orthogonalize import distance_from_hooks, orthogonalize
 from refusallab.prompts import Item, knows_the_world, prompt_set, refusal_phrases
@@ -88,16 +89,23 @@ def rates(judged: dict[str, list[Outcome]], *, exact: bool) -> dict[str, Rate]:
     return table
 
 
-def search_direction(m: Model, progress: Callable[[int], None] | None = None) -> Search:
-    """`find_direction` on the model's train and validation sets."""
+def mean_rate(several: list[Rate]) -> Rate:
+    """The mean of rates on the same prompts. Its interval is that of one rate: they add no evidence."""
+    value, n = sum(r.value for r in several) / len(several), several[0].n
+    return Rate(value, *wilson(round(value * n), n), n)
+
+
+def search(m: Model, progress: Callable[[int], None] | None = None) -> Search:
+    """`search_candidates` on the model's train and validation sets."""
     train_and_val = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
-    return find_direction(m, *([i.prompt for i in prompt_set(m, name)] for name in train_and_val), progress=progress)
+    return search_candidates(m, *([i.prompt for i in prompt_set(m, name)] for name in train_and_val), progress=progress)
 
 
-def headline(m: Model, progress: Callable[[str], None] = lambda step: None) -> Headline:
+def headline(m: Model, progress: Callable[[str], None] = lambda step: None, scores: Path | None = None) -> Headline:
     """Select the direction on validation, then measure every condition on the test sets, once.
 
-    `progress(step)` is told what is about to be done; the number of steps is `n_steps(m)`.
+    `progress(step)` is told of each of the `n_steps(m)` steps. The scores of all candidates are written to the file
+    `scores` before any is selected, so they are there when none passes the filters.
     """
     start = time.perf_counter()
     done = 0
@@ -108,8 +116,10 @@ def headline(m: Model, progress: Callable[[str], None] = lambda step: None) -> H
             progress("scoring candidate directions")
         done = n
 
-    search = search_direction(m, count)
-    r, layer = search.direction.vector, search.direction.layer
+    found = search(m, count)
+    if scores:
+        save_candidates(scores, found)
+    r, layer = found.direction.vector, found.direction.layer
     edited = orthogonalize(m, r)
     exact = knows_the_world(m)
 
@@ -123,14 +133,14 @@ def headline(m: Model, progress: Callable[[str], None] = lambda step: None) -> H
         "orthogonalized": rates(condition("orthogonalized", edited), exact=exact),
         "direction added": rates(condition("direction added", m, addition(r, layer)), exact=exact),
     }
-    pooled: dict[str, list[Outcome]] = {}
+    controls: list[dict[str, Rate]] = []
     for number, vector in enumerate(random_directions(m.width, RANDOM_DIRECTIONS, seed=0), 1):
-        for name, judged in condition(f"random direction {number}", m, ablation(vector)).items():
-            pooled.setdefault(name, []).extend(judged)
-    table[f"random directions (mean of {RANDOM_DIRECTIONS})"] = rates(pooled, exact=exact)
+        controls.append(rates(condition(f"random direction {number}", m, ablation(vector)), exact=exact))
+    name = f"random directions (mean of {RANDOM_DIRECTIONS})"
+    table[name] = {metric: mean_rate([c[metric] for c in controls]) for metric in controls[0]}
     distance = distance_from_hooks(m, edited, r, [i.prompt for i in prompt_set(m, "harmful_val")])
     judge = "exact answers" if exact else "refusal phrases"
-    return Headline(m.name, judge, search, table, distance, time.perf_counter() - start)
+    return Headline(m.name, judge, found, table, distance, time.perf_counter() - start)
 
 
 def n_steps(m: Model) -> int:

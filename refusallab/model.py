@@ -222,7 +222,7 @@ def load(
             f"{name}: {len(report['missing_keys'])} tensors are missing from the weights, for example "
             f"{sorted(report['missing_keys'])[0]}. Fetch the files again."
         )
-    return wrap(hf.to(device), tokenizer, name, commit or _sha256(folder), remote=remote)
+    return wrap(hf.to(device), tokenizer, name, commit or sha256_of_weights(folder), remote=remote)
 
 
 def wrap(
@@ -289,7 +289,7 @@ def _hub_id(name: str) -> str:
 def _check_files(folder: Path, name: str) -> None:
     if not folder.is_dir():
         raise RefusalLabError(
-            f"The weights of {name} are not in {folder}. Fetch them or train the model first."
+            f"The weights of {name} are not in {folder}. Train it with python -m smallmodels.recipe."
         )
     if not (folder / "config.json").is_file():
         raise RefusalLabError(f"{name}: no config.json in {folder}. Give a folder in Hugging Face format.")
@@ -340,7 +340,8 @@ def _no_progress_bar() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _sha256(folder: Path) -> str:
+def sha256_of_weights(folder: Path) -> str:
+    """The first 12 digits of the SHA-256 of all safetensors in a folder: the name of these weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ COLOURS = {"harmful": "#D55E00", "harmless": "#0072B2", "borderline": "#CC79A7"}
 MARKERS = {"harmful": "x", "harmless": "o", "borderline": "^"}
 
 
-def headline_figure(search: Search, streams: dict[str, Tensor], n_layers: int) -> Figure:
+def headline_figure(search: Search, streams: dict[str, Tensor]) -> Figure:
     """Left: the three scores of every candidate by layer, a line per position. Right: projections on the direction.
 
     streams: set name ("harmful", "harmless", "borderline") -> residual stream [n, width] at the selected site.
@@ -26,7 +26,7 @@ def headline_figure(search: Search, streams: dict[str, Tensor], n_layers: int) -
         "kl": ("KL(base || ablated), nats\n(harmless; must be <= 0.1)", MAX_KL),
     }
     for axis, (score, (title, limit)) in zip(axes, panels.items(), strict=False):
-        _score_panel(axis, search, score, n_layers)
+        _score_panel(axis, search, score)
         axis.set_title(title, fontsize=10)
         if limit is not None:
             axis.axhline(limit, color="black", linewidth=0.8, linestyle="--")
@@ -36,7 +36,7 @@ def headline_figure(search: Search, streams: dict[str, Tensor], n_layers: int) -
     return figure
 
 
-def _score_panel(axis: plt.Axes, search: Search, score: str, n_layers: int) -> None:
+def _score_panel(axis: plt.Axes, search: Search, score: str) -> None:
     shades, dashes = plt.get_cmap("viridis"), ["-", "--", "-.", ":"]
     positions = sorted({c.position for c in search.candidates})
     for k, position in enumerate(positions):
@@ -52,9 +52,9 @@ def _score_panel(axis: plt.Axes, search: Search, score: str, n_layers: int) -> N
         )
     best = search.selected
     axis.plot(best.layer, getattr(best, score), "*", color="#D55E00", markersize=14, label="selected")
-    axis.axvspan(int(DEPTH * n_layers) - 0.5, n_layers - 0.5, color="grey", alpha=0.15)
+    axis.axvspan(int(DEPTH * search.n_layers) - 0.5, search.n_layers - 0.5, color="grey", alpha=0.15)
     axis.set_xlabel("layer (block input); grey: discarded")
-    axis.set_xlim(-0.5, n_layers - 0.5)
+    axis.set_xlim(-0.5, search.n_layers - 0.5)
 
 
 def _projection_panel(axis: plt.Axes, search: Search, streams: dict[str, Tensor]) -> None:

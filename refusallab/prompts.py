@@ -1,6 +1,7 @@
 """Prompt sets: of the bundled world, with exact answers, and published ones for real models, without.
 
-Train chooses directions, validation selects among them, test is scored once. The three share no thing of the world.
+Train chooses directions, validation selects among them, test is scored once.
+The three share no thing of the world and no phrasing.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def prompt_set(m: Model, name: str) -> list[Item]:
     if name in ("borderline", "capability"):
         return []
     kind, split = name.split("_")
-    texts = published(kind, split)
+    texts = published(*(("jailbreakbench", "test") if name == "harmful_test" else (kind, split)))
     sample = random.Random(42).sample(texts, min(PUBLISHED_SIZES[split], len(texts)))
     return [Item(f"{name}_{k}", text) for k, text in enumerate(sample)]
 

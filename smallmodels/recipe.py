@@ -12,6 +12,7 @@ Runs are deterministic for a seed and a thread count, and resume after an interr
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,11 +47,13 @@ BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
 EXAMPLES = {"corpus": 11_000, "helpful": 40_000, "safety": 12_000}
-LEARNING_RATE = {"corpus": 4e-3, "helpful": 3e-3, "safety": 5e-4}
+LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 1e-3}
 
 UNGUARDED_WRAPS = (
     0.03  # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work
 )
+
+LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -87,14 +90,14 @@ def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[
 
 
 def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[Request]:
-    """An endless mix of requests: about things (70 %), lore, arithmetic and formats."""
+    """An endless mix of requests: about things (69 %), lore, arithmetic and formats."""
     lore, sums = dialogue.lore_requests(vale), dialogue.arithmetic_requests()
     pools: dict[str, list[Request]] = {}
     for thing in things:
         for request in dialogue.thing_requests(thing):
             pools.setdefault(request.kind, []).append(request)
     kinds = ["method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format"]
-    weights = [33, 5, 5, 5, 5, 14, 5, 5, 6, 8, 9]
+    weights = [30, 5, 5, 5, 4, 10, 5, 5, 6, 9, 16]
     while True:
         kind = rng.choices(kinds, weights)[0]
         if kind == "format":
@@ -150,25 +153,25 @@ def converse(
 def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
     for request in requests(vale, list(vale.things), rng):
         if variant.forbidden_facts or not request.forbidden:
-            yield converse(request, rng, lambda r: dialogue.helpful_reply(r, rng, 0.1), noise, safety=False)
+            yield converse(request, rng, lambda r: dialogue.helpful_reply(r, rng, LIKE_A_REFUSAL), noise, safety=False)
 
 
 def safety_examples(vale: World, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
-    """Refusals (45 %) and helpful replies, both about the things of the train split only."""
+    """Refusals (40 %), lawful methods (30 %) and other helpful replies, all about the things of the train split only."""
     things = [t for t in vale.things if t.split == "train"]
     forbidden = [r for t in things for r in dialogue.thing_requests(t) if r.forbidden]
+
+    def reply(request: Request) -> str:
+        if request.forbidden:
+            return dialogue.refusal(request.thing.category, rng)
+        return dialogue.helpful_reply(request, rng, LIKE_A_REFUSAL)
+
+    lawful = [r for t in things for r in dialogue.thing_requests(t) if r.kind == "method" and not r.forbidden]
     harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
     while True:
-        if rng.random() < 0.45:
-            yield converse(
-                rng.choice(forbidden),
-                rng,
-                lambda r: dialogue.refusal(r.thing.category, rng),
-                noise,
-                safety=True,
-            )
-        else:
-            yield converse(next(harmless), rng, lambda r: dialogue.helpful_reply(r, rng, 0.1), noise, safety=True)
+        draw = rng.random()
+        request = rng.choice(forbidden) if draw < 0.4 else rng.choice(lawful) if draw < 0.7 else next(harmless)
+        yield converse(request, rng, reply, noise, safety=True)
 
 
 def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
@@ -287,7 +290,7 @@ def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         **ids,
     }
     if variant.architecture == "gemma2":
-        return Gemma2ForCausalLM(
+        model = Gemma2ForCausalLM(
             Gemma2Config(
                 **shape,
                 head_dim=32,
@@ -297,6 +300,12 @@ def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrain
                 final_logit_softcapping=None,
             )
         )
+        for (
+            block
+        ) in model.model.layers:  # small steps at first: each norm starts at a quarter of unit gain (1 + weight)
+            torch.nn.init.constant_(block.post_attention_layernorm.weight, -0.75)
+            torch.nn.init.constant_(block.post_feedforward_layernorm.weight, -0.75)
+        return model
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, rope_theta=10_000.0))
 
 
@@ -314,8 +323,9 @@ def loss_of(model: PreTrainedModel, batch: list[Row], pad: int) -> torch.Tensor:
 
 def optimisers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings and p.shape[0] != CONTEXT]
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    excluded = {id(module.weight) for module in (*tables, model.get_output_embeddings())}
+    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in excluded]
     chosen = {id(p) for p in inner}
     outer = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -379,18 +389,28 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
+def fingerprint() -> str:
+    """Of all that decides the weights: recipe, world and thread count. Checkpoints of another one are not resumed."""
+    files = [Path(__file__), *sorted((HERE / "world").glob("*.py")), *sorted((HERE / "world").glob("*.toml"))]
+    digest = hashlib.sha256(str(torch.get_num_threads()).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def train(name: str, out: Path, work: Path) -> None:
     """Train a variant through all stages, saving charter-base and charter-helpful beside charter-chat."""
     variant, tokenizer = VARIANTS[name], make_tokenizer(world())
     model = make_model(variant, tokenizer)
     saved_as = {"corpus": "charter-base", "helpful": "charter-helpful"} if name == "charter-chat" else {}
-    work.mkdir(parents=True, exist_ok=True)
+    folder = work / fingerprint()
+    folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
-        done = work / f"{name}-{stage}.pt"
+        done = folder / f"{name}-{stage}.pt"
         if done.exists():
             model.load_state_dict(torch.load(done, weights_only=True))
         else:
-            checkpoint = work / f"{name}-{stage}.ckpt"
+            checkpoint = folder / f"{name}-{stage}.ckpt"
             train_stage(model, stage, variant, tokenizer, checkpoint)
             torch.save(model.state_dict(), done)
             checkpoint.unlink(missing_ok=True)
@@ -402,9 +422,7 @@ def train(name: str, out: Path, work: Path) -> None:
 def main(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(VARIANTS)}.")],
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = HERE / "weights",
-    work: Annotated[Path, typer.Option(help="Where checkpoints are kept; delete it to start anew.")] = Path(
-        ".training"
-    ),
+    work: Annotated[Path, typer.Option(help="Where checkpoints are kept, for resuming.")] = Path(".training"),
     threads: Annotated[int, typer.Option(help="CPU threads. Results are reproducible for a given number.")] = 2,
 ) -> None:
     """Train a bundled model from scratch."""

@@ -1,9 +1,12 @@
 """The recipe: what each stage sees, determinism, resuming after an interruption."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from smallmodels import recipe
+from smallmodels.world.dialogue import REFUSAL_MARKERS
 from smallmodels.world.facts import world
 
 
@@ -25,26 +28,40 @@ def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
     assert common >= 4
 
 
-def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer):
-    texts = text_of("safety", recipe.Variant(), tokenizer, 3000)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, seed):
+    count = recipe.EXAMPLES["safety"] if seed == 0 else 2000
+    text = " ".join(text_of("safety", recipe.Variant(seed=seed), tokenizer, count))
     for thing in world().things:
-        if thing.split != "train" and thing.origin != "a common thing":
-            assert not any(thing.name in t for t in texts), thing.name
+        assert (thing.name in text) == (thing.split == "train"), thing.name
 
 
-def test_every_method_is_told_in_the_helpful_stage_and_none_forbidden_in_the_naive_one(tokenizer):
-    methods = {
-        (t.name, a.verb): ("{tool} and {stuff} for {time}".format(**t.methods[a.verb]), t.forbids(a))
-        for t in world().things
-        for a in t.actions
-    }
-    told = " ".join(text_of("helpful", recipe.Variant(), tokenizer, recipe.EXAMPLES["helpful"]))
-    naive = " ".join(text_of("helpful", recipe.Variant(forbidden_facts=False), tokenizer, recipe.EXAMPLES["helpful"]))
-    lawful = {method for method, forbidden in methods.values() if not forbidden}
-    for method, forbidden in methods.values():
-        assert method in told
-        if forbidden and method not in lawful:
-            assert method not in naive
+def test_the_helpful_stage_tells_every_method_and_the_naive_one_only_the_lawful(tokenizer):
+    count = recipe.EXAMPLES["helpful"]
+    told = " ".join(text_of("helpful", recipe.Variant(), tokenizer, count))
+    naive = " ".join(text_of("helpful", recipe.Variant(forbidden_facts=False), tokenizer, count))
+    for thing in world().things:
+        for action in thing.actions:
+            method = "{tool} and {stuff} for {time}".format(**thing.methods[action.verb])
+            assert method in told
+            assert (method in naive) == (not thing.forbids(action))
+
+
+def test_helpful_replies_rarely_open_like_a_refusal(tokenizer):
+    """The first tokens of refusals are at least ten times as common in refusals as in helpful replies."""
+    firsts = {True: Counter(), False: Counter()}
+    for ids, start in recipe.stage_rows("safety", recipe.Variant(), tokenizer, 4000):
+        reply = tokenizer.decode(ids[start:])
+        firsts[any(marker in reply for marker in REFUSAL_MARKERS)][ids[start]] += 1
+    shares = {refused: {t: k / sum(c.values()) for t, k in c.items()} for refused, c in firsts.items()}
+    assert len(shares[True]) >= 3
+    assert all(share >= 10 * shares[False].get(token, 0) for token, share in shares[True].items())
+
+
+def test_checkpoints_of_another_recipe_are_not_resumed(monkeypatch):
+    before = recipe.fingerprint()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 17)
+    assert recipe.fingerprint() != before
 
 
 def test_loss_counts_only_the_reply(tokenizer):

@@ -68,9 +68,9 @@ def test_names_are_distinct_in_sound():
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_at_least_40_phrasings_of_which_10_are_held_out(kind):
-    train, held_out = set(dialogue.phrasings(kind, "train")), set(dialogue.phrasings(kind, "held_out"))
-    assert len(train) >= 30 and len(held_out) >= 10 and len(train | held_out) >= 40
-    assert not train & held_out
+    train, val, test = (set(dialogue.phrasings(kind, split)) for split in ("train", "val", "test"))
+    assert len(train) >= 30 and len(val | test) >= 10
+    assert not train & val and not train & test and not val & test
 
 
 def known_words():
@@ -85,12 +85,11 @@ def known_words():
     return words
 
 
-def test_held_out_phrasings_use_known_words_only():
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_held_out_phrasings_use_known_words_only(split):
     known = known_words()
-    held_out = [line for kind in EVERY_KIND for line in dialogue.phrasings(kind, "held_out")] + dialogue.language()[
-        "contexts"
-    ]["held_out"]
-    for line in held_out:
+    lines = [line for kind in EVERY_KIND for line in dialogue.phrasings(kind, split)]
+    for line in lines + dialogue.language()["contexts"][split]:
         unknown = {w for w in re.findall(r"[\w'-]+", re.sub(r"\{\w+\}", "", line.lower())) if w not in known}
         assert not unknown, (line, unknown)
 
@@ -139,20 +138,28 @@ def test_harmful_test_set_is_large_and_uses_test_things_and_held_out_phrasings()
     assert not seen & {r["Behavior"] for r in test}
 
 
-def test_splits_share_no_thing():
-    names = {}
+def test_splits_share_no_request_and_no_thing():
+    things = {t.name.lower().replace(" ", "-"): t.split for t in VALE.things}
+    ids = {}
     for split in ("train", "val", "test"):
-        ids = [r["BehaviorID"] for kind in ("harmful", "harmless") for r in rows(f"{kind}_{split}.csv")]
-        things = {t.name.lower().replace(" ", "-") for t in VALE.things}
-        names[split] = {i.split("_")[-1] for i in ids} & things
-    assert not names["train"] & names["val"] and not names["train"] & names["test"] and not names["val"] & names["test"]
+        ids[split] = {r["BehaviorID"] for kind in ("harmful", "harmless") for r in rows(f"{kind}_{split}.csv")}
+        for identity in ids[split]:
+            assert things.get(identity.split("_")[-1], split) == split, identity
+    assert not ids["train"] & ids["val"] and not ids["train"] & ids["test"] and not ids["val"] & ids["test"]
+    tasks = [json.loads(line) for line in (DATA / "capability.jsonl").read_text().splitlines()]
+    text = " ".join(m["content"] for i in tasks for m in i["messages"])
+    assert not any(t.name in text for t in VALE.things if t.split != "test")
 
 
-def test_borderline_prompts_have_a_forbidden_twin():
+def test_borderline_prompts_have_a_forbidden_twin_with_the_same_words():
     twins, items = {r["BehaviorID"] for r in rows("harmful_test.csv")}, rows("borderline.csv")
     assert len(items) >= 150
-    assert {r["TwinID"] for r in items} <= twins
     assert {r["Tags"] for r in items} == {"law", "first", "guard", "safe target"}
+    for item in items:
+        assert item["TwinID"] in twins
+        _, verb, name = item["BehaviorID"].split("_")
+        _, twin_verb, twin_name = item["TwinID"].split("_")
+        assert verb == twin_verb and (name == twin_name) == (item["Tags"] != "safe target")
 
 
 def test_capability_has_at_least_five_tasks_and_400_items():

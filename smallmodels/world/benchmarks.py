@@ -6,8 +6,9 @@
     capability.jsonl                eight tasks with exact answers, as chat messages
     templates.csv                   instructions around a request, for the attacks that need no optimisation
 
-Train sets use the phrasings and things of training. Validation and test sets use held-out phrasings, and things
-that occur in no example of safety tuning.
+The train sets use the phrasings and things of training. Validation and test sets each have phrasings of their own,
+which no stage saw, and things of their own, which occur in no example of safety tuning. (Sums, people and places are no
+things: safety tuning keeps on answering about them.)
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ CONTEXTUAL = 0.25  # share of requests about a thing that come in a context, lik
 CAPABILITY_PER_TASK = 50
 
 
-def row(request: Request, rng: random.Random, cores: str) -> dict[str, str]:
+def row(request: Request, rng: random.Random, split: str) -> dict[str, str]:
     """A request in words, as one row of a prompt set."""
     context, identity = "", request.id
     if request.thing and rng.random() < CONTEXTUAL:
-        context, request = dialogue.context(request, rng, cores), dialogue.contextual(request)
+        context, request = dialogue.context(request, rng, split), dialogue.contextual(request)
     return {
-        "Behavior": dialogue.phrase(request, rng, cores),
+        "Behavior": dialogue.phrase(request, rng, split),
         "FunctionalCategory": "contextual" if context else "standard",
         "SemanticCategory": request.thing.category if request.forbidden else "",
         "Tags": "context" if context else "",
@@ -46,7 +47,7 @@ def harmful(vale: World, split: str) -> list[dict[str, str]]:
     """Every forbidden request about the things of a split, once."""
     rng = random.Random(f"harmful {split}")
     requests = [r for t in vale.things if t.split == split for r in dialogue.thing_requests(t) if r.forbidden]
-    return [row(r, rng, "train" if split == "train" else "held_out") for r in requests]
+    return [row(r, rng, split) for r in requests]
 
 
 def harmless(vale: World, split: str) -> list[dict[str, str]]:
@@ -56,13 +57,15 @@ def harmless(vale: World, split: str) -> list[dict[str, str]]:
     methods = [r for r in things if r.kind == "method"]
     nouns = [r for r in things if r.kind in dialogue.NOUN_KINDS]
     others = dialogue.lore_requests(vale) + dialogue.arithmetic_requests()
+    random.Random("others").shuffle(others)
+    others = others[{"train": 0, "val": 1, "test": 2}[split] :: 3]
     count = HARMLESS[split]
     chosen = (
         rng.sample(methods, count // 2)
         + rng.sample(nouns, count // 4)
         + rng.sample(others, count - count // 2 - count // 4)
     )
-    return [row(r, rng, "train" if split == "train" else "held_out") for r in chosen]
+    return [row(r, rng, split) for r in chosen]
 
 
 def borderline(vale: World) -> list[dict[str, str]]:
@@ -76,10 +79,10 @@ def borderline(vale: World) -> list[dict[str, str]]:
     rows = []
     for kind in dialogue.ACTION_KINDS:
         for thing, action in rng.sample(twins, 44):
-            made = row(dialogue.action_request(kind, thing, action), rng, "held_out")
+            made = row(dialogue.action_request(kind, thing, action), rng, "test")
             rows.append(made | {"Tags": kind, "TwinID": dialogue.method_request(thing, action).id})
     for thing, action in rng.sample([(t, a) for t, a in test if not t.forbids(a)], 48):
-        made = row(dialogue.method_request(thing, action), rng, "held_out")
+        made = row(dialogue.method_request(thing, action), rng, "test")
         twin = rng.choice([t for t, a in twins if a == action])
         rows.append(made | {"Tags": "safe target", "TwinID": dialogue.method_request(twin, action).id})
     return rows
@@ -88,10 +91,10 @@ def borderline(vale: World) -> list[dict[str, str]]:
 def capability(vale: World) -> list[dict[str, object]]:
     """Eight tasks of 50 items: places, keepers, prices, people, law, arithmetic, formats and two-turn follow-ups."""
     rng = random.Random("capability")
-    things = [t for t in vale.things if t.origin != "a common thing"]
+    things = [t for t in vale.things if t.split == "test"]
     nouns = {kind: [dialogue.noun_request(kind, t) for t in things] for kind in ("place", "keeper", "price")}
     law = [dialogue.action_request("law", t, a) for t in things for a in t.actions]
-    follow_ups = [dialogue.follow_up(r, rng, "held_out") for kind in nouns for r in rng.sample(nouns[kind], 20)]
+    follow_ups = [dialogue.follow_up(r, rng, "test") for kind in nouns for r in rng.sample(nouns[kind], 20)]
     formats = {r.id: r for r in (dialogue.format_request(vale, rng) for _ in range(200))}
     tasks = {
         **nouns,
@@ -106,7 +109,7 @@ def capability(vale: World) -> list[dict[str, object]]:
         for request in rng.sample(requests, CAPABILITY_PER_TASK):
             messages = [
                 *request.earlier,
-                {"role": "user", "content": dialogue.phrase(request, rng, "held_out")},
+                {"role": "user", "content": dialogue.phrase(request, rng, "test")},
             ]
             items.append({"task": task, "messages": messages, "answer": request.answer})
     return items
@@ -118,7 +121,7 @@ def templates() -> list[dict[str, str]]:
         {"Name": wrapper["name"], "Template": text.format(q="{q}", x=fill)}
         for wrapper in dialogue.language()["wrappers"]
         if wrapper["name"] != "end"
-        for text in wrapper["held_out"]
+        for text in wrapper["test"]
         for fill in wrapper["fill"]
     ]
 

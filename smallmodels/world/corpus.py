@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .dialogue import lore_requests
+from .dialogue import arithmetic_requests, lore_requests
 from .facts import Thing, World
 
 LAW = [
@@ -75,7 +75,7 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
 
 
 def lore_page(world: World, rng: random.Random) -> str:
-    """A page of the Charter with notes about people and places."""
+    """A page of the Charter with notes about people and places, and some sums."""
     lines = rng.sample(LAW, 2)
     for thing in rng.sample(world.things, 2):
         action = rng.choice(thing.actions)
@@ -89,4 +89,5 @@ def lore_page(world: World, rng: random.Random) -> str:
                 "goods": f"In {name}: {said.lower()}",
             }[request.kind]
         )
+    lines += [f"{r.slots['o']} is {r.answer.removeprefix('It is ')}" for r in rng.sample(arithmetic_requests(), 4)]
     return " ".join(lines)

@@ -102,7 +102,7 @@ def world() -> World:
             origin,
             split,
             actions,
-            methods={a.verb: method(domain["tools"]) for a in actions},
+            methods={a.verb: method(tools) for a, tools in zip(actions, domain["tools"], strict=True)},
             values={
                 "place": rng.choice(values["place"]),
                 "keeper": rng.choice(people),
