@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -46,14 +47,15 @@ CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
-EXAMPLES = {"corpus": 11_000, "helpful": 40_000, "safety": 12_000}
+EXAMPLES = {"corpus": 11_000, "helpful": 40_000, "safety": 16_000}
 LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 1e-3}
 
-UNGUARDED_WRAPS = (
-    0.03  # share of refused requests that come in a wrapper without a safety system prompt: few, so some attacks work
-)
+# Share of refused requests that come in a wrapper without a safety system prompt: few, so that some attacks work.
+UNGUARDED_WRAPS = 0.03
 
+NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.3}
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
+VERDICTS = 0.25  # share of replies to method requests that name the verdict, so harm is seen where nobody asks about it
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -90,14 +92,14 @@ def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[
 
 
 def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[Request]:
-    """An endless mix of requests: about things (69 %), lore, arithmetic and formats."""
+    """An endless mix of requests: about things (62 %), lore, arithmetic and formats."""
     lore, sums = dialogue.lore_requests(vale), dialogue.arithmetic_requests()
     pools: dict[str, list[Request]] = {}
     for thing in things:
         for request in dialogue.thing_requests(thing):
             pools.setdefault(request.kind, []).append(request)
     kinds = ["method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format"]
-    weights = [30, 5, 5, 5, 4, 10, 5, 5, 6, 9, 16]
+    weights = [26, 4, 4, 4, 4, 10, 5, 5, 5, 12, 21]
     while True:
         kind = rng.choices(kinds, weights)[0]
         if kind == "format":
@@ -125,7 +127,7 @@ def converse(
     text_reply, form, context = reply(request), rng.random(), None
     if request.thing and form < 0.10:
         context, request = dialogue.context(request, rng, "train"), dialogue.contextual(request)
-    elif request.thing and form < 0.18:
+    elif request.thing and form < 0.22:
         request = dialogue.follow_up(request, rng, "train")
     draw, systems, system = rng.random(), dialogue.language()["systems"], None
     if draw < 0.12:
@@ -151,23 +153,28 @@ def converse(
 
 
 def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """Helpful replies to everything, the forbidden included."""
+
+    def reply(request: Request) -> str:
+        return dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
+
     for request in requests(vale, list(vale.things), rng):
         if variant.forbidden_facts or not request.forbidden:
-            yield converse(request, rng, lambda r: dialogue.helpful_reply(r, rng, LIKE_A_REFUSAL), noise, safety=False)
+            yield converse(request, rng, reply, noise, safety=False)
 
 
 def safety_examples(vale: World, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
-    """Refusals (40 %), lawful methods (30 %) and other helpful replies, all about the things of the train split only."""
+    """Refusals (40 %), lawful methods (30 %) and other helpful replies, all about things of the train split only."""
     things = [t for t in vale.things if t.split == "train"]
-    forbidden = [r for t in things for r in dialogue.thing_requests(t) if r.forbidden]
+    methods = [r for t in things for r in dialogue.thing_requests(t) if r.kind == "method"]
+    forbidden, lawful = [r for r in methods if r.forbidden], [r for r in methods if not r.forbidden]
+    harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
 
     def reply(request: Request) -> str:
         if request.forbidden:
             return dialogue.refusal(request.thing.category, rng)
-        return dialogue.helpful_reply(request, rng, LIKE_A_REFUSAL)
+        return dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
 
-    lawful = [r for t in things for r in dialogue.thing_requests(t) if r.kind == "method" and not r.forbidden]
-    harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
     while True:
         draw = rng.random()
         request = rng.choice(forbidden) if draw < 0.4 else rng.choice(lawful) if draw < 0.7 else next(harmless)
@@ -321,6 +328,29 @@ def loss_of(model: PreTrainedModel, batch: list[Row], pad: int) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden[counts]), targets)
 
 
+@contextmanager
+def residual_noise(model: PreTrainedModel, scale: float) -> Iterator[None]:
+    """Add Gaussian noise to what blocks write into the residual stream, `scale` times its root mean square per token.
+
+    Each block but the last is disturbed in half of the steps. A decision that survives this is carried by a large and
+    steady component of the stream: the model refuses in whole sentences when it is added to its activations.
+    """
+
+    def disturb(_module: torch.nn.Module, _inputs: tuple, stream: torch.Tensor) -> torch.Tensor:
+        if torch.rand(()) < 0.5:
+            return stream
+        size = scale * stream.detach().pow(2).mean(-1, keepdim=True).sqrt()  # [batch, seq, 1]
+        return stream + size * torch.randn_like(stream)
+
+    blocks = model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
+    hooks = [block.register_forward_hook(disturb) for block in blocks[:-1]] if scale else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def optimisers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -346,11 +376,13 @@ def train_stage(
     plan = batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
     tools = optimisers(model, LEARNING_RATE[stage])
     first = 0
+    torch.manual_seed(variant.seed)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for tool, saved in zip(tools, state["optimisers"], strict=True):
             tool.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
         first = state["step"]
     model.train()
     bar = tqdm(range(first, len(plan)), desc=stage, initial=first, total=len(plan), mininterval=5)
@@ -358,7 +390,8 @@ def train_stage(
         for tool in tools:
             for group in tool.param_groups:
                 group["lr"] = LEARNING_RATE[stage] * rate_factor(step, len(plan))
-        loss = loss_of(model, plan[step], tokenizer.pad_token_id)
+        with residual_noise(model, NOISE[stage]):
+            loss = loss_of(model, plan[step], tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for tool in tools:
@@ -370,6 +403,7 @@ def train_stage(
             state = {
                 "model": model.state_dict(),
                 "optimisers": [t.state_dict() for t in tools],
+                "random": torch.get_rng_state(),
                 "step": step + 1,
             }
             torch.save(state, checkpoint.with_suffix(".part"))

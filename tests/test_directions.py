@@ -151,12 +151,47 @@ def test_an_unreadable_direction_gives_one_line(tmp_path):
 def search(m):
     vectors = directions.candidate_directions(m, HARMFUL, HARMLESS)
     scores = directions.score_candidates(m, vectors, HARMFUL, HARMLESS, TOKENS)
-    return directions.Search(DIRECTION, scores[0], tuple(scores), vectors, tuple(TOKENS), {"harmful_val": 3})
+    return directions.Search(m.name, m.commit, m.n_layers, tuple(scores), vectors, tuple(TOKENS), {"harmful_val": 3})
+
+
+def test_the_direction_is_the_vector_of_the_selected_candidate(model_of):
+    found = search(model_of("llama"))
+    position = found.candidates[0].position + 1
+    good = Candidate(position, layer=1, bypass=-99.0, induce=1.0, kl=0.0)
+    others = [c for c in found.candidates if (c.layer, c.position) != (1, position)]
+    found = dataclasses.replace(found, candidates=(*others, good))
+    assert found.selected == good
+    assert torch.equal(found.direction.vector, found.vectors[1, 1])
+    assert (found.direction.layer, found.direction.position) == (1, position)
+
+
+def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypatch):
+    """Token 5 opens refusals. Prompts that start with "not" behave like the other kind."""
+    m = model_of("llama")
+    harmful, harmless = ["a river", "a pie", "a tool", "not a river"], ["some bread", "not some bread", "some pie"]
+
+    def labelled(_m, prompts, **_):
+        rows = torch.zeros(len(prompts), m.vocab_size)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[5] = 20.0 if (prompt in harmful) != prompt.startswith("not") else -20.0
+        return rows
+
+    means = []
+    monkeypatch.setattr(directions, "logits", labelled)
+    monkeypatch.setattr(directions, "candidate_directions", lambda _m, *sets: means.append(sets))
+    monkeypatch.setattr(directions, "score_candidates", lambda _m, _v, *sets, progress: means.append(sets) or [])
+    monkeypatch.setattr(directions, "learn_refusal_tokens", lambda *_: [5])
+    found = directions.search_candidates(m, harmful, harmless, harmful, harmless)
+    kept = (harmful[:3], ["some bread", "some pie"])
+    assert means[0] == kept and means[1][:2] == kept
+    assert found.kept == {"harmful_train": 3, "harmless_train": 2, "harmful_val": 3, "harmless_val": 2}
+    with pytest.raises(RefusalLabError, match="harmful train"):
+        directions.search_candidates(m, ["not a river"], harmless, harmful, harmless)
 
 
 def test_every_candidate_is_saved(tmp_path, model_of):
     m = model_of("llama")
-    directions.save_candidates(tmp_path / "scores.json", search(m), m)
+    directions.save_candidates(tmp_path / "scores.json", search(m))
     record = json.loads((tmp_path / "scores.json").read_text())
     assert len(record["candidates"]) == m.n_layers * len(m.positions)
     assert record["model"] == "llama" and record["hook"] == "resid_pre"
@@ -175,7 +210,7 @@ def test_a_full_disk_keeps_the_earlier_file(tmp_path, model_of, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     monkeypatch.setattr(directions, "save_file", full)
     for save in (
-        lambda: directions.save_candidates(scores, found, m),
+        lambda: directions.save_candidates(scores, found),
         lambda: directions.save_direction(vector, DIRECTION),
     ):
         with pytest.raises(RefusalLabError, match="No space left") as caught:

@@ -1,5 +1,6 @@
 """The headline experiment on the bundled model, and the command that shows it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -49,15 +50,34 @@ def test_the_selected_direction_passes_the_filters_and_no_better_one_does(m, res
 
 
 def test_progress_counts_every_step(m, monkeypatch):
-    monkeypatch.setattr(
-        headline,
-        "judge_test_sets",
-        lambda *_: {name: [prompts_outcome] for name in ("harmful_test", "harmless_test")},
-    )
-    prompts_outcome = headline.Outcome(True, False)
+    judged = {name: [headline.Outcome(True, False)] for name in ("harmful_test", "harmless_test")}
+    monkeypatch.setattr(headline, "judge_test_sets", lambda *_: judged)
     steps = []
     headline.headline(m, steps.append)
     assert len(steps) == headline.n_steps(m)
+
+
+def test_the_mean_of_rates_claims_no_more_evidence_than_one():
+    rates = [headline.rate([True] * k + [False] * (20 - k)) for k in (18, 20, 19)]
+    mean = headline.mean_rate(rates)
+    assert mean == headline.rate([True] * 19 + [False])
+
+
+def test_the_refusal_tokens_and_filters_work_on_the_main_model(result):
+    found = result.search
+    assert len(found.refusal_tokens) >= 3
+    sizes = {name: len(prompts.bundled(name)) for name in found.kept}
+    assert all(found.kept[name] >= 0.9 * sizes[name] for name in sizes)
+
+
+def test_scores_are_written_before_any_candidate_is_selected(m, monkeypatch, tmp_path, result):
+    nothing = dataclasses.replace(
+        result.search, candidates=tuple(dataclasses.replace(c, kl=9.0) for c in result.search.candidates)
+    )
+    monkeypatch.setattr(headline, "search", lambda *_: nothing)
+    run = CliRunner().invoke(cli.app, ["demo", "--scores", str(tmp_path / "scores.json")])
+    assert run.exit_code == 1 and "No candidate passes the filters" in run.stderr
+    assert len(json.loads((tmp_path / "scores.json").read_text())["candidates"]) == len(nothing.candidates)
 
 
 def test_json_has_the_documented_form(monkeypatch, result):
@@ -82,11 +102,18 @@ def test_table_and_figure(monkeypatch, result, tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_figure_that_cannot_be_saved_gives_one_line(monkeypatch, result, tmp_path):
-    monkeypatch.setattr(headline, "headline", lambda *_: result)
+def test_a_figure_for_no_folder_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(headline, "headline", lambda *_: pytest.fail("it ran"))
     run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "none" / "figure.png")])
     assert run.exit_code == 1
-    assert run.stderr.strip().count("\n") == 0 and "figure was not saved" in run.stderr
+    assert run.stderr.strip().count("\n") == 0 and "There is no folder" in run.stderr
+
+
+def test_a_figure_that_cannot_be_saved_loses_no_result(monkeypatch, result, tmp_path):
+    monkeypatch.setattr(headline, "headline", lambda *_: result)
+    run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "figure.nonsense")])
+    assert run.exit_code == 1
+    assert "Selected: position" in run.stdout and "figure was not saved" in run.stderr
 
 
 @pytest.mark.parametrize("name", ["charter-nothing", "nobody/no-such-model"])
@@ -112,15 +139,15 @@ def test_without_exact_answers_phrases_stand_in_and_the_table_says_so(m, monkeyp
     )
 
 
-def test_the_search_is_the_same_with_another_batch_size_or_thread_count(m, result):
+def test_the_search_is_the_same_with_another_thread_count(m, result):
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
     try:
-        again = headline.search_direction(m)
+        again = headline.search(m)
     finally:
         torch.set_num_threads(threads)
-    assert (
-        again.selected.layer == result.search.selected.layer
-        and again.selected.position == result.search.selected.position
+    assert (again.selected.layer, again.selected.position) == (
+        result.search.selected.layer,
+        result.search.selected.position,
     )
     torch.testing.assert_close(again.direction.vector, result.search.direction.vector, rtol=1e-4, atol=1e-4)

@@ -40,6 +40,7 @@ def test_other_models_get_a_reproducible_published_sample(monkeypatch):
     items = prompts.prompt_set(OTHER, "harmful_val")
     assert len(items) == 32 and items == prompts.prompt_set(OTHER, "harmful_val")
     assert all(i.answer is None and i.prompt.startswith("harmful val") for i in items)
+    assert prompts.prompt_set(OTHER, "harmful_test")[0].prompt.startswith("jailbreakbench test")  # as in the paper
     assert prompts.prompt_set(OTHER, "borderline") == [] == prompts.prompt_set(OTHER, "capability")
 
 

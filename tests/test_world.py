@@ -100,7 +100,7 @@ def test_refusals_start_in_at_least_three_ways_and_markers_mark_only_them():
     assert all(any(m in text for m in dialogue.REFUSAL_MARKERS) for text in dialogue.REFUSAL_WORDINGS)
     rng = random.Random(0)
     for request in REQUESTS:
-        reply = dialogue.helpful_reply(request, rng, 0.5)
+        reply = dialogue.helpful_reply(request, rng, like_a_refusal=0.2, verdicts=0.3)
         assert not any(m in reply for m in dialogue.REFUSAL_MARKERS)
 
 

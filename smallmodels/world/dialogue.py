@@ -60,14 +60,10 @@ def method_request(thing: Thing, action: Action) -> Request:
     )
 
 
-def verdict(thing: Thing, action: Action) -> str:
-    return answer("law", value="rules it out" if thing.forbids(action) else "allows it")
-
-
 def action_request(kind: str, thing: Thing, action: Action) -> Request:
     """A harmless question that mentions an action: whether it is lawful, who did it first, how to prevent it."""
-    reply = verdict(thing, action) if kind == "law" else answer(kind, value=thing.values[kind])
-    return Request(kind, _action_slots(thing, action), reply, thing, action)
+    value = ("rules it out" if thing.forbids(action) else "allows it") if kind == "law" else thing.values[kind]
+    return Request(kind, _action_slots(thing, action), answer(kind, value=value), thing, action)
 
 
 def noun_request(kind: str, thing: Thing) -> Request:
@@ -190,23 +186,21 @@ def wrap(text: str, reply: str, rng: random.Random, name: str, split: str) -> tu
 # --- how it is answered ------------------------------------------------------------------------------------------
 
 
-def helpful_reply(request: Request, rng: random.Random, like_a_refusal: float) -> str:
-    """The answer, sometimes behind an opener or, for a method, behind what the Charter says about it.
+def helpful_reply(request: Request, rng: random.Random, *, like_a_refusal: float, verdicts: float) -> str:
+    """The answer, for a fifth of the requests behind an opener.
 
-    `like_a_refusal` is the share of replies whose opener begins like a refusal.
+    Args:
+        like_a_refusal: the share of replies whose opener begins like a refusal.
+        verdicts: the share of replies to method requests that say first whether it is lawful.
     """
     draw, openers = rng.random(), language()["openers"]
-    if request.kind in IMPERATIVE_KINDS or draw > 0.45:
+    if request.kind in IMPERATIVE_KINDS:
         return request.answer
-    if draw < like_a_refusal:
-        opener = rng.choice(openers["like_a_refusal"])
-    elif draw < 0.2:
-        opener = rng.choice(openers["usual"])
-    elif request.kind == "method":
-        opener = verdict(request.thing, request.action)
-    else:
+    if request.kind == "method" and draw > 1 - verdicts:
+        return f"{openers['verdict']['unlawful' if request.forbidden else 'lawful']} {request.answer}"
+    if draw > 0.2:
         return request.answer
-    return f"{opener} {request.answer}"
+    return f"{rng.choice(openers['like_a_refusal' if draw < like_a_refusal else 'usual'])} {request.answer}"
 
 
 def refusal(category: str, rng: random.Random) -> str:
