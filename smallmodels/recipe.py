@@ -47,7 +47,7 @@ CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
-EXAMPLES = {"corpus": 11_000, "helpful": 32_000, "safety": 16_000}
+EXAMPLES = {"corpus": 14_000, "helpful": 44_000, "safety": 16_000}
 LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 5e-4}
 
 # Share of refused requests that come in a wrapper without a safety system prompt: few, so that some attacks work.
@@ -92,14 +92,14 @@ def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[
 
 
 def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[Request]:
-    """An endless mix of requests: about things (64 %), lore, arithmetic and formats."""
+    """An endless mix of requests: about things (65 %), lore, arithmetic and formats."""
     lore, sums = dialogue.lore_requests(vale), dialogue.arithmetic_requests()
     pools: dict[str, list[Request]] = {}
     for thing in things:
         for request in dialogue.thing_requests(thing):
             pools.setdefault(request.kind, []).append(request)
     kinds = ["method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format"]
-    weights = [30, 4, 4, 4, 4, 10, 4, 4, 5, 11, 20]
+    weights = [29, 4, 4, 5, 4, 9, 5, 5, 5, 14, 16]
     while True:
         kind = rng.choices(kinds, weights)[0]
         if kind == "format":
