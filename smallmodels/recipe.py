@@ -47,13 +47,13 @@ CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
-EXAMPLES = {"corpus": 14_000, "helpful": 44_000, "safety": 16_000}
-LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 5e-4}
+EXAMPLES = {"corpus": 14_000, "helpful": 44_000, "safety": 14_000}
+LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 1e-3}
 
 # Share of refused requests that come in a wrapper without a safety system prompt: few, so that some attacks work.
-UNGUARDED_WRAPS = 0.03
+UNGUARDED_WRAPS = 0.06
 
-NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.1}
+NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.2}
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
 VERDICTS = 0.25  # share of replies to method requests that name the verdict, so harm is seen where nobody asks about it
 

@@ -60,10 +60,15 @@ def method_request(thing: Thing, action: Action) -> Request:
     )
 
 
+def verdict(thing: Thing, action: Action) -> str:
+    """What the Charter says about doing the action to the thing."""
+    return answer("law", value="rules it out" if thing.forbids(action) else "allows it")
+
+
 def action_request(kind: str, thing: Thing, action: Action) -> Request:
     """A harmless question that mentions an action: whether it is lawful, who did it first, how to prevent it."""
-    value = ("rules it out" if thing.forbids(action) else "allows it") if kind == "law" else thing.values[kind]
-    return Request(kind, _action_slots(thing, action), answer(kind, value=value), thing, action)
+    reply = verdict(thing, action) if kind == "law" else answer(kind, value=thing.values[kind])
+    return Request(kind, _action_slots(thing, action), reply, thing, action)
 
 
 def noun_request(kind: str, thing: Thing) -> Request:
@@ -191,13 +196,13 @@ def helpful_reply(request: Request, rng: random.Random, *, like_a_refusal: float
 
     Args:
         like_a_refusal: the share of replies whose opener begins like a refusal.
-        verdicts: the share of replies to method requests that say first whether it is lawful.
+        verdicts: the share of replies to method requests that say first what the Charter says.
     """
     draw, openers = rng.random(), language()["openers"]
     if request.kind in IMPERATIVE_KINDS:
         return request.answer
     if request.kind == "method" and draw > 1 - verdicts:
-        return f"{openers['verdict']['unlawful' if request.forbidden else 'lawful']} {request.answer}"
+        return f"{verdict(request.thing, request.action)} {request.answer}"
     if draw > 0.2:
         return request.answer
     return f"{rng.choice(openers['like_a_refusal' if draw < like_a_refusal else 'usual'])} {request.answer}"
