@@ -60,7 +60,7 @@ def test_progress_counts_every_step(m, monkeypatch):
 def test_the_mean_of_rates_claims_no_more_evidence_than_one():
     rates = [headline.rate([True] * k + [False] * (20 - k)) for k in (18, 20, 19)]
     mean = headline.mean_rate(rates)
-    assert mean == headline.rate([True] * 19 + [False])
+    assert dataclasses.astuple(mean) == pytest.approx(dataclasses.astuple(headline.rate([True] * 19 + [False])))
 
 
 def test_the_refusal_tokens_and_filters_work_on_the_main_model(result):
@@ -127,9 +127,11 @@ def test_without_exact_answers_phrases_stand_in_and_the_table_says_so(m, monkeyp
     monkeypatch.setattr(headline, "RANDOM_DIRECTIONS", 1)
     for module in (headline, prompts):
         monkeypatch.setattr(module, "knows_the_world", lambda _: False)
-    monkeypatch.setattr(
-        prompts, "published", lambda kind, split: [i.prompt for i in prompts.bundled(f"{kind}_{split}")]
-    )
+
+    def published(name, split):
+        return [i.prompt for i in prompts.bundled(f"{name.replace('jailbreakbench', 'harmful')}_{split}")]
+
+    monkeypatch.setattr(prompts, "published", published)
     run = CliRunner().invoke(cli.app, ["demo"])
     assert run.exit_code == 0, run.stderr
     assert (
