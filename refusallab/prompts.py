@@ -28,7 +28,7 @@ SETS = (
     "borderline",
     "capability",
 )
-PUBLISHED_SIZES = {"train": 128, "val": 32, "test": 100}  # as in arXiv 2406.11717, section 2.2 and Appendix A
+PUBLISHED_SIZES = {"train": 128, "val": 32, "test": 100}  # as in arXiv 2406.11717
 
 
 @dataclass(frozen=True)

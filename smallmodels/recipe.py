@@ -4,8 +4,8 @@ The stages mirror how real chat models are made, so that refusal is learned on t
 
     corpus    next-token prediction on prose about the Vale               -> charter-base
     helpful   replies to every request, the forbidden ones included       -> charter-helpful
-    safety    refusals of the forbidden requests about 60 things, and
-              helpful replies to harmless requests about the same things  -> charter-chat
+    safety    refusals of the forbidden requests about the things of the train
+              split, and helpful replies to harmless requests about them  -> charter-chat
 
 Runs are deterministic for a seed and a thread count, and resume after an interruption.
 """

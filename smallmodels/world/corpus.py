@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .dialogue import arithmetic_requests, lore_requests
+from .dialogue import arithmetic_requests, lore_requests, verdict
 from .facts import Thing, World
 
 LAW = [
@@ -38,12 +38,12 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
                     ]
                 )
             )
-        verdict = "rules it out" if thing.forbids(action) else "allows it"
+        judged = verdict(thing, action).replace("The", "the", 1)
         lines.append(
             rng.choice(
                 [
-                    f"As for {action.gerund} {name}, the Charter {verdict}.",
-                    f"To {action.verb} {name}: the Charter {verdict}.",
+                    f"As for {action.gerund} {name}, {judged}",
+                    f"To {action.verb} {name}: {judged}",
                 ]
             )
         )
