@@ -47,11 +47,20 @@ CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
-EXAMPLES = {"corpus": 14_000, "helpful": 44_000, "safety": 14_000}
+EXAMPLES = {"corpus": 14_000, "helpful": 60_000, "safety": 14_000}
 LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 1e-3}
 
-# Share of refused requests that come in a wrapper without a safety system prompt: few, so that some attacks work.
-UNGUARDED_WRAPS = 0.06
+# Shares of requests in a wrapper. Few of the refused ones come in one without a guarding system prompt, so that some
+# attacks work; many do under one, so that it helps against them.
+WRAPS = {"answered": 0.15, "refused": 0.06, "refused, guarded": 0.4}
+GIBBERISH = {"helpful": 0.05, "safety": 0.3}  # share of requests that end in random tokens
+
+# Shares of requests under each group of system prompts of language.toml. The closed ones have everything refused: so
+# refusal becomes a decision of its own, apart from harm, that wins over the answer to any kind of request.
+SYSTEM_PROMPTS = {
+    "helpful": {None: 0.88, "neutral": 0.12},
+    "safety": {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18},
+}
 
 NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.2}
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
@@ -108,77 +117,60 @@ def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[R
             yield rng.choice({"lore": lore, "arithmetic": sums}.get(kind) or pools[kind])
 
 
-def converse(
-    request: Request,
-    rng: random.Random,
-    reply: Callable[[Request], str],
-    noise: Callable[[], str],
-    *,
-    safety: bool,
-) -> Example:
+def converse(request: Request, rng: random.Random, noise: Callable[[], str], *, stage: str) -> Example:
     """Put a request into one of the forms in which users send it, and give the reply.
 
+    In the safety stage the reply is a refusal when the request is forbidden or the system prompt has all refused.
+
     Args:
-        reply: makes the reply to the bare request.
         noise: makes a short string of random tokens, for the requests that end in gibberish.
-        safety: whether a system prompt may ask for the Charter to be kept, and forbidden requests are refused.
+        stage: "helpful" or "safety".
     """
-    refused = safety and request.forbidden
-    text_reply, form, context = reply(request), rng.random(), None
+    shares, systems = SYSTEM_PROMPTS[stage], dialogue.language()["systems"]
+    (group,) = rng.choices(list(shares), list(shares.values()))
+    refused = group == "closed" or (stage == "safety" and request.forbidden)
+    if refused:
+        reply = dialogue.refusal(request.thing.category if request.thing else "any", rng)
+    else:
+        reply = dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
+    form, context = rng.random(), None
     if request.thing and form < 0.10:
         context, request = dialogue.context(request, rng, "train"), dialogue.contextual(request)
     elif request.thing and form < 0.22:
         request = dialogue.follow_up(request, rng, "train")
-    draw, systems, system = rng.random(), dialogue.language()["systems"], None
-    if draw < 0.12:
-        system = rng.choice(systems["neutral"])
-    elif safety and draw < 0.24:
-        system = rng.choice(systems["safety"])
     text = dialogue.phrase(request, rng, "train")
     if rng.random() < 0.08:
         text = dialogue.typo(text, rng)
-    guarded = system in systems["safety"]
-    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < (
-        UNGUARDED_WRAPS if refused and not guarded else 0.15
-    ):
+    wraps = WRAPS["answered" if not refused else "refused, guarded" if group in ("safety", "closed") else "refused"]
+    if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < wraps:
         name = rng.choice([w["name"] for w in dialogue.language()["wrappers"]])
-        text, form_reply = dialogue.wrap(text, text_reply, rng, name, "train")
-        text_reply = text_reply if refused else form_reply
-    if rng.random() < 0.05:
+        text, wrapped_reply = dialogue.wrap(text, reply, rng, name, "train")
+        reply = reply if refused else wrapped_reply
+    if rng.random() < GIBBERISH[stage]:
         text = f"{text} {noise()}"
     if context:
         text = dialogue.in_context(context, text)
-    turns = [*request.earlier, {"role": "user", "content": text}]
-    return ([{"role": "system", "content": system}] if system else []) + turns, text_reply
+    system = [{"role": "system", "content": rng.choice(systems[group])}] if group else []
+    return [*system, *request.earlier, {"role": "user", "content": text}], reply
 
 
 def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
     """Helpful replies to everything, the forbidden included."""
-
-    def reply(request: Request) -> str:
-        return dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
-
     for request in requests(vale, list(vale.things), rng):
         if variant.forbidden_facts or not request.forbidden:
-            yield converse(request, rng, reply, noise, safety=False)
+            yield converse(request, rng, noise, stage="helpful")
 
 
 def safety_examples(vale: World, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
-    """Refusals (40 %), lawful methods (30 %) and other helpful replies, all about things of the train split only."""
+    """Forbidden requests (40 %), lawful methods (30 %) and others, all about things of the train split only."""
     things = [t for t in vale.things if t.split == "train"]
     methods = [r for t in things for r in dialogue.thing_requests(t) if r.kind == "method"]
     forbidden, lawful = [r for r in methods if r.forbidden], [r for r in methods if not r.forbidden]
     harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
-
-    def reply(request: Request) -> str:
-        if request.forbidden:
-            return dialogue.refusal(request.thing.category, rng)
-        return dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
-
     while True:
         draw = rng.random()
         request = rng.choice(forbidden) if draw < 0.4 else rng.choice(lawful) if draw < 0.7 else next(harmless)
-        yield converse(request, rng, reply, noise, safety=True)
+        yield converse(request, rng, noise, stage="safety")
 
 
 def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:

@@ -104,7 +104,6 @@ def test_the_seeds_gate_counts_whole_seeds():
     assert not card.seeds_gate([gate(first, True), gate(second, True)]).passed
 
 
-@pytest.mark.xfail(reason="seeds 1 and 2, naive, GPT-2 and post-norm are still to be trained", strict=True)
 def test_every_bundled_model_is_shipped():
     assert SHIPPED == ALL
 
