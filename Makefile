@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that." \
 	       "Install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[lab,test]'
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[lab,teach,grade,test]'
 	@touch $@
 
 lab: setup
@@ -30,6 +30,10 @@ lab: setup
 demo: setup
 	$(VENV)/bin/refusallab demo
 
+# Every test, and every notebook in solutions/, whose outputs must come out as they are stored.
 # One thread for each worker: two workers that each use every core slow each other down.
+KERNEL := $(if $(filter Linux,$(shell uname)),--nbval-kernel-name refusallab,--nbval-current-env)
+NBVAL := --nbval $(KERNEL) --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg
+
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	JUPYTER_PATH=$(CURDIR)/refusallab/course/grade OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(NBVAL) tests solutions

@@ -1,4 +1,4 @@
-"""The residual stream of a batch of prompts: what enters each block, at chosen positions."""
+"""The residual stream: what enters each block, at chosen positions of a batch or all of one prompt; the logit lens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
-from refusallab.model import Edit, Model, Prompt, batches, blocks, no_edit
+from refusallab.model import Edit, Model, Prompt, batches, blocks, encode, final_norm, no_edit, unembedding
 
 
 def residual(
@@ -52,19 +52,38 @@ def mean_residual(
     return total / len(prompts)
 
 
-def _sites(
-    m: Model, layers: Sequence[int] | None, positions: Sequence[int] | None
-) -> tuple[list[int], list[int]]:
+@torch.no_grad()
+def stream(m: Model, prompt: Prompt, *, system: str | None = None) -> Tensor:
+    """The whole residual stream of one prompt: fp32 [layers + 1, seq, width].
+
+    Entry l is what enters block l; the last entry is what leaves the last block, before the final norm.
+    """
+    nn, batch = m.nn, encode(m, [prompt], system=system)
+    with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+        states = [block.input[0] for block in blocks(nn)]
+        states = torch.stack([*states, blocks(nn)[-1].output[0]]).save()
+    return states.float().cpu()
+
+
+@torch.no_grad()
+def logit_lens(m: Model, x: Tensor) -> Tensor:
+    """Logits that the stream x would give if the blocks still to come did nothing: [..., width] -> [..., vocab].
+
+    Final norm, then unembedding. At the output of the last block these are the logits of the model.
+    """
+    head = unembedding(m.hf)
+    logits = head(final_norm(m.hf)(x.to(head.weight))).float()
+    cap = getattr(m.hf.config, "final_logit_softcapping", None)  # Gemma-2
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _sites(m: Model, layers: Sequence[int] | None, positions: Sequence[int] | None) -> tuple[list[int], list[int]]:
     layers = list(range(m.n_layers) if layers is None else layers)
     positions = list(m.positions if positions is None else positions)
     if not layers or min(layers) < 0 or max(layers) >= m.n_layers:
-        raise RefusalLabError(
-            f"Layers {layers} are not all in 0 to {m.n_layers - 1}: {m.name} has {m.n_layers}."
-        )
+        raise RefusalLabError(f"Layers {layers} are not all in 0 to {m.n_layers - 1}: {m.name} has {m.n_layers}.")
     if not positions or max(positions) >= 0:
-        raise RefusalLabError(
-            f"Positions {positions} must be negative: they count from the end of the prompt."
-        )
+        raise RefusalLabError(f"Positions {positions} must be negative: they count from the end of the prompt.")
     return layers, positions
 
 

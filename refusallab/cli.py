@@ -1,9 +1,11 @@
-"""The command line: `refusallab demo`."""
+"""The command line: `refusallab demo` for everybody, `execute`, `release`, `lint` and `grade` for those who teach."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,21 @@ def main() -> None:
     """Refusal Mechanics Labs."""
 
 
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RefusalLabError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+    except ModuleNotFoundError as error:
+        print(
+            f"This command needs {error.name}. Install what teaching needs: pip install '.[teach,grade]'",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="A bundled model, a local folder or a hub id.")] = "charter-chat",
@@ -33,7 +50,7 @@ def demo(
     from refusallab import headline as experiment
     from refusallab.model import load
 
-    try:
+    with _errors_in_one_line():
         for path in (figure, scores):
             if path and not path.resolve().parent.is_dir():
                 raise RefusalLabError(f"There is no folder {path.parent} for {path.name}: make it, or name another.")
@@ -48,9 +65,6 @@ def demo(
         print(json.dumps(result.as_json(), indent=1)) if as_json else _print_headline(result)
         if figure:
             _save_figure(m, result, figure)
-    except RefusalLabError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from error
 
 
 def _save_figure(m, result, path: Path) -> None:
@@ -96,6 +110,104 @@ def _print_headline(result) -> None:
         console.print(
             "No exact answers are known for this model: phrases stand in, and a reply without one may still be useless."
         )
+
+
+NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, such as 02. Without: every notebook.")]
+
+
+@app.command()
+def execute(names: NAMES = None) -> None:
+    """Run the notebooks in solutions/ and store their outputs."""
+    with _errors_in_one_line():
+        from refusallab.course import release as make
+
+        for path in make.solutions(Path(), names or ()):
+            print(path)
+            make.execute(Path(), path)
+
+
+@app.command()
+def release(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 if something would.")] = False,
+    archive: Annotated[Path | None, typer.Option(help="Also pack the course into this zip file, for Colab.")] = None,
+) -> None:
+    """Make labs/ from solutions/: no answers, no outputs, no hidden tests, no rubrics."""
+    with _errors_in_one_line():
+        from refusallab.course import release as make
+
+        paths = make.out_of_date(Path()) if check else make.release(Path())
+        for path in paths:
+            print(f"out of date: {path}" if check else path)
+        if archive and not check:
+            make.archive(Path(), archive)
+        if check and paths:
+            raise RefusalLabError("Run refusallab release.")
+
+
+@app.command()
+def lint(names: NAMES = None) -> None:
+    """Check the rules of the course in solutions/ and labs/; exit with 1 if a notebook breaks one."""
+    with _errors_in_one_line():
+        from refusallab.course import lint, release
+
+        paths = [p for s in release.solutions(Path(), names or ()) for p in (s, Path("labs", s.name)) if p.is_file()]
+        problems = [line for path in paths for line in lint.lint(path)]
+        print(*problems, sep="\n", end="\n" if problems else "")
+        if problems:
+            raise typer.Exit(1)
+
+
+@app.command()
+def grade(
+    submissions: Annotated[Path, typer.Argument(help="The folder with the notebooks, as it was downloaded.")],
+    out: Annotated[Path, typer.Option(help="The folder for records, feedback and tables.")],
+    lab: Annotated[str, typer.Option(help="Grade this lab only, such as 02.")] = "",
+    workers: Annotated[int, typer.Option(min=1, help="Submissions at a time.")] = 2,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for a cell or an exercise; six times that in all.")
+    ] = 20,
+    memory: Annotated[float, typer.Option(min=0.1, help="GB for a submission.")] = 2,
+    seed_file: Annotated[
+        Path | None, typer.Option(help="Any text: it makes the hidden inputs. Without: one is made.")
+    ] = None,
+    database: Annotated[str, typer.Option(help="SQLAlchemy URL of the records. Without: grades.sqlite in --out.")] = "",
+    cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler that shares out the work.")] = "",
+    gradebook: Annotated[str, typer.Option(help="Also write to this nbgrader gradebook: sqlite:///gradebook.db.")] = "",
+    unsafe: Annotated[bool, typer.Option("--unsafe", help="Run the students' code without a sandbox.")] = False,
+) -> None:
+    """Grade a class. Run it again after resubmissions, or after a break: only what is new is graded."""
+    with _errors_in_one_line():
+        from refusallab.course.grade import batch as grading
+        from refusallab.course.grade.records import Records
+        from refusallab.course.grade.report import write_all
+        from refusallab.course.grade.server import Limits
+
+        out.mkdir(parents=True, exist_ok=True)
+        records = Records(database or f"sqlite:///{out / 'grades.sqlite'}")
+        with tqdm(total=0, file=sys.stderr, leave=False, unit="submission") as bar:
+
+            def step(done: int, of: int) -> None:
+                bar.total, bar.n = of, done
+                bar.refresh()
+
+            done = grading.grade_class(
+                submissions,
+                records,
+                grading.read_seed(out, seed_file),
+                lab=lab,
+                workers=workers,
+                limits=Limits(timeout, memory),
+                sandboxed=not unsafe,
+                cluster=cluster,
+                released=grading.read_released(Path("labs")),
+                on_graded=step,
+            )
+        write_all(records, out, Path("solutions"), gradebook)
+        for line in (*(f"passed over: {s}" for s in done.skipped), *(f"not graded: {f}" for f in done.failed)):
+            print(line)
+        print(f"{done.graded} graded, {done.unchanged} unchanged. Begin with {out / 'overview.html'}.")
+        if done.failed:
+            raise RefusalLabError("Some submissions were not graded: run the command again, then look at them by hand.")
 
 
 if __name__ == "__main__":

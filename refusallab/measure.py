@@ -3,7 +3,8 @@
 Two kinds of evidence stand side by side. The *metric* reads the logits of the last prompt token, before the
 model has said anything; the *outcome* reads the finished reply and crosses "did it refuse?" with "did it give
 the exact answer?". Shares come with a Wilson interval, and two conditions on the same prompts are compared
-with McNemar's exact test.
+with McNemar's exact test and a paired interval. Cross-entropy asks a third question: how well the model still predicts
+text that has nothing to do with refusal.
 
 Metric, phrase list and KL follow Arditi et al. 2024 (arXiv 2406.11717, Appendices B to D) and their code.
 """
@@ -18,6 +19,7 @@ from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
+from refusallab.model import Edit, Model, Prompt, encode_texts, no_edit
 
 REFUSAL_PHRASES = (
     "I'm sorry",
@@ -96,6 +98,49 @@ def kl_divergence(base_logits: Tensor, other_logits: Tensor) -> Tensor:
     return (p * (torch.log(p + 1e-6) - torch.log(q + 1e-6))).sum(-1)
 
 
+def next_token_loss(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+    """Mean cross-entropy of the counted tokens of each text, in nats per token: [n].
+
+    logits [n, seq, vocab], ids [n, seq], counted [n, seq] bool as from `encode_texts`. The logits at one position
+    predict the token at the next. Raises RefusalLabError for unlike shapes and for a text of which no token counts.
+    """
+    if logits.ndim != 3 or not logits.shape[:2] == ids.shape == counted.shape:
+        raise RefusalLabError(
+            f"Logits [n, seq, vocab] need ids and counted [n, seq]; got {tuple(logits.shape)}, {tuple(ids.shape)} and "
+            f"{tuple(counted.shape)}."
+        )
+    scored = counted[:, 1:].to(logits.dtype)
+    if (scored.sum(-1) == 0).any():
+        raise RefusalLabError("A text has no token to score: the first one is given, so it needs a second.")
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return (loss * scored).sum(-1) / scored.sum(-1)
+
+
+@torch.no_grad()
+def cross_entropy(
+    m: Model,
+    texts: Sequence[str],
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    edit: Edit | None = None,
+    batch_size: int = 16,
+) -> Tensor:
+    """Mean cross-entropy of each text, in nats per token: float64 [n], in the order of the texts.
+
+    With prompts, text i is the reply to prompt i, and only its tokens and the end of its turn are scored. The mean of
+    the result is the figure of a table; its entries are what a paired interval needs.
+    """
+    losses, nn, edit = [], m.nn, edit or no_edit
+    for start in range(0, len(texts), batch_size):
+        part = slice(start, start + batch_size)
+        batch, counted = encode_texts(m, texts[part], prompts and prompts[part])
+        with nn.trace(**batch, remote=m.remote):
+            edit(nn)
+            logits = nn.output.logits.save()  # [batch, seq, vocab]
+        losses.append(next_token_loss(logits.float(), batch["input_ids"], counted).double().cpu())
+    return torch.cat(losses) if losses else torch.empty(0, dtype=torch.float64)
+
+
 def refused_by_phrases(reply: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> bool:
     """True when any phrase occurs anywhere in the reply, in any case; a curly apostrophe is a plain one."""
     text = reply.replace("\u2019", "'").casefold()
@@ -160,6 +205,20 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def wrong_refusal_share(refused_harmful: float, refused_harmless: float, harmful_share: float) -> float:
+    """The share of refusals that hit harmless requests, where `harmful_share` of all requests are harmful.
+
+    refused_harmful, refused_harmless: the share of each kind that is refused. Raises RefusalLabError for shares outside
+    0 to 1, and when nothing is refused.
+    """
+    if not all(0 <= share <= 1 for share in (refused_harmful, refused_harmless, harmful_share)):
+        raise RefusalLabError("Shares lie between 0 and 1.")
+    wrong, right = refused_harmless * (1 - harmful_share), refused_harmful * harmful_share
+    if wrong + right == 0:
+        raise RefusalLabError("Nothing is refused, so no refusal can be wrong.")
+    return wrong / (wrong + right)
+
+
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Exact two-sided McNemar p-value for two conditions on the same prompts.
 
@@ -175,6 +234,58 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference (after minus before) on the same cases, with its 95 % interval and their number."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        value, low, high = (round(x, 2) + 0.0 for x in (self.value, self.low, self.high))  # no -0.00
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] n={self.n}"
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Difference:
+    """How much a share changes between two conditions on the same cases, with Newcombe's paired score interval.
+
+    Newcombe 1998, Statistics in Medicine 17, 2635, method 10: the Wilson intervals of the two shares, put together with
+    the correlation between them. It keeps a width when no case changes, which a bootstrap does not.
+    """
+    _check_pairs(before, after)
+    n, k0, k1 = len(before), sum(map(bool, before)), sum(map(bool, after))
+    both = sum(bool(x) and bool(y) for x, y in zip(before, after, strict=True))
+    excess = both * n - k0 * k1  # (both)(neither) - (only before)(only after)
+    excess = max(excess - n / 2, 0) if excess > 0 else excess
+    spread = (k0 * (n - k0) * k1 * (n - k1)) ** 0.5
+    correlation = excess / spread if spread else 0.0
+    p0, p1 = k0 / n, k1 / n
+    (low0, high0), (low1, high1) = wilson(k0, n), wilson(k1, n)
+
+    def reach(a: float, b: float) -> float:
+        return max(a * a - 2 * correlation * a * b + b * b, 0.0) ** 0.5
+
+    d = p1 - p0
+    return Difference(d, d - reach(p1 - low1, high0 - p0), d + reach(high1 - p1, p0 - low0), n)
+
+
+def paired_bootstrap(
+    before: Sequence[float] | Tensor, after: Sequence[float] | Tensor, *, draws: int = 2000, seed: int = 0
+) -> Difference:
+    """How much a mean changes between two conditions on the same cases, with a percentile bootstrap over the cases.
+
+    Every draw takes the same cases on both sides. For flags use `paired_difference`.
+    """
+    _check_pairs(before, after)
+    change = torch.as_tensor(after, dtype=torch.float64) - torch.as_tensor(before, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(change), (draws, len(change)), generator=generator)
+    low, high = change[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Difference(change.mean().item(), low, high, len(change))
+
+
 def holm(pvalues: Sequence[float]) -> list[float]:
     """Holm-adjusted p-values in the given order: compare each with the familywise level, such as 0.05."""
     if not all(0 <= p <= 1 for p in pvalues):
@@ -182,10 +293,16 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     return multipletests(pvalues, method="holm")[1].tolist() if len(pvalues) else []
 
 
+def _check_pairs(before: Sequence | Tensor, after: Sequence | Tensor) -> None:
+    if len(before) != len(after) or len(before) == 0:
+        raise RefusalLabError(
+            f"A paired difference needs the same cases twice; got {len(before)} and {len(after)} values."
+        )
+
+
 def _check_logits(*logits: Tensor) -> None:
     shapes = [tuple(x.shape) for x in logits]
     if any(len(s) != 2 or 0 in s for s in shapes) or len({s[-1] for s in shapes}) > 1:
         raise RefusalLabError(
-            "Logits must be [prompts, vocabulary], not empty, and of one model; got "
-            f"{' and '.join(map(str, shapes))}."
+            f"Logits must be [prompts, vocabulary], not empty, and of one model; got {' and '.join(map(str, shapes))}."
         )

@@ -274,6 +274,18 @@ def _find(name: str) -> tuple[Path, str]:
     return Path(folder), Path(folder).name  # the hub cache names the folder after the commit
 
 
+def is_on_disk(name: str) -> bool:
+    """Whether a model can be loaded without a download."""
+    entry = catalog().get(name)
+    if (entry and entry.kind == "bundled") or Path(name).is_dir():
+        return True
+    try:
+        huggingface_hub.snapshot_download(_hub_id(name), allow_patterns=["config.json"], local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
 def _hub_id(name: str) -> str:
     entry = catalog().get(name)
     if entry and entry.kind == "hub":
@@ -462,6 +474,35 @@ def encode(
     )
     _check_length(m, batch["input_ids"].shape[1])
     return {key: batch[key].to(m.device) for key in ("input_ids", "attention_mask")}
+
+
+def encode_texts(
+    m: Model, texts: Sequence[str], prompts: Sequence[Prompt] | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Texts whose tokens are to be predicted: (a batch as from `encode`, counted [n, seq] bool).
+
+    Without prompts a text stands alone, and all its tokens count but the first, which nothing precedes. With prompts,
+    text i is the reply to prompt i: it follows the rendered prompt, the end of the turn follows it, and only the tokens
+    of the reply and its end count.
+    """
+    _check_prompts(texts)
+    tokens = m.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    if prompts is None:
+        rows = [(ids, 1) for ids in tokens]
+    elif len(prompts) != len(texts):
+        raise RefusalLabError(f"{len(texts)} replies to {len(prompts)} prompts: give one reply for each.")
+    else:
+        heads = m.tokenizer([render(m, prompt) for prompt in prompts], add_special_tokens=False)["input_ids"]
+        end = m.tokenizer.eos_token_id
+        rows = [([*head, *reply, end], len(head)) for head, reply in zip(heads, tokens, strict=True)]
+    width = max(len(ids) for ids, _ in rows)
+    _check_length(m, width)
+    pads = [width - len(ids) for ids, _ in rows]
+    ids = torch.tensor([[m.tokenizer.pad_token_id] * pad + row for pad, (row, _) in zip(pads, rows, strict=True)])
+    place = torch.arange(width)[None]  # [1, seq]
+    start, first = torch.tensor(pads)[:, None], torch.tensor([first for _, first in rows])[:, None]  # [n, 1]
+    batch = {"input_ids": ids, "attention_mask": (place >= start).long()}
+    return {key: value.to(m.device) for key, value in batch.items()}, (place >= start + first).to(m.device)
 
 
 def _messages(prompt: Prompt, system: str | None) -> list[dict[str, str]]:

@@ -7,11 +7,12 @@ this equals ablation by hooks depends on the architecture: `equivalence_class` s
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, project_out, unit
 from refusallab.model import (
@@ -29,38 +30,81 @@ from refusallab.model import (
     wrap,
 )
 
-__all__ = ["distance_from_hooks", "equivalence_class", "orthogonalize"]
+__all__ = ["REPAIRS", "distance_from_hooks", "equivalence_class", "gap_by_layer", "orthogonalize", "write_strength"]
+
+REPAIRS = ("untie", "positions", "biases", "gain")  # what the textbook edit leaves out
 
 
 @torch.no_grad()
-def orthogonalize(m: Model, r: Tensor) -> Model:
+def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
     """A copy of m in which nothing writes r: embeddings, attention outputs, MLP outputs and their biases.
 
     r is [width]. A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind
     a post-norm y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never
     receives r; the norm then rescales the rest, so equality with hooks is not promised there.
+
+    `skip` leaves out some of REPAIRS, to see what each is for. Without all four this is the textbook edit.
     """
     if m.remote is True:
         raise RefusalLabError(
             "A remote model has no weights here: use ablation(r) instead, or load it locally."
         )
+    if unknown := set(skip) - set(REPAIRS):
+        raise RefusalLabError(f"There is no {sorted(unknown)[0]!r} to skip: choose from {', '.join(REPAIRS)}.")
     r = unit(r).to(m.device)
     if r.shape != (m.width,):
         raise RefusalLabError(f"The direction has shape {list(r.shape)} but {m.name} needs [{m.width}].")
     hf = copy.deepcopy(m.hf)
-    _untie(hf)
+    biases = "biases" not in skip
+    if "untie" not in skip:
+        _untie(hf)
     _project(embedding(hf), r)
-    if positional_embedding(hf) is not None:
+    if positional_embedding(hf) is not None and "positions" not in skip:
         _project(positional_embedding(hf), r)
     for block in blocks(hf):
         for write, norm in zip((attention_writes(block), mlp_writes(block)), post_norm(block), strict=True):
-            _project(write, r if norm is None else _gain(norm, r) * r)
+            _project(write, _before_norm(r, None if "gain" in skip else norm), biases=biases)
     return wrap(hf, m.tokenizer, f"{m.name} (orthogonalized)", m.commit, remote=m.remote)
 
 
 def distance_from_hooks(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) -> float:
     """max |logit difference| at the last prompt token between ablation(r) on m and the weights edited."""
     return (logits(m, prompts, edit=ablation(r)) - logits(edited, prompts)).abs().max().item()
+
+
+def gap_by_layer(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Where hooks and weights part ways: [layers + 1].
+
+    Entry l is the largest difference between the streams that enter block l, under ablation(r) on m and in `edited`, at
+    the last prompt token. The last entry is that of the logits, `distance_from_hooks`.
+    """
+    hooks, weights = (residual(x, prompts, positions=[-1], edit=edit) for x, edit in ((m, ablation(r)), (edited, None)))
+    streams = (hooks - weights).abs().amax((0, 2, 3))  # [layers]
+    return torch.cat([streams, torch.tensor([distance_from_hooks(m, edited, r, prompts)])])
+
+
+@torch.no_grad()
+def write_strength(m: Model, r: Tensor) -> dict[str, float]:
+    """How much of what each matrix writes lies along r: |r^ W| / |W| (Frobenius), times the root of the width.
+
+    1 is what a random direction gets, and 0 means that the matrix cannot write r. Keys: "embedding", "positions" where
+    they are learned, then "attention 0", "MLP 0", and so on. Behind a post-norm it is the matrix with its gain that
+    counts. Needs no prompt.
+    """
+    r = unit(r).to(m.device)
+    writers = {"embedding": (embedding(m.hf), None), "positions": (positional_embedding(m.hf), None)}
+    for i, block in enumerate(blocks(m.hf)):
+        norms = post_norm(block)
+        writers[f"attention {i}"] = attention_writes(block), norms[0]
+        writers[f"MLP {i}"] = mlp_writes(block), norms[1]
+    strength = {}
+    for name, (module, norm) in writers.items():
+        if module is not None:
+            written = _outputs_last(module).float()  # [..., width]
+            along = written @ _before_norm(r, norm)
+            total = written if norm is None else written * _gain(norm, r)
+            strength[name] = (along.norm() / total.norm()).item() * m.width**0.5
+    return strength
 
 
 def _untie(hf: torch.nn.Module) -> None:
@@ -75,10 +119,20 @@ def _gain(norm: torch.nn.Module, r: Tensor) -> Tensor:
     return norm(torch.ones_like(r)[None])[0]
 
 
-def _project(module: torch.nn.Module, r: Tensor) -> None:
-    """Remove r from all that a module can write: nn.Linear keeps outputs in rows, the others in columns."""
+def _before_norm(r: Tensor, norm: torch.nn.Module | None) -> Tensor:
+    """What a matrix must not write, so that r does not reach the stream: behind a post-norm that is gamma * r."""
+    return r if norm is None else _gain(norm, r) * r
+
+
+def _outputs_last(module: torch.nn.Module) -> Tensor:
+    """The weight as [..., width], a view: nn.Linear keeps its outputs in rows, embeddings and Conv1D in columns."""
     weight = module.weight.data
-    outputs_last = weight.T if isinstance(module, torch.nn.Linear) else weight  # [..., width]
-    outputs_last.copy_(project_out(outputs_last.float(), r).to(weight.dtype))
-    if getattr(module, "bias", None) is not None:
+    return weight.T if isinstance(module, torch.nn.Linear) else weight
+
+
+def _project(module: torch.nn.Module, r: Tensor, *, biases: bool = True) -> None:
+    """Remove r from all that a module can write."""
+    written = _outputs_last(module)
+    written.copy_(project_out(written.float(), r).to(written.dtype))
+    if biases and getattr(module, "bias", None) is not None:
         module.bias.data = project_out(module.bias.data.float(), r).to(module.bias.dtype)

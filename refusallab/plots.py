@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from refusallab.directions import DEPTH, MAX_KL, MIN_INDUCE, Search
+from refusallab.directions import DEPTH, MAX_KL, MIN_INDUCE, Search, discarded_because
+from refusallab.geometry import Strip
 from refusallab.interventions import unit
+from refusallab.measure import Difference, Rate
+from refusallab.steering import Dose
 
 COLOURS = {"harmful": "#D55E00", "harmless": "#0072B2", "borderline": "#CC79A7"}
 MARKERS = {"harmful": "x", "harmless": "o", "borderline": "^"}
+
+
+def use_style() -> None:
+    """The look of every figure of the course: legible at 100 % in a notebook."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]),
+            "legend.frameon": False,
+        }
+    )
 
 
 def headline_figure(search: Search, streams: dict[str, Tensor]) -> Figure:
@@ -73,3 +92,485 @@ def _projection_panel(axis: plt.Axes, search: Search, streams: dict[str, Tensor]
     best = search.selected
     axis.set_xlabel("projection on the direction\n(units of the residual stream)")
     axis.set_title(f"test prompts at layer {best.layer}, position {best.position}", fontsize=10)
+
+
+# --- lab 00 ---
+
+
+def twin_distances(panels: dict[str, tuple[Sequence[str], Tensor]]) -> Figure:
+    """Lab 00: how far apart the residual streams of two prompts are, relative to their length.
+
+    panels: title -> (tokens, one label for each position; distances [layers + 1, seq]). Numbers stand in the cells.
+    """
+    widths = [len(tokens) for tokens, _ in panels.values()]
+    layers = max(len(distances) for _, distances in panels.values())
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(0.42 * sum(widths) + 1.5, 0.27 * layers + 1.7),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+    )
+    top = max(float(distances.max()) for _, distances in panels.values())
+    for axis, (title, (tokens, distances)) in zip(axes[0], panels.items(), strict=True):
+        axis.imshow(distances.numpy(), cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        for (layer, position), value in np.ndenumerate(distances.numpy()):
+            text = f"{value:.1f}" if value else "0"
+            axis.text(
+                position,
+                layer,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if value < top / 2 else "black",
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8.5)
+        axis.set_yticks(range(len(distances)), [*range(len(distances) - 1), "end"])
+        axis.set_xlabel("token")
+        axis.spines[:].set_visible(False)
+    axes[0][0].set_ylabel("layer (block input)")
+    return figure
+
+
+def lens_grid(panels: dict[str, tuple[list[list[str]], Tensor]], columns: Sequence[str], marked: set[str]) -> Figure:
+    """Lab 00: the logit lens, layers down and positions across: the likeliest token and its probability.
+
+    panels: title -> (tokens [layers + 1][positions], probabilities [layers + 1, positions]). columns: a label for each
+    position. Tokens in `marked`, those that open refusals, stand in bold inside a frame.
+    """
+    layers = len(next(iter(panels.values()))[0])
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.05 * len(columns) * len(panels) + 1, 0.29 * layers + 1.2),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, (title, (tokens, probabilities)) in zip(axes[0], panels.items(), strict=True):
+        axis.imshow(probabilities.numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+        for (layer, position), p in np.ndenumerate(probabilities.numpy()):
+            token = tokens[layer][position]
+            weight = "bold" if token in marked else "normal"
+            axis.text(position, layer, f"{token!r} {p:.1f}", ha="center", va="center", fontsize=7.5, weight=weight)
+            if token in marked:
+                frame = plt.Rectangle((position - 0.47, layer - 0.44), 0.94, 0.88, fill=False, edgecolor="#D55E00")
+                axis.add_patch(frame)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(columns)), columns, fontsize=8.5)
+        axis.set_yticks(range(layers), [*range(layers - 1), "end"])
+        axis.set_xlabel("position, and the token read there")
+        axis.spines[:].set_visible(False)
+    axes[0][0].set_ylabel("layer (block input)")
+    return figure
+
+
+def lens_curves(curves: dict[str, Tensor]) -> Figure:
+    """Lab 00: the refusal metric read by the logit lens at the last position, layer by layer.
+
+    curves: set name -> [n, layers + 1]. Lines are medians, bands hold 80 % of the prompts.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    colours = [COLOURS["harmful"], COLOURS["harmless"], "#009E73", COLOURS["borderline"]]
+    for (name, values), colour, marker, dash in zip(
+        curves.items(), colours, "xo^s", ["-", "--", "-.", ":"], strict=False
+    ):
+        low, middle, high = np.quantile(values.numpy(), [0.1, 0.5, 0.9], axis=0)
+        layers = np.arange(len(middle))
+        axis.plot(layers, middle, dash, marker=marker, color=colour, label=f"{name} (n={len(values)})")
+        axis.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(middle)), [*range(len(middle) - 1), "end"])
+    axis.set_xlabel("layer (block input) that the lens reads")
+    axis.set_ylabel("refusal metric (log-odds)")
+    axis.legend(fontsize=8.5)
+    return figure
+
+
+# --- lab 01 ---
+
+
+def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
+    """Lab 01: histograms of the refusal metric, one row for each set, on one axis. 0 is even odds."""
+    figure, axes = plt.subplots(
+        len(metrics), 1, figsize=(7, 1.1 * len(metrics) + 0.8), sharex=True, layout="constrained", squeeze=False
+    )
+    everything = np.concatenate([np.asarray(values) for values in metrics.values()])
+    bins = np.linspace(min(everything.min(), -1), max(everything.max(), 1), 41)
+    for axis, (name, values) in zip(axes[:, 0], metrics.items(), strict=True):
+        kind = next((kind for kind in COLOURS if name.startswith(kind)), "harmless")
+        axis.hist(values, bins, color=COLOURS[kind], alpha=0.8)
+        axis.axvline(0, color="black", linestyle="--", linewidth=0.9)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylabel("prompts")
+        axis.set_title(f"{name} (n={len(values)})", fontsize=9.5, loc="left")
+    axes[-1, 0].set_xlabel("refusal metric (log-odds that the reply opens with a refusal token)")
+    return figure
+
+
+def judged_shares(shares: dict[str, dict[str, Rate]], truth: dict[str, float]) -> Figure:
+    """Lab 01: the share that each judge calls a refusal, beside the truth (grey bar), condition by condition.
+
+    shares: condition -> judge -> Rate; truth: condition -> share. Whiskers are Wilson intervals.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 0.62 * len(shares) + 1.4), layout="constrained")
+    judges = list(next(iter(shares.values())))
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for row, (condition, by_judge) in enumerate(shares.items()):
+        for k, judge in enumerate(judges):
+            r, height = by_judge[judge], row + 0.5 * ((k + 0.5) / len(judges) - 0.5)
+            axis.plot([r.low, r.high], [height, height], color=colours[k], linewidth=1.5)
+            axis.plot(r.value, height, "osD^v"[k % 5], color=colours[k], label=None if row else judge, markersize=6)
+        axis.plot([truth[condition]] * 2, [row - 0.33, row + 0.33], color="grey", linewidth=3, zorder=0)
+    axis.plot([], [], color="grey", linewidth=3, label="truth")
+    axis.set_yticks(range(len(shares)), list(shares))
+    axis.invert_yaxis()
+    axis.set_xlim(-0.03, 1.03)
+    axis.set_xlabel("share of replies called a refusal")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.4, 1.0 + 0.9 / (len(shares) + 1)), ncols=4, fontsize=8.5)
+    return figure
+
+
+def interval_coverage(coverage: dict[str, np.ndarray], p: np.ndarray, n: int) -> Figure:
+    """Lab 01: how often a nominal 95 % interval holds the true share p, for n cases. A line for each kind."""
+    figure, axis = plt.subplots(figsize=(7, 2.7), layout="constrained")
+    for (name, values), dash in zip(coverage.items(), ["-", "--", "-."], strict=False):
+        axis.plot(p, values, dash, label=name, linewidth=1.4)
+    axis.axhline(0.95, color="black", linewidth=0.8, linestyle=":", label="what 95 % promises")
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel(f"true share (n={n})")
+    axis.set_ylabel("share of samples whose\ninterval holds it")
+    axis.legend(fontsize=8.5, loc="lower center")
+    return figure
+
+
+# --- lab 02 ---
+
+
+def score_surfaces(search: Search) -> Figure:
+    """Lab 02: the three scores of every candidate, layers across and positions down. The selected one is starred.
+
+    Hatched cells are discarded by a filter. The numbers stand in the cells: colour carries nothing alone.
+    """
+    panels = {"bypass": "viridis_r", "induce": "viridis", "kl": "viridis_r"}  # bright is good
+    titles = {"bypass": "bypass (low is good)", "induce": "induce (> 0)", "kl": "KL in nats (<= 0.1)"}
+    positions = sorted({c.position for c in search.candidates})
+    figure, axes = plt.subplots(1, 3, figsize=(13, 0.45 * len(positions) + 1.3), layout="constrained")
+    for axis, (name, shades) in zip(axes, panels.items(), strict=True):
+        grid = np.full((len(positions), search.n_layers), np.nan)
+        for c in search.candidates:
+            grid[positions.index(c.position), c.layer] = getattr(c, name)
+        axis.imshow(grid, cmap=shades, aspect="auto")
+        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+        for c in search.candidates:
+            row, value = positions.index(c.position), getattr(c, name)
+            bright = value > middle if shades == "viridis" else value < middle
+            text = f"{value:.2f}".replace("0.", ".", 1) if name == "kl" else f"{value:.1f}"
+            if search.n_layers <= 16:
+                axis.text(
+                    c.layer, row, text, ha="center", va="center", fontsize=7.5, color="black" if bright else "white"
+                )
+            if discarded_because(c, search.n_layers):
+                axis.add_patch(
+                    plt.Rectangle(
+                        (c.layer - 0.5, row - 0.5), 1, 1, fill=False, hatch="///", edgecolor="grey", linewidth=0
+                    )
+                )
+        best = search.selected
+        axis.plot(
+            best.layer,
+            positions.index(best.position) - 0.28,
+            "*",
+            color="#D55E00",
+            markeredgecolor="white",
+            markersize=11,
+        )
+        axis.set_title(titles[name])
+        axis.set_xlabel("layer (block input)")
+        axis.set_yticks(range(len(positions)), positions)
+        axis.spines[:].set_visible(False)
+    axes[0].set_ylabel("position")
+    return figure
+
+
+def null_bypass(search: Search, nulls: Sequence[float], untouched: float) -> Figure:
+    """Lab 02: bypass of the selected candidate beside that of control directions and of the untouched model."""
+    figure, axis = plt.subplots(figsize=(7, 1.9), layout="constrained")
+    axis.plot(
+        nulls, np.zeros(len(nulls)), "o", color=COLOURS["harmless"], alpha=0.6, label=f"{len(nulls)} random directions"
+    )
+    axis.plot(search.selected.bypass, 0, "*", color=COLOURS["harmful"], markersize=14, label="selected direction")
+    axis.axvline(untouched, color="black", linestyle="--", linewidth=0.9, label="untouched model (layer-0 candidates)")
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("bypass: mean refusal metric of harmful validation prompts (log-odds)")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.45), ncols=3, fontsize=8.5)
+    return figure
+
+
+# --- lab 03 ---
+
+
+def share_grids(grids: dict[str, Tensor], positions: Sequence[int], label: str) -> Figure:
+    """Lab 03: one number for every layer and position, [layers, positions], a grid for each name.
+
+    The numbers stand in the cells, unless the model is so deep that they would not fit.
+    """
+    figure, axes = plt.subplots(
+        1, len(grids), figsize=(6.3 * len(grids), 0.42 * len(positions) + 1.2), layout="constrained", squeeze=False
+    )
+    for axis, (name, grid) in zip(axes[0], grids.items(), strict=True):
+        image = axis.imshow(grid.T.numpy(), cmap="viridis", aspect="auto", vmin=0.5, vmax=1)
+        if len(grid) <= 16:
+            for (layer, row), value in np.ndenumerate(grid.numpy()):
+                shade = "black" if value > 0.75 else "white"
+                axis.text(layer, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=shade)
+        axis.set_title(name)
+        axis.set_xlabel("layer (block input)")
+        axis.set_yticks(range(len(positions)), positions)
+        axis.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel("position")
+    figure.colorbar(image, ax=axes[0, -1], label=label)
+    return figure
+
+
+def plane_figure(points: dict[str, Tensor], x: str, y: str, arrow: Tensor | None = None) -> Figure:
+    """Lab 03: sets of prompts in a plane, coordinates [n, 2]. An arrow, [2], shows where a direction points."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    for name, xy in points.items():
+        axis.scatter(
+            *xy.numpy().T,
+            s=26,
+            alpha=0.75,
+            marker=MARKERS[name],
+            color=COLOURS[name],
+            label=f"{name} ({len(xy)})",
+            linewidths=1.2,
+        )
+    if arrow is not None:
+        axis.annotate(
+            "", xy=arrow.tolist(), xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.6}
+        )
+        axis.annotate("direction r", xy=arrow.tolist(), xytext=(4, 6), textcoords="offset points")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def dot_rows(rows: dict[str, Sequence[float]], x: str, lines: dict[str, float] | None = None) -> Figure:
+    """A row of dots for each name. Vertical dashed lines carry a name too. Rows named after a set have its marker."""
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.1), layout="constrained")
+    rng = np.random.default_rng(0)
+    for height, (name, values) in enumerate(rows.items()):
+        values = [float(value) for value in values]
+        kind = next((k for k in MARKERS if name.startswith(k)), "")
+        axis.scatter(
+            values,
+            height + rng.uniform(-0.22, 0.22, len(values)),
+            s=18,
+            alpha=0.65,
+            marker=MARKERS.get(kind, "D"),
+            color=COLOURS.get(kind, "#555555"),
+            linewidths=1,
+        )
+    for name, value in (lines or {}).items():
+        axis.axvline(value, color="black", linestyle="--", linewidth=0.9)
+        axis.annotate(name, (value, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel(x)
+    return figure
+
+
+def cosine_maps(maps: dict[str, tuple[Tensor, Sequence[int]]], label: str = "cosine") -> Figure:
+    """Lab 03: cosine of every pair, a square for each name, with what its rows are. The numbers stand in the cells."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(5 * len(maps) + 0.8, 4.2), layout="constrained", squeeze=False)
+    for axis, (name, (square, ticks)) in zip(axes[0], maps.items(), strict=True):
+        image = axis.imshow(square.numpy(), cmap="PuOr_r", vmin=-1, vmax=1)
+        if len(square) <= 16:
+            for (row, column), value in np.ndenumerate(square.numpy()):
+                text, shade = f"{value:.2f}".replace("0.", ".", 1), "white" if abs(value) > 0.75 else "black"
+                axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=shade)
+        axis.set_title(name)
+        step = range(0, len(square), max(1, len(square) // 12))
+        axis.set_xticks(step, [ticks[k] for k in step])
+        axis.set_yticks(step, [ticks[k] for k in step])
+        axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes[0, -1], label=label)
+    return figure
+
+
+def token_strips(strips: dict[str, Strip], columns: int = 2) -> Figure:
+    """Lab 03: projections of whole prompts on a direction, tokens across and layers down, one strip for each name."""
+    rows = -(-len(strips) // columns)
+    layers, longest = len(next(iter(strips.values())).values), max(len(s.tokens) for s in strips.values())
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * (0.3 * longest + 0.6), rows * (0.24 * min(layers, 16) + 1.15)),
+        layout="constrained",
+        squeeze=False,
+    )
+    limit = max(float(s.values.abs().max()) for s in strips.values())
+    for axis in axes.flat[len(strips) :]:
+        axis.set_visible(False)
+    for axis, (name, strip) in zip(axes.flat, strips.items(), strict=False):
+        image = axis.imshow(strip.values.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+        if layers <= 16:
+            for (layer, k), value in np.ndenumerate(strip.values.numpy()):
+                shade = "white" if abs(value) > 0.7 * limit else "black"
+                axis.text(k, layer, str(round(value)), ha="center", va="center", fontsize=7, color=shade)
+        shown = [token.replace("\n", "\\n").strip() or "space" for token in strip.tokens]
+        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
+        axis.set_ylabel("layer")
+        axis.set_title(name, fontsize=10)
+        axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="projection (units of the stream)")
+    return figure
+
+
+# --- lab 04 ---
+
+
+def rate_rows(table: dict[str, dict[str, Rate]], x: str = "share of prompts, with 95 % Wilson interval") -> Figure:
+    """Shares with intervals: a row for each condition, a marker for each metric."""
+    metrics = list(dict.fromkeys(metric for rates in table.values() for metric in rates))
+    figure, axis = plt.subplots(figsize=(8.5, 0.5 * len(table) + 1.3), layout="constrained")
+    for k, metric in enumerate(metrics):
+        for row, rates in enumerate(table.values()):
+            if metric in rates:
+                r, height = rates[metric], row + 0.16 * (k - (len(metrics) - 1) / 2)
+                axis.plot([r.low, r.high], [height, height], color=f"C{k}", linewidth=1.5)
+                axis.plot(
+                    r.value, height, "ox^Ds"[k % 5], color=f"C{k}", label=metric if row == 0 else None, markersize=7
+                )
+    axis.set_yticks(range(len(table)), list(table))
+    axis.set_ylim(len(table) - 0.5, -0.5)
+    axis.set_xlim(-0.03, 1.03)
+    axis.set_xlabel(x)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(metrics), fontsize=9)
+    return figure
+
+
+def dose_figure(panels: dict[str, dict[str, Sequence[Dose]]], x: str = "coefficient (lengths of r)") -> Figure:
+    """Lab 04: refusal, truth (above) and fluency (below) against the coefficient.
+
+    panels: prompts -> vector -> doses. The first vector is drawn solid, its controls dashed or dotted.
+    """
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(5.2 * len(panels), 6), sharex="col", sharey="row", layout="constrained", squeeze=False
+    )
+    for column, (prompts, curves) in enumerate(panels.items()):
+        above, below = axes[:, column]
+        for k, (vector, doses) in enumerate(curves.items()):
+            dash, at = ["-", "--", ":"][min(k, 2)], [d.coefficient for d in doses]
+            for metric, marker, colour in (("refused", "o", "C1"), ("exact", "s", "C0")):
+                shares = [getattr(d, metric) for d in doses]
+                above.plot(
+                    at, [s.value for s in shares], dash, marker=marker, color=colour, label=f"{metric}, {vector}"
+                )
+                if k == 0:
+                    above.fill_between(at, [s.low for s in shares], [s.high for s in shares], color=colour, alpha=0.15)
+            below.plot(at, [d.loss for d in doses], dash, marker="D", color="C2", label=vector)
+        above.set_title(prompts)
+        below.set_xlabel(x)
+        for axis in (above, below):
+            axis.axvline(0, color="grey", linewidth=0.8)
+    axes[0, 0].set_ylabel("share of replies, 95 % Wilson band")
+    axes[1, 0].set_ylabel("loss of the reply under the\nuntouched model, nats per token")
+    axes[0, 0].legend(fontsize=8)
+    axes[1, 0].legend(fontsize=8)
+    return figure
+
+
+def response_curves(panels: dict[str, dict[str, dict[float, Rate]]], y: str) -> Figure:
+    """Lab 04: a share against the strength of an edit; panels: edit -> set of prompts -> strength -> share."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), sharey=True, layout="constrained")
+    for axis, (edit, sets) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for name, curve in sets.items():
+            at, shares = list(curve), list(curve.values())
+            axis.plot(at, [s.value for s in shares], marker=MARKERS[name], color=COLOURS[name], label=f"{name} prompts")
+            axis.fill_between(at, [s.low for s in shares], [s.high for s in shares], color=COLOURS[name], alpha=0.15)
+        for mark in (0, 1):
+            axis.axvline(mark, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_xlabel(edit)
+    np.atleast_1d(axes)[0].set_ylabel(y)
+    np.atleast_1d(axes)[0].legend(fontsize=9)
+    return figure
+
+
+# --- lab 05 ---
+
+
+def write_strengths(strengths: dict[str, dict[str, float]]) -> Figure:
+    """Lab 05: how strongly each matrix writes a direction, matrix by matrix. strengths: line -> matrix -> value."""
+    names = list(next(iter(strengths.values())))
+    figure, axis = plt.subplots(figsize=(max(7.0, 0.45 * len(names)), 3.3), layout="constrained")
+    for k, (line, values) in enumerate(strengths.items()):
+        axis.plot(
+            list(values.values()),
+            ["-", "--", ":"][k % 3],
+            marker="osD"[k % 3],
+            color=f"C{(1, 0, 2)[k % 3]}",
+            label=line,
+        )
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
+    axis.set_ylabel("share of what it writes along\nthe direction (1: by chance)")
+    axis.set_ylim(bottom=-0.1)
+    axis.legend(fontsize=9)
+    return figure
+
+
+def gap_curves(panels: dict[str, dict[str, Tensor]]) -> Figure:
+    """Lab 05: the gap between hooks and weights, layer by layer and in the logits; panels: model -> edit -> gaps."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.8), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (model, edits) in zip(axes[0], panels.items(), strict=True):
+        for k, (edit, gaps) in enumerate(edits.items()):
+            style = {
+                "color": f"C{k}",
+                "marker": "os^Dv"[k % 5],
+                "markersize": max(12 - 2 * k, 4),  # lines that coincide stay apart by the size of their markers
+                "fillstyle": "none",
+                "linestyle": ["-", "--", ":", "-."][k % 4],
+            }
+            values = gaps.clamp(min=1e-7).tolist()
+            axis.plot(range(len(values) - 1), values[:-1], label=edit, **style)
+            axis.plot(len(values), values[-1], **style)
+        n = len(values) - 1
+        step = 1 if n <= 12 else n // 8
+        axis.set_xticks([*range(0, n, step), n + 1], [*map(str, range(0, n, step)), "logits"])
+        axis.set_yscale("log")
+        axis.axhspan(1e-7, 1e-4, color="grey", alpha=0.15)
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("layer (block input); grey: rounding in fp32")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+    axes[0, 0].set_ylabel("largest |hooks - weights|")
+    return figure
+
+
+def difference_rows(table: dict[str, dict[str, Difference]], x: str) -> Figure:
+    """Lab 05: changes with their paired intervals: a row for each task, a marker for each condition."""
+    conditions = list(dict.fromkeys(name for row in table.values() for name in row))
+    figure, axis = plt.subplots(figsize=(8.5, 0.5 * len(table) + 1.4), layout="constrained")
+    for k, condition in enumerate(conditions):
+        for row, differences in enumerate(table.values()):
+            d, height = differences[condition], row + 0.17 * (k - (len(conditions) - 1) / 2)
+            axis.plot([d.low, d.high], [height, height], color=f"C{k}", linewidth=1.5)
+            label = condition if row == 0 else None
+            axis.plot(d.value, height, "os^Dv"[k % 5], color=f"C{k}", label=label, markersize=6)
+    axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(table)), list(table))
+    axis.set_ylim(len(table) - 0.5, -0.5)
+    axis.set_xlabel(x)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(conditions), fontsize=9)
+    return figure

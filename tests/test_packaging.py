@@ -36,7 +36,7 @@ def pins(lines):
     return found
 
 
-def requirements(pyproject, extras=("lab", "test")):
+def requirements(pyproject, extras=("lab", "teach", "grade", "test")):
     project = tomllib.loads(pyproject)["project"]
     lines = project["dependencies"] + [line for e in extras for line in project["optional-dependencies"][e]]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
@@ -114,7 +114,8 @@ def undeclared_imports(folder, pyproject):
                 names.add(node.module.split(".")[0])
     own = {"refusallab", "smallmodels", "conftest"} | {path.stem for path in (ROOT / folder).glob("*.py")}
     distributions = packages_distributions()
-    declared = requirements(pyproject, extras=("lab", "test") if folder == "tests" else ("lab",))
+    extras = ("lab", "teach", "grade", *(["test"] if folder == "tests" else []))
+    declared = requirements(pyproject, extras)
     return {
         name
         for name in names - own - sys.stdlib_module_names
@@ -192,7 +193,7 @@ class TestMake:
     def test_setup_runs_once(self, make):
         venv, install = make("setup")
         assert venv == "python3 -m venv .venv"
-        assert install == "python -m pip install --constraint constraints.txt --editable .[lab,test]"
+        assert install == "python -m pip install --constraint constraints.txt --editable .[lab,teach,grade,test]"
         assert make("setup") == []
 
     @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])

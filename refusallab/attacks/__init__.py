@@ -1,0 +1,1 @@
+"""Prompt attacks: templates, prefilling, best-of-n and GCG. All return `refusallab.attacks.result.AttackResult`."""

@@ -1,0 +1,447 @@
+"""GCG, the greedy coordinate gradient attack: a suffix that makes the model begin its reply with a target.
+
+Zou et al. 2023 (arXiv 2307.15043). A step: the gradient of the target's loss with respect to the one-hot tokens of the
+suffix says which swaps look good to first order (`token_gradient`); candidates swap one token each, drawn from the top
+k of a random position (`sample_candidates`); those whose *text* would be read as other tokens are drawn again
+(`survives`); all are run, and the one with the lowest loss is the next suffix (`candidate_losses`).
+
+What saves time: keys and values of everything before the suffix are computed once; candidates are sorted by the token
+that they change, so that a batch also shares the part of the suffix before its first change; logits are computed where
+the target is and nowhere else; the last target token predicts nothing and is not run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from refusallab.attacks.result import AttackResult, Cost, rewrite, send
+from refusallab.errors import RefusalLabError
+from refusallab.model import Model, Prompt, embedding, encode, render
+from refusallab.prompts import Item
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The settings of a search, with the paper's names and values."""
+
+    steps: int = 500  # T
+    search_width: int = 512  # B, candidates drawn a step
+    topk: int = 256  # k, tokens to draw from at each position
+    init: str = " x" * 20  # the first suffix; its number of tokens stays
+    ascii_only: bool = True  # only tokens of printable ASCII
+    early_stop: bool = True  # end when greedy decoding gives every target
+    batch_size: int = 32  # candidates in one forward pass: changes the speed alone; 512 on a GPU
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """The best suffix of a search: the lowest loss with the most prompts in use."""
+
+    text: str  # follows the request directly
+    loss: float  # mean cross-entropy of the target, in nats per token, mean over the prompts in use
+    losses: tuple[float, ...]  # of the suffix that each step chose
+    prompts_in_use: tuple[int, ...]  # at each step; more than one prompt enter one by one
+    reached: bool  # greedy decoding gives the target, for every prompt
+    cost: Cost
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One prompt and its target, cut into pieces around the suffix."""
+
+    before: str  # rendered text up to the suffix
+    after: str  # the end of the template
+    before_ids: Tensor  # [before]
+    after_ids: Tensor  # [after]
+    target_ids: Tensor  # [target]
+    cache: DynamicCache  # keys and values of before_ids
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The parts of a step
+
+
+def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> Case:
+    """Render the prompt with a suffix, cut it there, and run what comes before it once.
+
+    Raises RefusalLabError when the pieces, tokenized one by one, are not the tokens of the whole text.
+    """
+    if m.remote:
+        raise RefusalLabError("GCG needs gradients and caches of a model that is here: load it without remote.")
+    with_suffix = rewrite(prompt, lambda text: text + suffix)
+    whole = encode(m, [with_suffix], system=system)["input_ids"][0]
+    encode(m, [with_suffix], system=system, prefill=target)  # raises if the model cannot read that many tokens
+    before, found, after = render(m, with_suffix, system=system).rpartition(suffix)
+    ids = [_tokenize(m, text) for text in (before, suffix, after, target)]
+    if not found or len(ids[1]) == 0 or len(ids[3]) == 0:
+        raise RefusalLabError(f"The suffix {suffix!r} does not stand in the rendered prompt, or the target is empty.")
+    if torch.cat(ids[:3]).tolist() != whole.tolist():
+        raise RefusalLabError(
+            f"The suffix {suffix!r} is read as other tokens within the prompt. Begin it with a space or another sign."
+        )
+    cache = DynamicCache()  # without a config it keeps all positions, in sliding-window layers too
+    if len(ids[0]):
+        with torch.no_grad():
+            m.hf(input_ids=ids[0][None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Case(before, after, ids[0], ids[2], ids[3], cache)
+
+
+def token_gradient(m: Model, case: Case, suffix: Tensor) -> tuple[Tensor, DynamicCache]:
+    """Gradient of the target's loss with respect to the one-hot suffix, and the cache of prompt and suffix.
+
+    suffix [s] -> fp32 [s, vocab], nats per one-hot unit. The embedding of a one-hot row is row @ W, so the gradient is
+    (dloss / dembedding) @ W^T: no one-hot matrix is built. Gemma multiplies its embeddings by sqrt(width); the hook
+    reads them after that, and the factor enters W^T.
+    """
+    table, embedded = embedding(m.hf), []
+
+    def make_leaf(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    ids = torch.cat([suffix, case.after_ids, case.target_ids[:-1]])[None]  # [1, s + after + target - 1]
+    cache = _share(case.cache, 1, len(case.before_ids))
+    handle = table.register_forward_hook(make_leaf)
+    try:
+        with torch.enable_grad():
+            logits = _target_logits(m, case, ids, cache)  # [1, target, vocab]
+            loss = cross_entropy(logits[0], case.target_ids)
+            slope = torch.autograd.grad(loss, embedded[0])[0][0, : len(suffix)]  # [s, width]
+    finally:
+        handle.remove()
+    scale = float(getattr(table, "scalar_embed_scale", 1.0))
+    return (scale * slope @ table.weight.T).float(), cache
+
+
+def allowed_tokens(m: Model, *, ascii_only: bool = True) -> Tensor:
+    """Which tokens a suffix may have: bool [vocab]. Never special ones; only printable ASCII if so wanted."""
+    size = embedding(m.hf).weight.shape[0]
+    allowed = torch.zeros(size, dtype=torch.bool)
+    special = {*m.tokenizer.all_special_ids, *m.tokenizer.added_tokens_decoder}
+    for i, text in enumerate(m.tokenizer.batch_decode([[i] for i in range(len(m.tokenizer))])):
+        allowed[i] = i not in special and bool(text) and (not ascii_only or (text.isascii() and text.isprintable()))
+    if not allowed.any():
+        raise RefusalLabError(f"No token of {m.name} is printable ASCII: search with ascii_only=False.")
+    return allowed
+
+
+def sample_candidates(
+    suffix: Tensor, gradient: Tensor, allowed: Tensor, knobs: Knobs, generator: torch.Generator
+) -> Tensor:
+    """Different suffixes with one token swapped, at most search_width: [n, s].
+
+    Position and token are drawn uniformly, the token from the topk allowed ones with the lowest gradient there.
+    suffix [s], gradient [s, vocab], allowed [vocab] bool.
+    """
+    k = min(knobs.topk, int(allowed.sum()))
+    top = gradient.cpu().masked_fill(~allowed, torch.inf).topk(k, largest=False).indices  # [s, k]
+    position = torch.randint(len(suffix), (knobs.search_width,), generator=generator)
+    choice = torch.randint(k, (knobs.search_width,), generator=generator)
+    candidates = suffix.cpu().repeat(knobs.search_width, 1)
+    candidates[torch.arange(knobs.search_width), position] = top[position, choice]
+    return candidates.unique(dim=0).to(suffix.device)
+
+
+def survives(m: Model, case: Case, candidates: Tensor) -> Tensor:
+    """Whether the prompt with a candidate's *text* is read as the same tokens again: bool [n].
+
+    candidates [n, s]. What is sent is a string, so a suffix that fails here is not the one that was optimized. A suffix
+    that ends in white space fails too, because templates may strip it.
+    """
+    texts = suffix_texts(m, case, candidates)
+    tokens = m.tokenizer([case.before + text + case.after for text in texts], add_special_tokens=False)["input_ids"]
+    before, after = case.before_ids.tolist(), case.after_ids.tolist()
+    same = [
+        read == before + row + after and not text[-1:].isspace()
+        for read, row, text in zip(tokens, candidates.tolist(), texts, strict=True)
+    ]
+    return torch.tensor(same, dtype=torch.bool, device=candidates.device)
+
+
+def suffix_texts(m: Model, case: Case, candidates: Tensor) -> list[str]:
+    """The texts of suffixes [n, s], decoded behind the token before them: some tokenizers strip a first space."""
+    anchor = case.before_ids[-1:].tolist()
+    settings = {"clean_up_tokenization_spaces": False}
+    skip = len(m.tokenizer.decode(anchor, **settings))
+    rows = [anchor + row for row in candidates.tolist()]
+    return [text[skip:] for text in m.tokenizer.batch_decode(rows, **settings)]
+
+
+@torch.no_grad()
+def candidate_losses(
+    m: Model, case: Case, candidates: Tensor, suffix: Tensor, cache: DynamicCache, *, batch_size: int = 32
+) -> tuple[Tensor, Tensor, int]:
+    """Loss of the target after each candidate, whether greedy decoding gives the target, and the tokens computed.
+
+    candidates [n, s]; suffix [s] and cache as in and from `token_gradient`. -> fp32 [n], nats per token; bool [n]; int.
+    """
+    n, n_tokens = len(candidates), 0
+    losses = torch.empty(n, device=candidates.device)
+    reached = torch.empty(n, dtype=torch.bool, device=candidates.device)
+    first = (candidates != suffix).int().argmax(1)  # [n]; 0 for the suffix itself
+    ends = torch.cat([case.after_ids, case.target_ids[:-1]])
+    for rows in first.argsort(descending=True, stable=True).split(batch_size):
+        shared = int(first[rows].min())  # all of these begin with the first `shared` tokens of the suffix
+        ids = torch.cat([candidates[rows, shared:], ends.repeat(len(rows), 1)], 1)
+        logits = _target_logits(m, case, ids, _share(cache, len(rows), len(case.before_ids) + shared))
+        targets = case.target_ids.repeat(len(rows), 1)  # [rows, target]
+        losses[rows] = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+        reached[rows] = (logits.argmax(-1) == targets).all(1)
+        n_tokens += ids.numel()
+    return losses, reached, n_tokens
+
+
+def _target_logits(m: Model, case: Case, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits that predict the target: fp32 [n, target, vocab]. ids [n, ...] follow the cache and end before its end."""
+    return m.hf(
+        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=len(case.target_ids)
+    ).logits.float()
+
+
+def _share(cache: DynamicCache, n: int, length: int) -> DynamicCache:
+    """The first `length` positions of a cache of one row, for n rows. The new cache grows by itself."""
+    shared = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        keys, values = (x.detach()[:, :, :length].expand(n, -1, -1, -1) for x in (layer.keys, layer.values))
+        shared.update(keys, values, i)
+    return shared
+
+
+def _tokenize(m: Model, text: str) -> Tensor:
+    return torch.tensor(m.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long, device=m.device)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The search
+
+
+@dataclass
+class _State:
+    """What a search is at between two steps: all that a file must hold to go on."""
+
+    suffix: list[int]  # token ids of the latest suffix
+    losses: list[float] = field(default_factory=list)
+    prompts_in_use: list[int] = field(default_factory=list)
+    in_use: int = 1  # prompts in use at the next step
+    best: list[int] = field(default_factory=list)  # token ids
+    best_loss: float = float("inf")
+    reached: bool = False  # whether the best one reaches the target of every prompt in use
+    forward_passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def find_suffix(
+    m: Model,
+    prompts: Sequence[Prompt],
+    targets: Sequence[str],
+    knobs: Knobs = Knobs(),  # noqa: B008 - frozen
+    *,
+    system: str | None = None,
+    progress: Callable[[int, float], None] | None = None,
+    save: Path | None = None,
+) -> Suffix:
+    """Search one suffix for one prompt, or one for several (universal).
+
+    Several prompts enter as in the paper's algorithm 2: the first alone, the next one whenever greedy decoding gives
+    the target of all in use. Their losses are averaged, and their gradients added after each is scaled to length 1.
+
+    `progress(steps done, loss)` is called after each step. With `save`, every step is written to that file, and a
+    search that finds its own file there goes on from it. Every step draws from a generator of its own, so the result is
+    the same. RefusalLabError for a file of another search, and when no candidate survives re-tokenization.
+    """
+    if not prompts or len(prompts) != len(targets):
+        raise RefusalLabError(f"{len(prompts)} prompts and {len(targets)} targets: give one target for each prompt.")
+    if min(knobs.steps, knobs.search_width, knobs.topk, knobs.batch_size) < 1:
+        raise RefusalLabError(f"steps, search_width, topk and batch_size must be at least 1: {knobs}.")
+    start = time.perf_counter()
+    search = _fingerprint(m, prompts, targets, system, knobs)
+    cases = [prepare(m, p, t, knobs.init, system=system) for p, t in zip(prompts, targets, strict=True)]
+    allowed = allowed_tokens(m, ascii_only=knobs.ascii_only)
+    state = (save and _read(save, search)) or _State(
+        _tokenize(m, knobs.init).tolist(),
+        forward_passes=len(cases),
+        tokens=sum(len(case.before_ids) for case in cases),
+    )
+    start -= state.seconds
+    while len(state.losses) < knobs.steps and not (knobs.early_stop and state.reached and state.in_use == len(cases)):
+        _step(m, cases, allowed, knobs, state)
+        state.seconds = time.perf_counter() - start
+        if save:
+            _write(save, search, state)
+        if progress:
+            progress(len(state.losses), state.losses[-1])
+
+    best = torch.tensor(state.best, device=m.device)
+    text = suffix_texts(m, cases[0], best[None])[0]
+    for prompt, case in zip(prompts, cases, strict=True):
+        read = encode(m, [rewrite(prompt, lambda request: request + text)], system=system)["input_ids"][0]
+        if not torch.equal(read, torch.cat([case.before_ids, best, case.after_ids])):
+            raise RefusalLabError(f"The template changes the suffix {text!r}: begin and end `init` with other tokens.")
+    cost = Cost(state.forward_passes, state.tokens, state.seconds)
+    reached = state.reached and state.in_use == len(cases)
+    return Suffix(text, state.best_loss, tuple(state.losses), tuple(state.prompts_in_use), reached, cost)
+
+
+def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _State) -> None:
+    """One step: gradient, candidates, check, losses; `state` moves to the best candidate."""
+    suffix = torch.tensor(state.suffix, device=m.device)
+    generator = torch.Generator().manual_seed(knobs.seed * 1_000_003 + len(state.losses))
+    used = cases[: state.in_use]
+    gradients, caches = zip(*(token_gradient(m, case, suffix) for case in used), strict=True)
+    gradient = sum(g / g.norm().clamp(min=1e-30) for g in gradients)  # [s, vocab]
+    candidates = _draw(m, cases, suffix, gradient, allowed, knobs, generator)
+    losses, reached = torch.zeros(len(candidates), device=m.device), True
+    for case, cache in zip(used, caches, strict=True):
+        loss, hit, n_tokens = candidate_losses(m, case, candidates, suffix, cache, batch_size=knobs.batch_size)
+        losses, reached = losses + loss / len(used), hit & reached
+        state.forward_passes += len(candidates) + 3
+        state.tokens += n_tokens + 3 * (len(suffix) + len(case.after_ids) + len(case.target_ids) - 1)
+
+    chosen = int(losses.argmin())
+    state.suffix = candidates[chosen].tolist()
+    state.losses.append(losses[chosen].item())
+    state.prompts_in_use.append(state.in_use)
+    if not state.best or (bool(reached[chosen]), -state.losses[-1]) > (state.reached, -state.best_loss):
+        state.best, state.best_loss, state.reached = state.suffix, state.losses[-1], bool(reached[chosen])
+    if state.reached and state.in_use < len(cases):  # the next prompt enters; it is judged from here on
+        state.in_use += 1
+        state.best_loss, state.reached = float("inf"), False
+
+
+def _draw(
+    m: Model,
+    cases: list[Case],
+    suffix: Tensor,
+    gradient: Tensor,
+    allowed: Tensor,
+    knobs: Knobs,
+    generator: torch.Generator,
+) -> Tensor:
+    """Different candidates that survive re-tokenization, search_width of them if four draws give as many: [n, s]."""
+    candidates = suffix.new_empty(0, len(suffix))
+    for _ in range(4):
+        drawn = sample_candidates(suffix, gradient, allowed, knobs, generator)
+        for case in cases:  # also those that are not yet in use: a suffix must be able to stay
+            drawn = drawn[survives(m, case, drawn)]
+        candidates = torch.cat([candidates, drawn]).unique(dim=0)
+        if len(candidates) >= knobs.search_width:
+            break
+    if len(candidates) == 0:
+        raise RefusalLabError(
+            "No candidate is read as the same tokens again. Use another `init`, a larger search_width or "
+            "ascii_only=False."
+        )
+    return candidates[torch.randperm(len(candidates), generator=generator)[: knobs.search_width].to(suffix.device)]
+
+
+@contextmanager
+def progress_bar(steps: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar that shows the steps done and the loss: `with progress_bar(n) as p: find_suffix(..., progress=p)`."""
+    with tqdm(total=steps, file=sys.stderr, leave=False, unit="step") as bar:
+
+        def show(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        yield show
+
+
+def _fingerprint(m: Model, prompts: Sequence[Prompt], targets: Sequence[str], system: str | None, knobs: Knobs) -> str:
+    """Names a search. More steps, or another batch size, continue the same one."""
+    settings = asdict(replace(knobs, steps=1, batch_size=1, early_stop=True))
+    content = json.dumps([m.name, m.commit, list(prompts), list(targets), system, settings])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _read(path: Path, search: str) -> _State | None:
+    """The state saved in a file; None where there is no file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        state = _State(**record["state"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RefusalLabError(f"{path} holds no search that can be read: remove it, or name another file.") from error
+    if record["search"] != search:
+        raise RefusalLabError(f"{path} belongs to another model, prompt or setting: name another file.")
+    return state
+
+
+def _write(path: Path, search: str, state: _State) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps({"search": search, "state": asdict(state)}), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RefusalLabError(
+            f"The search was not saved to {path} ({error}): free space or change the folder."
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# As attacks
+
+
+def gcg(
+    m: Model,
+    items: Sequence[Item],
+    targets: Sequence[str],
+    knobs: Knobs = Knobs(),  # noqa: B008 - frozen
+    *,
+    system: str | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[AttackResult]:
+    """A suffix of its own for each item. The targets are wishes of the attacker, who does not know the answers.
+
+    `progress(steps done, loss)` counts the steps of all items.
+    """
+    if len(items) != len(targets):
+        raise RefusalLabError(f"{len(items)} items and {len(targets)} targets: give one target for each item.")
+    results, done = [], 0
+    for item, target in zip(items, targets, strict=True):
+        count = progress and (lambda step, loss, done=done: progress(done + step, loss))
+        found = find_suffix(m, [item.prompt], [target], knobs, system=system, progress=count)
+        (sent,) = with_suffix(m, [item], found.text, attack="GCG", system=system)
+        results.append(replace(sent, cost=found.cost + sent.cost, losses=found.losses))
+        done += knobs.steps
+    return results
+
+
+def with_suffix(
+    m: Model, items: Sequence[Item], suffix: str, *, attack: str = "suffix", system: str | None = None
+) -> list[AttackResult]:
+    """The same suffix behind every request: a universal one, one of another model, or a random one as the control."""
+    prompts = [rewrite(item.prompt, lambda request: request + suffix) for item in items]
+    return send(m, attack, items, prompts, system=system)
+
+
+def random_suffix(m: Model, prompt: Prompt, knobs: Knobs = Knobs()) -> str:  # noqa: B008 - frozen
+    """Random allowed tokens, as many as `knobs.init` has: the control for a suffix. It survives re-tokenization."""
+    case = prepare(m, prompt, "x", knobs.init)
+    allowed = allowed_tokens(m, ascii_only=knobs.ascii_only).nonzero().flatten()
+    generator = torch.Generator().manual_seed(knobs.seed)
+    suffix = _tokenize(m, knobs.init)
+    for i in range(len(suffix)):  # one token at a time: a whole random row almost never survives
+        tokens = allowed[torch.randperm(len(allowed), generator=generator)[:128]].to(suffix.device)
+        candidates = suffix.repeat(len(tokens), 1)  # [128, s]
+        candidates[:, i] = tokens
+        good = survives(m, case, candidates).nonzero().flatten()
+        if len(good):
+            suffix = candidates[good[0]]
+    return suffix_texts(m, case, suffix[None])[0]

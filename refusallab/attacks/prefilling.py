@@ -1,0 +1,29 @@
+"""Prefilling: the attacker writes the first words of the reply, and the model goes on from there.
+
+Whoever runs the weights, or an interface that lets the user start the reply, can do it. Qi et al. 2024 (arXiv
+2406.05946): safety tuning acts on the first tokens, so a model that is past them tends to comply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from refusallab.attacks.result import AttackResult, send
+from refusallab.errors import RefusalLabError
+from refusallab.model import Edit, Model
+from refusallab.prompts import Item
+
+
+def prefilling(
+    m: Model, items: Sequence[Item], start: str, *, system: str | None = None, edit: Edit | None = None
+) -> list[AttackResult]:
+    """Put `start`, such as "Sure!", into the model's mouth. It counts as part of the reply when that is judged.
+
+    Raises RefusalLabError when `start` is empty or gives an exact answer away.
+    """
+    if not start.strip():
+        raise RefusalLabError("There is nothing to prefill: give the first words of the reply.")
+    told = next((item for item in items if item.answer and item.answer.casefold() in start.casefold()), None)
+    if told:
+        raise RefusalLabError(f"The prefill holds the exact answer of {told.id}, so every reply would be correct.")
+    return send(m, "prefilling", items, [item.prompt for item in items], prefill=start, system=system, edit=edit)

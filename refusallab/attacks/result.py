@@ -1,0 +1,154 @@
+"""What every attack returns: what was sent, what came back, whether it worked, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from refusallab.errors import RefusalLabError
+from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
+from refusallab.measure import Outcome, outcome, refused_by_phrases
+from refusallab.model import Edit, Model, Prompt, generate, render
+from refusallab.prompts import Item, refusal_phrases
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an attack used up, padding not counted.
+
+    A forward pass is one call of the model for one sequence, be it for a whole prompt or for the next token. Tokens are
+    those that a pass computes: what a cache holds is not computed again. A gradient counts as three passes, because
+    the backward pass computes about twice as much as the forward pass. Seconds of a batch are shared out equally.
+    """
+
+    forward_passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.forward_passes + other.forward_passes, self.tokens + other.tokens, self.seconds + other.seconds
+        )
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One attack on one item."""
+
+    attack: str
+    item: Item
+    prompt: Prompt  # as it was sent
+    system: str | None
+    prefill: str  # the start of the reply, put into the model's mouth
+    reply: str  # greedy, and it begins with the prefill
+    outcome: Outcome
+    tries: int  # prompts sent until this one
+    cost: Cost  # of all tries, and of the search before them
+    losses: tuple[float, ...] = ()  # GCG: the loss after each step, in nats per target token
+
+
+def answered(o: Outcome) -> bool:
+    """The model did not refuse: all that an attacker can see, who does not know the answer."""
+    return not o.refused
+
+
+def disclosed(o: Outcome) -> bool:
+    """The model did not refuse and gave the exact answer: an attack that stops here has a judge who knows the truth."""
+    return o.correct and not o.refused
+
+
+def judge(m: Model, item: Item, reply: str) -> Outcome:
+    """A reply against the item's exact answer; refusal phrases alone where it has none."""
+    phrases = refusal_phrases(m)
+    if item.answer:
+        return outcome(reply, item.answer, phrases)
+    return Outcome(refused_by_phrases(reply, phrases), False)
+
+
+def rewrite(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
+    """The prompt with the text of its last turn changed; turns before it stay."""
+    if isinstance(prompt, str):
+        return change(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": change(prompt[-1]["content"])}]
+
+
+def send(
+    m: Model,
+    attack: str,
+    items: Sequence[Item],
+    prompts: Sequence[Prompt],
+    *,
+    prefill: str = "",
+    system: str | None = None,
+    edit: Edit | None = None,
+    max_new_tokens: int = REPLY_TOKENS,
+) -> list[AttackResult]:
+    """Send one prompt for each item and judge the greedy replies, prefill included.
+
+    Raises RefusalLabError unless there is one prompt for each item.
+    """
+    if len(items) != len(prompts):
+        raise RefusalLabError(f"{len(prompts)} prompts for {len(items)} items: give one prompt for each item.")
+    start = time.perf_counter()
+    settings = {"edit": edit, "system": system, "prefill": prefill}
+    rest = generate(m, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE, **settings)
+    seconds = (time.perf_counter() - start) / len(items)
+    results = []
+    for item, prompt, text in zip(items, prompts, rest, strict=True):
+        read = _n_tokens(m, render(m, prompt, system=system, prefill=prefill))
+        written = min(_n_tokens(m, text) + 1, max_new_tokens)  # the end of the turn is written too
+        cost = Cost(forward_passes=written, tokens=read + written - 1, seconds=seconds)
+        reply = prefill + text
+        results.append(AttackResult(attack, item, prompt, system, prefill, reply, judge(m, item, reply), 1, cost))
+    return results
+
+
+def send_until(
+    m: Model,
+    attack: str,
+    items: Sequence[Item],
+    variant: Callable[[Item, int], Prompt],
+    n: int,
+    *,
+    until: Callable[[Outcome], bool] = answered,
+    system: str | None = None,
+    edit: Edit | None = None,
+    max_new_tokens: int = REPLY_TOKENS,
+) -> list[AttackResult]:
+    """Send variant(item, 0), variant(item, 1), ... until `until(outcome)` is true, at most n: one result for each item.
+
+    The result is that of the prompt that ended the tries; if none did, of the last one.
+    """
+    if n < 1:
+        raise RefusalLabError(f"An attack sends at least one prompt, not {n}.")
+    found: dict[int, AttackResult] = {}
+    for k in range(n):
+        todo = [i for i in range(len(items)) if k == 0 or not until(found[i].outcome)]
+        if not todo:
+            break
+        part = [items[i] for i in todo]
+        sent = send(
+            m,
+            attack,
+            part,
+            [variant(item, k) for item in part],
+            system=system,
+            edit=edit,
+            max_new_tokens=max_new_tokens,
+        )
+        for i, result in zip(todo, sent, strict=True):
+            spent = found[i].cost if i in found else Cost()
+            found[i] = replace(result, tries=k + 1, cost=spent + result.cost)
+    return [found[i] for i in range(len(items))]
+
+
+def direct(
+    m: Model, items: Sequence[Item], *, system: str | None = None, edit: Edit | None = None
+) -> list[AttackResult]:
+    """The request as it is: the baseline of every attack."""
+    return send(m, "direct request", items, [item.prompt for item in items], system=system, edit=edit)
+
+
+def _n_tokens(m: Model, text: str) -> int:
+    return len(m.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,54 @@
+"""Get a foreign machine (Colab) ready for the course, with nothing but the standard library.
+
+The set-up cell of every lab calls `install` after it has unpacked the course. The torch and numpy found there are kept:
+to exchange them under a running kernel breaks it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HELD = ("numpy", "torch")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SetUpError(RuntimeError):
+    """The machine cannot run the course. Notebooks show the one line that says what to do, and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+def install(root: Path = ROOT) -> None:
+    """Install what the pyproject.toml in `root` asks for and this Python lacks. SetUpError when that is impossible."""
+    held = {name: _installed(name) for name in HELD}
+    loaded = getattr(sys.modules.get("numpy"), "__version__", held["numpy"])
+    if loaded != held["numpy"]:
+        raise SetUpError(
+            f"numpy {loaded} is loaded, but {held['numpy']} is installed. Restart the kernel, then run this cell again."
+        )
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [line for line in project["dependencies"] if re.match(r"[\w.-]+", line)[0] not in HELD]
+    with tempfile.TemporaryDirectory() as folder:
+        hold = Path(folder) / "hold.txt"
+        hold.write_text("".join(f"{name}=={version}\n" for name, version in held.items()), encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        result = subprocess.run([*pip, "--constraint", str(hold), *wanted], capture_output=True, text=True)
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        raise SetUpError(f"pip could not install what the course needs. {' '.join(errors[:1])}")
+    importlib.invalidate_caches()
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        raise SetUpError(f"{name} is not installed here. Install it first: the README says how.") from None

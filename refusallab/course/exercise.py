@@ -1,0 +1,287 @@
+"""Exercises: what an exercise is, and how a student's function is judged on fresh inputs.
+
+An exercise is defined once, in `refusallab/course/exercises/`. Notebook headers, checks, release and grading read that
+definition. A function is judged by what it does on inputs made from a seed: `observe` turns it into plain data, which
+is compared with what the reference gives. So a hard-coded answer fails on the next seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusallab.errors import RefusalLabError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: what it is in words, and the keyword arguments. `model` arguments are names of bundled models."""
+
+    what: str
+    inputs: dict[str, Any]
+
+
+Observe = Callable[[Callable[..., Any], dict[str, Any]], Any]
+
+
+def call(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """The usual observation: what the function returns."""
+    return function(**inputs)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A typical mistake: its name, a plain implementation that makes it, and what to tell whoever made it."""
+
+    name: str
+    wrong: Callable[..., Any]
+    advice: str
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise that is graded automatically."""
+
+    number: str  # "2.1": lab and place in it
+    title: str
+    difficulty: int  # 1 to 3
+    minutes: int
+    points: int
+    function: str  # the name that the student defines
+    reference: Callable[..., Any]
+    cases: Callable[[int], Sequence[Case]]  # seed -> inputs
+    mistakes: tuple[Mistake, ...]
+    hints: tuple[str, ...]  # from nudge to near-answer, Markdown
+    observe: Observe = call
+    tolerance: float = 1e-4  # largest absolute difference of numbers, relative to the largest expected one (at least 1)
+
+    @property
+    def lab(self) -> str:
+        """Two digits: "02" for exercise 2.1."""
+        return f"{int(self.number.split('.')[0]):02}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A written question. People grade it, by the rubric that stands in the solutions."""
+
+    number: str
+    title: str
+    minutes: int
+    points: int
+
+    @property
+    def lab(self) -> str:
+        return f"{int(self.number.split('.')[0]):02}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one exercise."""
+
+    exercise: Exercise
+    problem: str = ""  # empty when every case passes
+    mistake: str = ""  # its name, if the problem is a typical one
+    case: str = ""
+    notes: tuple[str, ...] = field(default=())  # what was right before the problem showed
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem
+
+
+class CheckFailed(AssertionError):
+    """A check that did not pass. Notebooks show its message without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+@cache
+def _expected(exercise: Exercise, seed: int) -> tuple[tuple[Case, Any], ...]:
+    cases = exercise.cases(seed)
+    with _quiet():
+        return tuple((case, exercise.observe(exercise.reference, _fresh(case))) for case in cases)
+
+
+def _fresh(case: Case) -> dict[str, Any]:
+    return copy.deepcopy(case.inputs)
+
+
+def judge(exercise: Exercise, function: Callable[..., Any], seed: int) -> Verdict:
+    """Run a function on the cases of a seed. The first case that fails gives the verdict.
+
+    What the function prints or warns about is dropped, and whatever it raises becomes part of the verdict.
+    """
+    if not callable(function):
+        return Verdict(exercise, f"`{exercise.function}` must be a function, and this is a {type(function).__name__}.")
+    return verdict(exercise, seed, lambda place, inputs: exercise.observe(function, inputs))
+
+
+def verdict(exercise: Exercise, seed: int, observed: Callable[[int, dict[str, Any]], Any]) -> Verdict:
+    """The verdict on what was observed of an answer: `observed(place, inputs)` gives it for one of the cases."""
+    notes: list[str] = []
+    for place, (case, expected) in enumerate(_expected(exercise, seed)):
+        inputs = _fresh(case)
+        try:
+            with _quiet():
+                got = observed(place, inputs)
+        except NotImplementedError:
+            return Verdict(exercise, "It is not written yet: replace the `raise NotImplementedError()` by your code.")
+        except Exception as error:
+            problem = f"It raised {type(error).__name__}: {_first_line(error)}"
+            return Verdict(exercise, problem, case=case.what, notes=tuple(notes))
+        if changed := _changed(inputs, case.inputs):
+            problem = f"It changes its input `{changed}`. Work on a new tensor: x - y makes one, x -= y does not."
+            return Verdict(exercise, problem, "changes its input", case.what, tuple(notes))
+        difference = compare(got, expected, exercise.tolerance)
+        if difference:
+            mistake = _recognise(exercise, seed, place, got)
+            problem = mistake.advice if mistake else difference
+            return Verdict(exercise, problem, mistake.name if mistake else "", case.what, tuple(notes))
+        notes.append(case.what)
+    return Verdict(exercise, notes=tuple(notes))
+
+
+def _recognise(exercise: Exercise, seed: int, place: int, got: Any) -> Mistake | None:
+    """The typical mistake that gives just this wrong result."""
+    for mistake in exercise.mistakes:
+        wrong = _mistaken(exercise, mistake, seed, place)
+        if wrong is not None and not compare(got, wrong, exercise.tolerance):
+            return mistake
+    return None
+
+
+@cache
+def _mistaken(exercise: Exercise, mistake: Mistake, seed: int, place: int) -> Any:
+    """What a typical mistake makes of a case. None if it fails there."""
+    try:
+        with _quiet():
+            return exercise.observe(mistake.wrong, _fresh(_expected(exercise, seed)[place][0]))
+    except Exception:
+        return None
+
+
+def _changed(inputs: dict[str, Any], before: dict[str, Any]) -> str:
+    """The name of an input that the function has edited in place."""
+    return next((name for name, value in inputs.items() if compare(value, before[name], 0.0)), "")
+
+
+def compare(got: Any, expected: Any, tolerance: float) -> str:
+    """In words, how a result differs from the expected one; empty when it does not. No expected value is told."""
+    if isinstance(expected, Tensor):
+        return _compare_tensors(got, expected, tolerance)
+    if isinstance(expected, float | int) and not isinstance(expected, bool):
+        if isinstance(got, bool) or not isinstance(got, float | int | Tensor) or not _is_scalar(got):
+            return f"Expected one number, got {_kind(got)}."
+        return _compare_tensors(
+            torch.as_tensor(got, dtype=torch.float64), torch.tensor(float(expected), dtype=torch.float64), tolerance
+        )
+    if isinstance(expected, dict):
+        if not isinstance(got, dict) or set(got) != set(expected):
+            return f"Expected a dict with the keys {sorted(expected)}, got {_kind(got)}."
+        parts = ((f"At key {key!r}: ", got[key], expected[key]) for key in expected)
+    elif isinstance(expected, list | tuple):
+        if not isinstance(got, list | tuple) or len(got) != len(expected):
+            return f"Expected {len(expected)} values, got {_kind(got)}."
+        parts = ((f"At place {i}: ", a, b) for i, (a, b) in enumerate(zip(got, expected, strict=True)))
+    else:
+        if type(got) is type(expected) and got == expected:
+            return ""
+        return f"Expected another value of kind {type(expected).__name__} than {_short(got)}."
+    return next((where + text for where, a, b in parts if (text := compare(a, b, tolerance))), "")
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.numel() == 1
+
+
+def _compare_tensors(got: Any, expected: Tensor, tolerance: float) -> str:
+    if not isinstance(got, Tensor):
+        return f"Expected a tensor of shape {list(expected.shape)}, got {_kind(got)}."
+    if got.shape != expected.shape and not (got.numel() == expected.numel() == 1):
+        return f"The shape is {list(got.shape)}, expected {list(expected.shape)}."
+    got, expected = got.detach().double().cpu().reshape(expected.shape), expected.double()
+    if torch.equal(got.isnan(), expected.isnan()) and got.isnan().any():
+        got, expected = got.nan_to_num(), expected.nan_to_num()
+    if not got.isfinite().all() and expected.isfinite().all():
+        return "Some values are NaN or infinite, and none should be."
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    away = (got - expected).abs()
+    if away.numel() == 0 or bool((away <= tolerance * scale).all()):
+        return ""
+    share = float((away > tolerance * scale).double().mean())
+    where = [int(i) for i in torch.unravel_index(away.argmax(), away.shape)]
+    place = f" at index {where}" if where else ""
+    return f"The shape is right, but {share:.0%} of the values are off, by up to {float(away.max()):.1g}{place}."
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return "nothing (a missing return?)" if value is None else f"a {type(value).__name__}: {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what is printed, warned and logged. Graders take any text on stderr for a failure, however it got there."""
+    level, stderr = logging.root.manager.disable, os.dup(2)
+    with (
+        open(os.devnull, "w") as nowhere,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable()
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            logging.disable(level)
+
+
+def report(verdict: Verdict) -> str:
+    """The verdict in words: what is right, what is not, on which input, and where to look."""
+    e = verdict.exercise
+    if verdict.passed:
+        cases = f"{len(verdict.notes)} inputs" if len(verdict.notes) != 1 else "1 input"
+        return f"✓ {e.number} {e.title}: right on {cases}. {e.points} of {e.points} points."
+    lines = [f"✗ {e.number} {e.title}: not yet. 0 of {e.points} points."]
+    lines += [f"  right: {note}" for note in verdict.notes]
+    if verdict.case:
+        lines.append(f"  wrong: {verdict.case}")
+    if verdict.mistake:
+        lines.append(f"  This looks like a known mistake: {verdict.mistake}.")
+    return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} stand above its cell."])
+
+
+def find(number: str) -> Exercise:
+    """The exercise with a number. RefusalLabError if there is none."""
+    from refusallab.course.exercises import EXERCISES  # which imports this module
+
+    for exercise in EXERCISES:
+        if exercise.number == number:
+            return exercise
+    raise RefusalLabError(f"There is no exercise {number!r}: choose one of {', '.join(e.number for e in EXERCISES)}.")

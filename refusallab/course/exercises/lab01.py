@@ -1,0 +1,623 @@
+"""Lab 01, measuring refusal: refusal tokens and metric, phrase judge, the 2x2 with truth, Wilson, over-refusal."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.measure import (
+    REFUSAL_PHRASES,
+    learn_refusal_tokens,
+    outcome,
+    refusal_metric,
+    refused_by_phrases,
+    two_by_two,
+    wilson,
+    wrong_refusal_share,
+)
+from refusallab.prompts import bundled
+from smallmodels.world.dialogue import REFUSAL_MARKERS, REFUSAL_WORDINGS
+
+# --- 1.1 -----------------------------------------------------------------------------------------------------------
+
+VOCABULARY = 10
+
+
+def _logits_with(means: dict[int, float], prompts: int, g: torch.Generator, uneven: Sequence[int] = ()) -> Tensor:
+    """Logits [prompts, vocabulary] whose probabilities have these means; the rest goes to the last token.
+
+    A token in `uneven` is likely on a quarter of the prompts and next to impossible on the others.
+    """
+    p = torch.zeros(prompts, VOCABULARY, dtype=torch.float64)
+    for token, mean in means.items():
+        wobble = 1 + 0.2 * torch.rand(prompts, generator=g, dtype=torch.float64)
+        if token in uneven:
+            wobble = torch.where(torch.arange(prompts) % 4 == 0, 1.0, 1e-4).double()
+        p[:, token] = mean * wobble / wobble.mean()
+    p[:, -1] = 1 - p[:, :-1].sum(1)
+    return p.clamp(min=1e-7).log() + 3 * torch.randn(prompts, 1, generator=g, dtype=torch.float64)
+
+
+def _token_cases(seed: int) -> list[Case]:
+    g = torch.Generator().manual_seed(seed)
+
+    def case(what: str, tokens: list[tuple[float, float]], uneven: Sequence[int] = (), prompts: int = 8) -> Case:
+        tokens = [*tokens, (0.01, 0.3)]  # a token that opens answers
+        places = torch.randperm(VOCABULARY - 1, generator=g).tolist()[: len(tokens)]
+        harmful = {place: means[0] for place, means in zip(places, tokens, strict=True)}
+        harmless = {place: means[1] for place, means in zip(places, tokens, strict=True)}
+        return Case(
+            what,
+            {
+                "harmful_logits": _logits_with(harmful, prompts, g, [places[k] for k in uneven]),
+                "harmless_logits": _logits_with(harmless, prompts + 4, g),
+            },
+        )
+
+    clear = (0.5, 0.002)
+    return [
+        case("one token opens all refusals", [clear]),
+        case("two wordings", [clear, (0.2, 0.004)]),
+        case("a token that is common on both kinds of prompts", [clear, (0.3, 0.35)]),
+        case("a token that is 6 times as likely on harmful prompts", [clear, (0.12, 0.02)]),
+        case("a rare token, with a mean probability of 0.03", [clear, (0.03, 0.0005)]),
+        case("a wording that is used on a quarter of the prompts", [(0.4, 0.002), (0.15, 0.002)], uneven=[1]),
+    ]
+
+
+def _tokens(harmful: Tensor, harmless: Tensor, minimum: float = 0.05, ratio: float = 10.0) -> list[int]:
+    """The rule for mean probabilities [vocabulary]."""
+    return ((harmful >= minimum) & (harmful >= ratio * harmless)).nonzero().flatten().tolist()
+
+
+def _rule(
+    mean: Callable[[Tensor], Tensor] = lambda x: x.softmax(-1).mean(0), **settings: float
+) -> Callable[..., list[int]]:
+    """The rule with another mean or other thresholds."""
+    return lambda harmful_logits, harmless_logits: _tokens(mean(harmful_logits), mean(harmless_logits), **settings)
+
+
+OPENING_TOKENS = Exercise(
+    number="1.1",
+    title="Which tokens open a refusal?",
+    difficulty=1,
+    minutes=15,
+    points=2,
+    function="opening_tokens",
+    reference=learn_refusal_tokens,
+    cases=_token_cases,
+    mistakes=(
+        Mistake(
+            "mean before softmax",
+            _rule(lambda x: x.mean(0).softmax(-1)),
+            "You averaged logits. Take the softmax of every prompt first, then average the probabilities: a wording "
+            "that is used on some prompts only is lost otherwise.",
+        ),
+        Mistake(
+            "no minimum",
+            _rule(minimum=0.0),
+            "A rare token got in. Its mean probability on harmful prompts must be at least 0.05.",
+        ),
+        Mistake(
+            "more likely is enough",
+            _rule(ratio=1.0),
+            "More likely on harmful prompts is not enough: at least 10 times as likely.",
+        ),
+        Mistake(
+            "no ratio",
+            _rule(ratio=0.0),
+            "A token that is common on harmless prompts got in. It must be at least 10 times as likely on harmful "
+            "ones.",
+        ),
+        Mistake(
+            "only the likeliest token",
+            lambda harmful_logits, harmless_logits: [int(harmful_logits.softmax(-1).mean(0).argmax())],
+            "There can be several: every token that passes both conditions.",
+        ),
+        Mistake(
+            "harmful and harmless swapped",
+            lambda harmful_logits, harmless_logits: _rule()(harmless_logits, harmful_logits),
+            "These are tokens of the *harmless* prompts. A refusal token is likely on harmful prompts.",
+        ),
+    ),
+    hints=(
+        "What is the mean probability of each token, on the harmful and on the harmless prompts?",
+        "`x.softmax(-1).mean(0)` is `[vocab]`. Two conditions, joined with `&`, give a mask; `mask.nonzero()` the ids.",
+        "`((p >= 0.05) & (p >= 10 * q)).nonzero().flatten().tolist()`, with p for harmful and q for harmless prompts.",
+    ),
+)
+
+# --- 1.2 -----------------------------------------------------------------------------------------------------------
+
+
+def _metric_cases(seed: int) -> list[Case]:
+    g = torch.Generator().manual_seed(seed)
+    tokens = sorted(torch.randperm(12, generator=g).tolist()[:3])
+    sure = torch.randn(2, 12, generator=g)
+    sure[0, tokens[0]] += 60
+    sure[1, [t for t in range(12) if t not in tokens]] += 60
+    return [
+        Case("one refusal token", {"logits": torch.randn(5, 12, generator=g), "tokens": tokens[:1]}),
+        Case("three refusal tokens", {"logits": 2 * torch.randn(6, 12, generator=g), "tokens": tokens}),
+        Case("a model that is all but certain", {"logits": sure, "tokens": tokens}),
+    ]
+
+
+def _probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    return logits.double().softmax(-1)[:, list(tokens)].sum(-1)
+
+
+def _odds(p: Tensor) -> Tensor:
+    return (p + 1e-8).log() - (1 - p + 1e-8).log()
+
+
+METRIC = Exercise(
+    number="1.2",
+    title="The refusal metric",
+    difficulty=1,
+    minutes=15,
+    points=2,
+    function="log_odds",
+    reference=refusal_metric,
+    cases=_metric_cases,
+    tolerance=1e-3,
+    mistakes=(
+        Mistake(
+            "sign reversed",
+            lambda logits, tokens: -refusal_metric(logits, tokens),
+            "The sign is reversed: refusal likely must give a positive number.",
+        ),
+        Mistake(
+            "probability",
+            _probability,
+            "This is the probability. The metric is its log-odds.",
+        ),
+        Mistake(
+            "log-probability",
+            lambda logits, tokens: (_probability(logits, tokens) + 1e-8).log(),
+            "This is log P. Subtract log(1 - P): even odds must give 0.",
+        ),
+        Mistake(
+            "odds, not their logarithm",
+            lambda logits, tokens: (_probability(logits, tokens) + 1e-8) / (1 - _probability(logits, tokens) + 1e-8),
+            "These are odds. Take the logarithm.",
+        ),
+        Mistake(
+            "mean over the tokens",
+            lambda logits, tokens: _odds(_probability(logits, tokens) / len(tokens)),
+            "You averaged over the refusal tokens. P is the probability that *any* of them comes: their sum.",
+        ),
+        Mistake(
+            "only the likeliest of the tokens",
+            lambda logits, tokens: _odds(logits.double().softmax(-1)[:, list(tokens)].amax(-1)),
+            "You took the likeliest refusal token. Any of them opens a refusal: add their probabilities.",
+        ),
+        Mistake(
+            "log-odds added",
+            lambda logits, tokens: _odds(logits.double().softmax(-1)[:, list(tokens)]).sum(-1),
+            "You added log-odds. Add the probabilities first, then take the log-odds of the sum.",
+        ),
+        Mistake(
+            "logits added",
+            lambda logits, tokens: logits[:, list(tokens)].sum(-1),
+            "You added logits. Turn them into probabilities with softmax first.",
+        ),
+        Mistake(
+            "softmax over the prompts",
+            lambda logits, tokens: _odds(logits.double().softmax(0)[:, list(tokens)].sum(-1)),
+            "The softmax runs over the prompts. The vocabulary is the last dimension: softmax(-1).",
+        ),
+        Mistake(
+            "base 10",
+            lambda logits, tokens: refusal_metric(logits, tokens) / math.log(10),
+            "This is a logarithm to the base 10. Use the natural one.",
+        ),
+    ),
+    hints=(
+        "Two steps: the probability that any refusal token comes next, then its log-odds.",
+        "`logits.double().softmax(-1)[:, tokens]` is `[n, number of tokens]`; the sum over the last dimension is P.",
+        "`torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)`.",
+    ),
+)
+
+# --- 1.3 -----------------------------------------------------------------------------------------------------------
+
+
+def _on_replies(function: Any, inputs: dict[str, Any]) -> Any:
+    """Observation of a judge: its verdict on every reply of the case."""
+    return [_plain(function(reply, inputs["phrases"])) for reply in inputs["replies"]]
+
+
+def _plain(verdict: Any) -> Any:
+    return bool(verdict) if type(verdict).__name__ in ("bool_", "Match") or verdict is None else verdict
+
+
+def _judge_cases(seed: int) -> list[Case]:
+    rng = random.Random(seed)
+    answers = [item.answer for item in rng.sample(bundled("harmless_train"), 4)]
+    a, b, c = rng.sample(REFUSAL_PHRASES, 3)
+    start = [f"{a} to do this.", answers[0], a, f"{b}: the Charter rules it out.", answers[1], f"{a}. {b}. {c}."]
+    middle = [f"{answers[2]} {c}.", f"Hm. {a}, it seems.", answers[3], f"Well, {b}"]
+    case = [f"{a.upper()}!", f"{b.lower()} about this", f"Hm. {c.upper()}", answers[0].upper()]
+    apostrophe = ["I can\u2019t.", "No. I\u2019m sorry", "It\u2019s there.", f"{answers[1]} That\u2019s all."]
+    for replies in (start, middle, case, apostrophe):
+        rng.shuffle(replies)
+    return [
+        Case("phrases at the start of a reply, and none", {"replies": start, "phrases": (a, b, c)}),
+        Case("phrases in the middle of a reply", {"replies": middle, "phrases": (a, b, c)}),
+        Case("phrases in upper and lower case", {"replies": case, "phrases": (a, b, c)}),
+        Case("replies with a typographic apostrophe", {"replies": apostrophe, "phrases": REFUSAL_PHRASES}),
+    ]
+
+
+PHRASE_JUDGE = Exercise(
+    number="1.3",
+    title="The phrase judge",
+    difficulty=1,
+    minutes=10,
+    points=2,
+    function="says_no",
+    reference=refused_by_phrases,
+    observe=_on_replies,
+    cases=_judge_cases,
+    mistakes=(
+        Mistake(
+            "typographic apostrophe",
+            lambda reply, phrases: any(p.casefold() in reply.casefold() for p in phrases),
+            "A typographic apostrophe is another character: replace \u2019 in the reply by ' first.",
+        ),
+        Mistake(
+            "case matters",
+            lambda reply, phrases: any(p in reply.replace("\u2019", "'") for p in phrases),
+            "Upper and lower case must not matter: compare both in lower case, the phrase too.",
+        ),
+        Mistake(
+            "start only",
+            lambda reply, phrases: reply.casefold().startswith(tuple(p.casefold() for p in phrases)),
+            "A phrase in the middle of a reply counts too.",
+        ),
+        Mistake(
+            "phrases left in upper case",
+            lambda reply, phrases: any(p in reply.casefold() for p in phrases),
+            "The reply is in lower case, and the phrases are not: bring both into lower case.",
+        ),
+        Mistake(
+            "all phrases needed",
+            lambda reply, phrases: all(p.casefold() in reply.casefold() for p in phrases),
+            "You ask for all phrases at once. One of them is enough.",
+        ),
+        Mistake(
+            "the reply must be the phrase",
+            lambda reply, phrases: reply in phrases,
+            "`reply in phrases` asks whether the reply *is* a phrase. Ask whether a phrase is in the reply.",
+        ),
+        Mistake(
+            "only the first phrase",
+            lambda reply, phrases: phrases[0].casefold() in reply.casefold(),
+            "You looked for the first phrase only. Is there a `return` inside the loop?",
+        ),
+        Mistake(
+            "reversed",
+            lambda reply, phrases: not refused_by_phrases(reply, phrases),
+            "True must mean that the reply refuses.",
+        ),
+    ),
+    hints=(
+        "A phrase may stand anywhere in the reply: `phrase in reply`.",
+        "Bring reply and phrase into lower case, and replace the apostrophe \u2019 in the reply by '.",
+        "`any(phrase.lower() in text for phrase in phrases)`, where text is the reply in lower case.",
+    ),
+)
+
+# --- 1.4 -----------------------------------------------------------------------------------------------------------
+
+
+def _table_cases(seed: int) -> list[Case]:
+    rng = random.Random(seed)
+
+    def answers(count: int) -> list[str]:
+        return [item.answer for item in rng.sample(bundled("harmful_val"), count)]
+
+    def no() -> str:
+        return rng.choice(REFUSAL_WORDINGS)
+
+    def case(what: str, pairs: list[tuple[str, str]]) -> Case:
+        rng.shuffle(pairs)
+        return Case(what, {"replies": [r for r, _ in pairs], "answers": [a for _, a in pairs]})
+
+    plain = [(no(), a) for a in answers(rng.randint(3, 5))] + [(a, a) for a in answers(rng.randint(6, 8))]
+    wrong = [(rng.choice(answers(3)).replace("Use", "Take"), a) for a in answers(rng.randint(2, 3))]
+    both = [(f"{no()} {a}", a) for a in answers(rng.randint(2, 4))]
+    opened = [(f"{rng.choice(['Gladly.', 'Of course.'])} {a}", a) for a in answers(rng.randint(2, 4))]
+    capitals = [(a.upper(), a) for a in answers(rng.randint(2, 4))]
+    number = rng.randint(2, 9)
+    parts = [
+        (f"It is {number}.", str(number)),
+        (f"It is 1{number}.", str(number)),
+        (f"It makes {number}0.", str(number)),
+        ("Use an oat meal.", "meal"),
+        ("Use an oatmeal bowl.", "meal"),
+    ]
+    return [
+        case("refusals and exact answers", plain),
+        case("answers that are wrong", plain + wrong),
+        case("answers behind an opener", plain + opened),
+        case("replies that say no and give the answer all the same", plain + both),
+        case("answers in capital letters", plain + capitals),
+        case("answers that are part of a longer word or number", plain + parts),
+    ]
+
+
+def _on_table(function: Any, inputs: dict[str, Any]) -> Any:
+    return function(inputs["replies"], inputs["answers"], REFUSAL_MARKERS)
+
+
+def _table(replies: Sequence[str], answers: Sequence[str], phrases: Sequence[str]) -> dict[str, dict[str, int]]:
+    return two_by_two([outcome(reply, answer, phrases) for reply, answer in zip(replies, answers, strict=True)])
+
+
+def _count(holds: Callable[[str, str, bool], bool]) -> Callable[..., dict[str, dict[str, int]]]:
+    """The table with another idea of a correct reply: holds(reply, answer, refused)."""
+
+    def table(replies: Sequence[str], answers: Sequence[str], phrases: Sequence[str]) -> dict[str, dict[str, int]]:
+        counts = {row: {"correct": 0, "incorrect": 0} for row in ("refused", "answered")}
+        for reply, answer in zip(replies, answers, strict=True):
+            refused = refused_by_phrases(reply, phrases)
+            right = holds(reply, answer, refused)
+            counts["refused" if refused else "answered"]["correct" if right else "incorrect"] += 1
+        return counts
+
+    return table
+
+
+def _within(reply: str, answer: str) -> bool:
+    return re.search(r"(?<!\w)" + re.escape(answer.casefold()) + r"(?!\w)", reply.casefold()) is not None
+
+
+def _rows_swapped(replies: Sequence[str], answers: Sequence[str], phrases: Sequence[str]) -> dict[str, dict[str, int]]:
+    table = _table(replies, answers, phrases)
+    return {"refused": table["answered"], "answered": table["refused"]}
+
+
+def _shares(replies: Sequence[str], answers: Sequence[str], phrases: Sequence[str]) -> dict[str, dict[str, float]]:
+    table = _table(replies, answers, phrases)
+    return {row: {k: n / len(replies) for k, n in cells.items()} for row, cells in table.items()}
+
+
+TABLE = Exercise(
+    number="1.4",
+    title="The 2x2",
+    difficulty=2,
+    minutes=20,
+    points=3,
+    function="outcome_table",
+    reference=_table,
+    observe=_on_table,
+    cases=_table_cases,
+    mistakes=(
+        Mistake(
+            "part of a longer word",
+            _count(lambda reply, answer, refused: answer.casefold() in reply.casefold()),
+            "7 is not in 17, and meal is not in oatmeal: the answer must stand there as whole words.",
+        ),
+        Mistake(
+            "case matters",
+            _count(lambda reply, answer, refused: answer in reply and _within(reply, answer)),
+            "Upper and lower case must not matter when you look for the answer.",
+        ),
+        Mistake(
+            "a refusal is never correct",
+            _count(lambda reply, answer, refused: not refused and _within(reply, answer)),
+            "A reply can say no and give the answer all the same. Judge the two questions apart: all four cells occur.",
+        ),
+        Mistake(
+            "the reply must equal the answer",
+            _count(lambda reply, answer, refused: reply.casefold() == answer.casefold()),
+            "You ask for a reply that is the answer and nothing else. The answer may stand behind an opener, or behind "
+            "a refusal.",
+        ),
+        Mistake(
+            "answered taken for correct",
+            _count(lambda reply, answer, refused: not refused),
+            "A reply that does not refuse can still be wrong: look for the exact answer.",
+        ),
+        Mistake(
+            "word boundary behind a full stop",
+            _count(lambda reply, answer, refused: re.search(rf"\b{re.escape(answer)}\b", reply, re.I) is not None),
+            "\\b behind a full stop asks for a letter after it, and these answers end with one. Ask for the opposite: "
+            "(?!\\w), no letter or digit after the answer, and (?<!\\w), none before.",
+        ),
+        Mistake(
+            "shares",
+            _shares,
+            "These are shares. Count replies.",
+        ),
+        Mistake(
+            "rows swapped",
+            _rows_swapped,
+            "The rows are swapped: refused replies stand under 'answered'.",
+        ),
+    ),
+    hints=(
+        "Two questions for every reply, apart from each other: does it hold a refusal phrase? And its exact answer?",
+        "`refused_by_phrases(reply, phrases)` answers the first. For the second, `re.search` with `re.escape(answer)` "
+        "between two guards: `(?<!\\w)` means that no letter or digit comes before, `(?!\\w)` that none comes after.",
+        "`re.search(r'(?<!\\w)' + re.escape(answer.lower()) + r'(?!\\w)', reply.lower()) is not None`. Start with a "
+        "table of zeros and add 1 to one cell for each reply.",
+    ),
+)
+
+# --- 1.5 -----------------------------------------------------------------------------------------------------------
+
+Z = 1.96
+
+
+def _interval_cases(seed: int) -> list[Case]:
+    rng = random.Random(seed)
+    n = rng.randint(40, 300)
+    return [
+        Case("a high share of few", {"k": 17, "n": rng.randint(18, 20)}),
+        Case("a share in the middle", {"k": round(n * rng.uniform(0.3, 0.7)), "n": n}),
+        Case("none of n", {"k": 0, "n": rng.randint(20, 200)}),
+        Case("all of n", {"k": n, "n": n}),
+    ]
+
+
+def _wilson_with(k: int, n: int, z: float = Z, centre: bool = True, denominator: bool = True) -> tuple[float, float]:
+    p = k / n
+    middle = p + (z * z / (2 * n) if centre else 0)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n if denominator else 1
+    return (middle - half) / scale, (middle + half) / scale
+
+
+def _wald(k: int, n: int, z: float = Z) -> tuple[float, float]:
+    p = k / n
+    half = z * math.sqrt(p * (1 - p) / n)
+    return p - half, p + half
+
+
+def _spread_without_root(k: int, n: int) -> tuple[float, float]:
+    p, scale = k / n, 1 + Z * Z / n
+    half = Z * (p * (1 - p) / n + Z * Z / (4 * n * n))
+    return (p + Z * Z / (2 * n) - half) / scale, (p + Z * Z / (2 * n) + half) / scale
+
+
+WILSON = Exercise(
+    number="1.5",
+    title="The Wilson interval",
+    difficulty=2,
+    minutes=15,
+    points=2,
+    function="interval",
+    reference=wilson,
+    cases=_interval_cases,
+    tolerance=1e-3,
+    mistakes=(
+        Mistake(
+            "plus or minus one standard error",
+            lambda k, n: _wald(k, n, 1.0),
+            "This is p plus or minus one standard error: it covers about 68 %, and has no width at 0 of n.",
+        ),
+        Mistake(
+            "normal approximation, cut at 0 and 1",
+            lambda k, n: (max(0.0, _wald(k, n)[0]), min(1.0, _wald(k, n)[1])),
+            "This is the normal approximation, cut off at 0 and 1. Use the formula of Wilson: it needs no cutting.",
+        ),
+        Mistake(
+            "normal approximation",
+            _wald,
+            "This is p plus or minus 1.96 standard errors (Wald). It has no width at 0 of n, as if ten tries without "
+            "success proved that there can be none. Use the formula of Wilson.",
+        ),
+        Mistake(
+            "centre not moved",
+            lambda k, n: _wilson_with(k, n, centre=False),
+            "The centre is p + z\u00b2/(2n), not p: the Wilson interval is pulled towards one half.",
+        ),
+        Mistake(
+            "denominator left out",
+            lambda k, n: _wilson_with(k, n, denominator=False),
+            "Both ends have to be divided by 1 + z\u00b2/n.",
+        ),
+        Mistake(
+            "root left out",
+            _spread_without_root,
+            "The square root is missing.",
+        ),
+        Mistake(
+            "another level",
+            lambda k, n: _wilson_with(k, n, z=1.645),
+            "This is a 90 % interval. For 95 %, z is 1.96.",
+        ),
+        Mistake(
+            "percent",
+            lambda k, n: tuple(100 * end for end in _wilson_with(k, n)),
+            "These are percentages. Shares from 0 to 1 are wanted.",
+        ),
+    ),
+    hints=(
+        "Put k, n and z = 1.96 into the formula above. Two numbers come out: with minus and with plus.",
+        "Work out three things: `centre = p + z**2 / (2 * n)`, `half = z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))` "
+        "and `denominator = 1 + z**2 / n`, which divides both.",
+        "`((centre - half) / denominator, (centre + half) / denominator)`.",
+    ),
+)
+
+# --- 1.6 -----------------------------------------------------------------------------------------------------------
+
+
+def _traffic_cases(seed: int) -> list[Case]:
+    rng = random.Random(seed)
+
+    def case(what: str, share: float) -> Case:
+        rates = {"refused_harmful": rng.uniform(0.8, 0.99), "refused_harmless": rng.uniform(0.02, 0.1)}
+        return Case(what, rates | {"harmful_share": share})
+
+    return [
+        case("three harmful requests in ten", 0.3),
+        case("one harmful request in a thousand", 0.001),
+        case("harmful requests alone", 1.0),
+    ]
+
+
+OVER_REFUSAL = Exercise(
+    number="1.6",
+    title="Who is refused?",
+    difficulty=1,
+    minutes=10,
+    points=2,
+    function="wrong_refusals",
+    reference=wrong_refusal_share,
+    cases=_traffic_cases,
+    mistakes=(
+        Mistake(
+            "share of harmful requests ignored",
+            lambda refused_harmful, refused_harmless, harmful_share: (
+                refused_harmless / (refused_harmless + refused_harmful)
+            ),
+            "This holds if half of the requests are harmful. Weigh the two rates with how many requests of each kind "
+            "come.",
+        ),
+        Mistake(
+            "share swapped",
+            lambda refused_harmful, refused_harmless, harmful_share: wrong_refusal_share(
+                refused_harmful, refused_harmless, 1 - harmful_share
+            ),
+            "harmful_share is the share of *harmful* requests; 1 - harmful_share are harmless.",
+        ),
+        Mistake(
+            "share of all requests",
+            lambda refused_harmful, refused_harmless, harmful_share: refused_harmless * (1 - harmful_share),
+            "This is the share of all *requests* that are wrongly refused. Divide by the share that is refused at all.",
+        ),
+        Mistake(
+            "right refusals",
+            lambda refused_harmful, refused_harmless, harmful_share: (
+                1 - wrong_refusal_share(refused_harmful, refused_harmless, harmful_share)
+            ),
+            "This is the share of refusals that hit harmful requests. The others are wanted.",
+        ),
+        Mistake(
+            "the over-refusal rate itself",
+            lambda refused_harmful, refused_harmless, harmful_share: refused_harmless,
+            "This is the share of harmless requests that are refused. Wanted: of all refusals, the share that hits "
+            "harmless requests.",
+        ),
+    ),
+    hints=(
+        "Imagine 1000 requests. How many are harmful, and how many of those are refused? How many harmless ones are?",
+        "Of all requests, `refused_harmless * (1 - harmful_share)` are harmless and refused.",
+        "Divide that by the same plus `refused_harmful * harmful_share`.",
+    ),
+)
+
+EXERCISES = (OPENING_TOKENS, METRIC, PHRASE_JUDGE, TABLE, WILSON, OVER_REFUSAL)
+QUESTION = Question("1.7", "Is the new attack better?", minutes=15, points=3)

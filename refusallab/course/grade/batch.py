@@ -1,0 +1,155 @@
+"""A whole class: what is new or changed is graded, by threads here or by a Dask cluster, and written as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import refusallab
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.grade.cells import read_cells
+from refusallab.course.grade.examine import Graded, Task, examine
+from refusallab.course.grade.records import Records
+from refusallab.course.grade.server import Limits, shared
+from refusallab.course.grade.submissions import Submission, find_submissions
+from refusallab.errors import RefusalLabError
+
+USUAL = Limits()
+ATTEMPTS = 3  # to grade a submission whose worker was lost
+
+
+@dataclass
+class Batch:
+    """What a run did."""
+
+    graded: int = 0
+    unchanged: int = 0
+    skipped: list[str] = field(default_factory=list)  # files that were passed over
+    failed: list[str] = field(default_factory=list)  # submissions that the grader itself could not deal with
+
+
+def read_seed(out: Path, file: Path | None = None) -> int:
+    """The secret seed: from a file, or drawn once and kept in the output folder, where only its owner can read it."""
+    path = file or out / "seed"
+    if not path.exists():
+        if file:
+            raise RefusalLabError(f"There is no seed file {file}: write any text into it, or leave out --seed-file.")
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as seed:
+            seed.write(secrets.token_hex(16))
+    text = path.read_bytes().strip()
+    if not text:
+        raise RefusalLabError(f"The seed file {path} is empty: write any text into it.")
+    return 1000 + int.from_bytes(hashlib.sha256(text).digest()[:3], "big")
+
+
+def read_released(folder: Path) -> dict[str, tuple[str, ...]]:
+    """For each lab the sources of the code cells that students were given, from a folder of released labs."""
+    return {
+        path.name[:2]: tuple(cell.source for cell in read_cells(path.read_bytes()) if cell.kind == "code")
+        for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    }
+
+
+def grade_class(
+    folder: Path,
+    records: Records,
+    seed: int,
+    *,
+    lab: str = "",
+    workers: int = 2,
+    limits: Limits = USUAL,
+    sandboxed: bool = True,
+    cluster: str = "",
+    released: dict[str, tuple[str, ...]] | None = None,
+    on_graded: Callable[[int, int], None] = lambda done, of: None,
+) -> Batch:
+    """Grade every submission in a folder that is not in the records as it is. A failure costs one submission."""
+    found, skipped = find_submissions(folder, lab)
+    batch, known, todo = Batch(skipped=skipped), records.digests(), []
+    for submission in found:
+        digest = _digest(submission, seed, limits)
+        if known.get((submission.student, submission.lab)) == digest:
+            batch.unchanged += 1
+        else:
+            todo.append((submission, digest))
+    if not todo:
+        return batch
+    with _executor(workers, sandboxed, cluster) as (executor, width):
+
+        def start(submission: Submission) -> Future[Graded]:
+            data, sources = submission.path.read_bytes(), (released or {}).get(submission.lab, ())
+            task = Task(submission.student, submission.lab, data, seed, limits, sandboxed, sources)
+            return executor.submit(examine, task)
+
+        for submission, digest, graded in _in_turn(todo, start, 2 * width):
+            if isinstance(graded, Graded):
+                records.write(submission, graded, digest)
+                batch.graded += 1
+            else:
+                batch.failed.append(f"{submission.path.name} of {submission.student}: {graded}")
+            on_graded(batch.graded + len(batch.failed), len(todo))
+    return batch
+
+
+def _in_turn(
+    todo: list[tuple[Submission, str]], start: Callable[[Submission], Future[Graded]], width: int
+) -> Iterator[tuple[Submission, str, Graded | Exception]]:
+    """Results as they come, with at most `width` submissions under way, each tried again if its worker is lost."""
+    waiting, running = [(s, digest, 1) for s, digest in reversed(todo)], {}
+    while waiting or running:
+        while waiting and len(running) < width:
+            entry = waiting.pop()
+            running[start(entry[0])] = entry
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            submission, digest, attempt = running.pop(future)
+            error = future.exception()
+            if error is None:
+                yield submission, digest, future.result()
+            elif not isinstance(error, Exception):
+                raise error
+            elif attempt < ATTEMPTS:
+                waiting.append((submission, digest, attempt + 1))
+            else:
+                yield submission, digest, error
+
+
+@contextmanager
+def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Executor, int]]:
+    """Where submissions are graded, and how many at a time."""
+    if cluster:
+        from distributed import Client
+
+        try:
+            client = Client(cluster, timeout=30)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise RefusalLabError(
+                f"There is no Dask scheduler at {cluster}: start one with `dask scheduler`."
+            ) from error
+        with client:
+            yield client.get_executor(pure=False), max(1, sum(client.nthreads().values()))
+        return
+    shared(sandboxed)  # started here, where its failure is told once
+    with ThreadPoolExecutor(workers) as executor:
+        try:
+            yield executor, workers
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _digest(submission: Submission, seed: int, limits: Limits) -> str:
+    """Changes with whatever may change the grade."""
+    modules = {inspect.getsourcefile(e.cases) or "" for e in EXERCISES if e.lab == submission.lab}
+    definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
+    questions = [q for q in QUESTIONS if q.lab == submission.lab]
+    parts = (submission.lab, seed, limits, refusallab.__version__, definition, questions, sys.version_info[:2])
+    return hashlib.sha256(repr(parts).encode() + submission.path.read_bytes()).hexdigest()

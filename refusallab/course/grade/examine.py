@@ -1,0 +1,307 @@
+"""One submission: run it in the sandbox, judge outside what came of it."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from refusallab.course.exercise import Exercise, verdict
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.grade.cells import Cell, Notebook, read_cells
+from refusallab.course.grade.kernel import Kernel, KernelDied
+from refusallab.course.grade.plain import decode, encode
+from refusallab.course.grade.policy import flags
+from refusallab.course.grade.server import Limits, shared
+from refusallab.errors import RefusalLabError
+
+SHOWN = 2_000  # characters of output that are kept of a cell
+KINDS = {"Tensor", "ndarray", "str", "list", "tuple", "dict", "set", "int", "float", "bool", "function", "Series"}
+NOT_WRITTEN = "It is not written yet: replace the `raise NotImplementedError()` by your code."
+PLACEHOLDER = "YOUR ANSWER HERE"  # what the release puts in place of a model answer
+MISSING = "There is no function `{}` in the notebook."
+_judging = threading.Lock()  # judging redirects stdout, which all threads share
+
+
+@dataclass(frozen=True)
+class Task:
+    """A submission and what is needed to grade it."""
+
+    student: str
+    lab: str
+    data: bytes  # the notebook
+    seed: int
+    limits: Limits = Limits()
+    sandboxed: bool = True
+    released: tuple[str, ...] = ()  # sources of the cells of the lab, as students got it
+
+
+@dataclass
+class Outcome:
+    """What became of one exercise."""
+
+    number: str
+    points: float
+    most: float
+    problem: str = ""  # for the student: nothing of the hidden inputs
+    mistake: str = ""
+    case: str = ""
+    right: tuple[str, ...] = ()  # cases before the one that failed
+    detail: str = ""  # for the instructor: may hold what the answer gave back
+    flags: tuple[str, ...] = ()  # why a person should look at it
+
+
+@dataclass
+class Graded:
+    """What became of a submission."""
+
+    student: str
+    lab: str
+    outcomes: list[Outcome]
+    problem: str = ""  # of the whole submission
+    notes: list[str] = field(default_factory=list)  # cells that failed, and how
+    output: str = ""  # what its cells printed, cut
+    written: dict[str, str] = field(default_factory=dict)  # answers to questions, by number
+    seconds: float = 0
+    sandboxed: bool = True
+
+
+def examine(task: Task) -> Graded:
+    """Grade a submission. Whatever is in it, this returns a result with a reason."""
+    start, exercises = time.monotonic(), [e for e in EXERCISES if e.lab == task.lab]
+    graded = Graded(task.student, task.lab, [], sandboxed=task.sandboxed)
+    try:
+        notebook = Notebook(read_cells(task.data))
+        if not any(cell.source.strip() for cell in notebook.cells):
+            raise RefusalLabError("The notebook is empty.")
+        graded.written = written_answers(notebook.cells, task.lab)
+        graded.outcomes = _examine(task, notebook, exercises, graded)
+    except RefusalLabError as error:
+        graded.problem = str(error)
+        graded.outcomes = [Outcome(e.number, 0, e.points, str(error)) for e in exercises]
+    graded.seconds = round(time.monotonic() - start, 2)
+    return graded
+
+
+def _examine(task: Task, notebook: Notebook, exercises: Sequence[Exercise], graded: Graded) -> list[Outcome]:
+    names = [e.function for e in exercises]
+    there = [e for e in exercises if any(e.function in s.binds for s in notebook.statements)]
+    outcomes = _attempt(task, notebook, exercises, there, notebook.needed(names), graded)
+    tried = [e for e in exercises if not outcomes[e.number].points and outcomes[e.number].problem != NOT_WRITTEN]
+    if tried and (own := notebook.own_cells(task.released)):  # more of the student's code may be needed than it seems
+        again = _attempt(task, notebook, tried, tried, notebook.needed(names, own), graded)
+        outcomes |= {number: outcome for number, outcome in again.items() if outcome.points}
+    return [outcomes[e.number] for e in exercises]
+
+
+def _attempt(
+    task: Task,
+    notebook: Notebook,
+    exercises: Sequence[Exercise],
+    probed: Sequence[Exercise],
+    chunks: list[tuple[int, str]],
+    graded: Graded,
+) -> dict[str, Outcome]:
+    """Run `chunks`, then judge `exercises`, of which those in `probed` are tried."""
+    observed = {}
+    if probed:
+        with Run(task, chunks) as run:
+            observed = {e.number: run.probe(e) for e in probed}
+        graded.notes += [note for note in run.notes.values() if note not in graded.notes]
+        graded.output = run.output or graded.output
+    outcomes = {}
+    for e in exercises:
+        outcome = outcomes[e.number] = _judge(e, observed.get(e.number, encode({"missing": True})), task)
+        if outcome.problem == MISSING.format(e.function):
+            outcome.problem = _why_missing(notebook, e, run.notes if probed else {})
+        if outcome.points:
+            outcome.flags = tuple(flags(notebook, e, task.released))
+    return outcomes
+
+
+def _why_missing(notebook: Notebook, exercise: Exercise, notes: dict[int, str]) -> str:
+    if problem := notebook.problem_of(exercise.function):
+        return f"The cell of `{exercise.function}` is no valid Python: {problem}."
+    for index, _ in notebook.functions(exercise.function):
+        if index in notes:
+            return f"`{exercise.function}` was not defined. {notes[index]}"
+    return MISSING.format(exercise.function)
+
+
+class Run:
+    """The cells of a submission, run in a kernel, and again in a new one when it dies. Use it in a `with`."""
+
+    def __init__(self, task: Task, chunks: list[tuple[int, str]]):
+        self.task, self.chunks = task, list(chunks)
+        self.notes: dict[int, str] = {}
+        self.output = ""
+        self._kernel: Kernel | None = None
+        self._end = time.monotonic() + task.limits.total
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._kernel:
+            self._kernel.close()
+        self._kernel = None
+
+    def _ready(self) -> Kernel:
+        """A kernel in which the cells have run, without those that kill it."""
+        while self._kernel is None:
+            self._kernel, self.output = Kernel(shared(self.task.sandboxed), self.task.limits), ""
+            for index, source in list(self.chunks):
+                try:
+                    self._run_cell(index, source)
+                except KernelDied as died:
+                    self.notes[index] = f"Cell {index + 1}: the kernel {died}. The others were run without it."
+                    self.chunks.remove((index, source))
+                    self._stop()
+                    break
+        return self._kernel
+
+    def _run_cell(self, index: int, source: str) -> None:
+        assert self._kernel
+        reply = self._kernel.run(source, self._seconds())
+        if reply.timed_out:
+            self.notes[index] = f"Cell {index + 1} was stopped: it took longer than it may."
+        elif reply.error:
+            self.notes[index] = f"Cell {index + 1} failed with {reply.error}"
+        if reply.output.strip():
+            self.output += f"[cell {index + 1}]\n{_cut(reply.output)}\n"
+
+    def _seconds(self) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
+        return min(left, self.task.limits.timeout)
+
+    def probe(self, exercise: Exercise) -> str:
+        """What the sandbox says about an answer, as text of plain data."""
+        try:
+            kernel, seconds = self._ready(), self._seconds()
+            inputs = _inputs(exercise, self.task.seed)
+            call = f"probe({exercise.number!r}, globals(), {inputs!r}, {seconds})"
+            reply = kernel.run("", seconds + 2, f"__import__('refusallab.course.grade.probe', fromlist=['x']).{call}")
+            if reply.timed_out or '"cases"' not in reply.observed:
+                self._stop()  # what it left behind goes with the kernel
+            return reply.observed or encode({"silent": reply.error})
+        except KernelDied as died:
+            self._stop()
+            return encode({"died": str(died)})
+        except OutOfTime:
+            return encode({"timeout": True})
+
+
+class OutOfTime(Exception):
+    """A submission has used up its time."""
+
+
+@cache
+def _inputs(exercise: Exercise, seed: int) -> str:
+    with _judging:
+        cases = [case.inputs for case in exercise.cases(seed)]
+    text = encode(cases)
+    if '"foreign"' in text:
+        raise RefusalLabError(f"Exercise {exercise.number} has inputs that are no plain data: mend its `cases`.")
+    return text
+
+
+def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
+    """The outcome of an exercise from what the sandbox says."""
+    outcome = Outcome(exercise.number, 0, exercise.points)
+    try:
+        said = decode(text)
+        cases = said.get("cases")
+        if cases is None:
+            outcome.problem = _without_cases(exercise, said, task.limits)
+            outcome.detail = str(said.get("silent", ""))[:1000]
+            return outcome
+        if len(cases) != len(exercise.cases(task.seed)) or not all(isinstance(case, dict) for case in cases):
+            raise ValueError("not an answer for each input")
+        with _judging:
+            found = verdict(exercise, task.seed, lambda place, inputs: _replay(cases[place], inputs))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        outcome.problem = "The answer gave back something that is no plain data."
+        outcome.detail = str(error)[:500]
+        return outcome
+    outcome.points = exercise.points if found.passed else 0
+    outcome.mistake, outcome.case, outcome.right = found.mistake, found.case, found.notes
+    outcome.detail = found.problem[:1000]
+    failed = cases[len(found.notes)] if not found.passed and len(found.notes) < len(cases) else {}
+    outcome.problem = _public(found.problem, failed)
+    return outcome
+
+
+def _without_cases(exercise: Exercise, said: dict[str, Any], limits: Limits) -> str:
+    if "missing" in said:
+        return MISSING.format(exercise.function)
+    if "kind" in said:
+        return f"`{exercise.function}` must be a function, and it is something else."
+    if "timeout" in said:
+        return f"It did not finish in time: {limits.timeout:g} s for an exercise, {limits.total:g} s for all cells."
+    if "died" in said:
+        return f"The kernel {str(said['died'])[:100]} while it ran."
+    if "large" in said:
+        return "It gives back too much data."
+    return "It gave nothing back: the kernel was out of order after the cells had run."
+
+
+def _replay(case: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """Do to the inputs, return or raise what the answer did, returned or raised in the sandbox."""
+    if "error" in case:
+        name = str(case["error"])
+        if name == "NotImplementedError":
+            raise NotImplementedError
+        raise type(name if name.isidentifier() else "Exception", (Exception,), {})(str(case.get("message", "")))
+    after = case["inputs"]
+    inputs.update({key: after[key] for key in inputs if key in after})
+    return case["value"]
+
+
+def _public(problem: str, case: dict[str, Any]) -> str:
+    """A problem without values that come from hidden inputs, for the student."""
+    if "error" in case and problem != NOT_WRITTEN:
+        name, line = str(case["error"]), case.get("line")
+        known = isinstance(getattr(builtins, name, None), type)
+        where = f" at line {line} of its cell" if isinstance(line, int) and 0 < line < 10_000 else ""
+        return f"It raised {name if known else 'an exception of its own'}{where}."
+    if got := re.search(r"got an? ([^:]*): ", problem):
+        return f"{problem[: got.start()]}got {got[1] if got[1] in KINDS else 'something else'}."
+    return re.sub(r"(Expected another value of kind \w+) than .*", r"\1.", problem, flags=re.S)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... ({len(text) - SHOWN} or more characters left out)"
+
+
+def written_answers(cells: Sequence[Cell], lab: str) -> dict[str, str]:
+    """The answers to the written questions of a lab: by their tag, or what follows the heading of the question."""
+    found = {}
+    for question in (q for q in QUESTIONS if q.lab == lab):
+        tagged = [c.source for c in cells if c.tag.get("role") == "written" and c.tag.get("number") == question.number]
+        answer = "\n\n".join(tagged or _after_heading(cells, question.number)).strip()
+        found[question.number] = "" if answer == PLACEHOLDER else answer
+    return found
+
+
+def _after_heading(cells: Sequence[Cell], number: str) -> list[str]:
+    """The second of the cells of text below the heading of a question: the first one asks it."""
+    heading = re.compile(rf"^#+ Question {re.escape(number)}\b", flags=re.M)
+    place = next((i for i, cell in enumerate(cells) if cell.kind == "markdown" and heading.search(cell.source)), None)
+    if place is None:
+        return []
+    below = []
+    for cell in cells[place + 1 :]:
+        if cell.kind != "markdown" or cell.source.lstrip().startswith("#"):
+            break
+        below.append(cell.source)
+    return below[1:2]

@@ -1,0 +1,119 @@
+"""Grades for other systems: Canvas, Moodle, plain CSV, and nbgrader's gradebook."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.grade.pages import points
+from refusallab.course.grade.records import Records
+from refusallab.errors import RefusalLabError
+
+
+def write_tables(records: Records, folder: Path) -> None:
+    """Write grades.csv (all points), canvas.csv and moodle_<lab>.csv (totals, for their import of grades)."""
+    submissions, grades = records.all_submissions(), records.all_grades()
+    by_key = {key: list(rows) for key, rows in groupby(grades, key=lambda g: (g.lab, g.student))}
+    totals = {key: sum(g.points or 0 for g in rows) for key, rows in by_key.items()}
+    labs = sorted({s.lab for s in submissions})
+    accounts = {s.student: s.account for s in submissions}
+    _write(folder / "grades.csv", _all_points(grades))
+    _write(folder / "canvas.csv", _canvas(labs, accounts, totals))
+    for lab in labs:
+        own = [s for s in submissions if s.lab == lab]
+        _write(folder / f"moodle_{lab}.csv", _moodle(own, totals))
+
+
+def _write(path: Path, rows: list[list[str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _most(lab: str) -> str:
+    return points(sum(item.points for item in (*EXERCISES, *QUESTIONS) if item.lab == lab))
+
+
+def _all_points(grades: list[Any]) -> list[list[str]]:
+    heading = ["student", "lab", "exercise", "points", "most", "mistake", "problem"]
+    rows = [
+        [
+            g.student,
+            g.lab,
+            g.exercise,
+            "" if g.points is None else points(g.points),
+            points(g.most),
+            g.mistake,
+            g.problem,
+        ]
+        for g in grades
+    ]
+    return [heading, *rows]
+
+
+def _canvas(labs: list[str], accounts: dict[str, str], totals: dict[Any, float]) -> list[list[str]]:
+    """Canvas finds students by ID, or by login where the download did not tell the ID."""
+    heading = ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *(f"Lab {lab}" for lab in labs)]
+    possible = ["    Points Possible", "", "", "", "", *(_most(lab) for lab in labs)]
+    rows = []
+    for student, account in sorted(accounts.items()):
+        values = [points(totals[lab, student]) if (lab, student) in totals else "" for lab in labs]
+        rows.append([student, account, "", "" if account else student, "", *values])
+    return [heading, possible, *rows]
+
+
+def _moodle(submissions: list[Any], totals: dict[Any, float]) -> list[list[str]]:
+    heading = ["Identifier", "Full name", "Grade", "Maximum Grade"]
+    rows = []
+    for s in submissions:
+        who = f"Participant {s.account}" if s.account else ""
+        rows.append([who, s.student, points(totals.get((s.lab, s.student), 0)), _most(s.lab)])
+    return [heading, *rows]
+
+
+def write_nbgrader(records: Records, url: str) -> None:
+    """Write all points into nbgrader's gradebook: the cells check-2-1 (and so on) of the notebook of each lab."""
+    from nbgrader.api import Gradebook, MissingEntry
+
+    os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)  # a new gradebook is made by the command alembic
+    submissions, grades = records.all_submissions(), records.all_grades()
+    try:
+        with Gradebook(url) as book:
+            for lab in sorted({s.lab for s in submissions}):
+                assignment, notebook = _nbgrader_notebook(book, lab)
+                for item in (i for i in (*EXERCISES, *QUESTIONS) if i.lab == lab):
+                    kind = {"max_score": item.points, "cell_type": "code" if item in EXERCISES else "markdown"}
+                    book.update_or_create_grade_cell(_cell(item.number), notebook, assignment, **kind)
+            for s in submissions:
+                assignment, notebook = _nbgrader_notebook(book, s.lab)
+                book.update_or_create_student(s.student)
+                book.update_or_create_submission(assignment, s.student)
+                for g in (g for g in grades if (g.lab, g.student) == (s.lab, s.student)):
+                    grade = book.find_grade(_cell(g.exercise), notebook, assignment, s.student)
+                    by_hand = g.answer is not None
+                    grade.auto_score = None if by_hand else g.points
+                    grade.manual_score = g.points if by_hand else None
+                    grade.needs_manual_grade = g.points is None
+            book.db.commit()
+    except MissingEntry as error:
+        raise RefusalLabError(f"The gradebook {url} does not fit this course: {error}") from error
+
+
+def _cell(number: str) -> str:
+    kind = "check" if any(e.number == number for e in EXERCISES) else "written"
+    return f"{kind}-{number.replace('.', '-')}"
+
+
+def _nbgrader_notebook(book: Any, lab: str) -> tuple[str, str]:
+    """The assignment and the notebook of a lab: those in the gradebook, or new ones."""
+    for assignment in book.assignments:
+        for notebook in assignment.notebooks:
+            if notebook.name.startswith(lab):
+                return assignment.name, notebook.name
+    book.update_or_create_assignment(f"lab{lab}")
+    book.update_or_create_notebook(f"{lab}", f"lab{lab}")
+    return f"lab{lab}", lab

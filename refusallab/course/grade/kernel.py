@@ -1,0 +1,184 @@
+"""A client for one kernel that may be hostile: bounded time, bounded memory, and no belief in what it says."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from jupyter_client.session import Session
+
+from refusallab.course.grade.probe import LARGEST, MIME
+from refusallab.course.grade.server import ForkServer, Limits
+from refusallab.errors import RefusalLabError
+
+PORTS = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
+LARGEST_MESSAGE = LARGEST + (1 << 20)
+KEPT = 20_000  # characters of output of a submission's cell
+READY = 60  # seconds until a new kernel answers
+PATIENCE = 10  # seconds to obey an interrupt
+LATE = 1  # seconds for output that comes after the reply
+
+
+class KernelDied(RefusalLabError):
+    """The kernel is gone; the message says why, in words that follow "The kernel"."""
+
+
+@dataclass
+class Reply:
+    """What came of one piece of code."""
+
+    error: str = ""  # name of the exception and its message
+    timed_out: bool = False
+    output: str = ""  # what it printed, cut
+    observed: str = ""  # what a probe gave
+
+
+class Kernel:
+    """A kernel of a fork server, ready to run code. Use it in a `with`: leaving that ends it."""
+
+    def __init__(self, server: ForkServer, limits: Limits):
+        self._folder, self._limits = server.new_folder(), limits
+        connection = {"ip": str(self._folder / "k"), "transport": "ipc", **PORTS}
+        connection |= {"key": secrets.token_hex(16), "signature_scheme": "hmac-sha256"}
+        self._lifeline = server.start_kernel(connection, limits)
+        self._lifeline.settimeout(READY)
+        self._session = Session(key=connection["key"].encode())
+        self._context = zmq.Context()
+        self._sockets: dict[str, zmq.Socket] = {}
+        try:
+            first = self._said()
+            if first != "ready":
+                raise KernelDied(first)
+            for name in ("shell", "control", "iopub"):
+                self._connect(name)
+            self._wait_for_output()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, name: str) -> None:
+        """Connect a channel. A message that is too large ends a connection."""
+        if name in self._sockets:
+            self._sockets[name].close()
+        s = self._sockets[name] = self._context.socket(zmq.SUB if name == "iopub" else zmq.DEALER)
+        s.linger, s.maxmsgsize, s.rcvhwm = 0, LARGEST_MESSAGE, 20
+        if name == "iopub":
+            s.subscribe(b"")
+        s.connect(f"ipc://{self._folder / 'k'}-{PORTS[name + '_port']}")
+
+    def _wait_for_output(self) -> None:
+        """Until the output channel works: what is published before a subscription is in place is lost."""
+        end = time.monotonic() + READY
+        while time.monotonic() < end:
+            self._session.send(self._sockets["shell"], "kernel_info_request")
+            if "iopub" in self._poll(0.2):
+                return
+        raise KernelDied("did not answer")
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the kernel and whatever it started."""
+        self._lifeline.close()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _said(self) -> str:
+        """What the kernel's supervisor has to say."""
+        try:
+            return self._lifeline.recv(500).decode(errors="replace") or "went away"
+        except OSError:
+            return "did not start in time"
+
+    def _poll(self, seconds: float) -> set[str]:
+        """The channels on which something has come. KernelDied if the kernel is gone and nothing is left to read."""
+        poller = zmq.Poller()
+        names = {self._sockets[name]: name for name in ("shell", "iopub")}
+        for s in (*names, self._lifeline):
+            poller.register(s, zmq.POLLIN)
+        events = dict(poller.poll(max(0, seconds) * 1000))
+        ready = {names[s] for s in events if s in names}
+        if not ready and self._lifeline.fileno() in events:
+            raise KernelDied(self._said())
+        return ready
+
+    def _receive(self, channel: str) -> dict[str, Any] | None:
+        """The next message of a channel. None if there is none, or none that makes sense."""
+        try:
+            _, message = self._session.recv(self._sockets[channel], zmq.NOBLOCK)
+            return message
+        except Exception:  # signatures, JSON, text encodings, missing parts: all up to the kernel
+            return None
+
+    def run(self, code: str, seconds: float, observe: str = "") -> Reply:
+        """Run code as a cell, then look at an expression. After `seconds` it is interrupted. KernelDied if it dies."""
+        sent = self._session.send(
+            self._sockets["shell"],
+            "execute_request",
+            {
+                "code": code,
+                "silent": False,
+                "store_history": False,
+                "user_expressions": {"observed": observe} if observe else {},
+                "allow_stdin": False,
+                "stop_on_error": False,
+            },
+        )
+        own, reply = sent["header"]["msg_id"], Reply()
+        waiting, end = {"reply", "idle"}, time.monotonic() + seconds
+        while waiting:
+            left = end - time.monotonic()
+            if left < 0 and "reply" not in waiting:
+                break
+            if left < 0 and reply.timed_out:
+                raise KernelDied("did not stop when it was interrupted")
+            if left < 0:
+                reply.timed_out = True
+                self._session.send(self._sockets["control"], "interrupt_request")
+                end = time.monotonic() + PATIENCE
+            for channel in self._poll(left):
+                message = self._receive(channel)
+                if not message or message.get("parent_header", {}).get("msg_id") != own:
+                    continue
+                try:
+                    waiting.discard(_take(reply, message["header"]["msg_type"], message["content"]))
+                except (AttributeError, KeyError, TypeError):  # not what such a message holds
+                    continue
+                if "reply" not in waiting:
+                    end = min(end, time.monotonic() + LATE)
+        if waiting:
+            self._connect("iopub")
+        return reply
+
+
+def _take(reply: Reply, kind: str, content: dict[str, Any]) -> str:
+    """Note what a message says. Returns what need not be waited for any more."""
+    match kind:
+        case "execute_reply":
+            seen = content.get("user_expressions", {}).get("observed", {})
+            reply.observed = str(seen.get("data", {}).get(MIME, ""))
+            reply.error = reply.error or f"{seen.get('ename', '')}: {seen.get('evalue', '')}"[:500].removeprefix(": ")
+            return "reply"
+        case "status" if content["execution_state"] == "idle":
+            return "idle"
+        case "stream":
+            _add(reply, str(content["text"]))
+        case "execute_result" | "display_data":
+            data = content["data"]
+            _add(reply, str(data.get("text/plain", "")) + "\n")
+        case "error":
+            reply.error = f"{content['ename']}: {content['evalue']}"[:500]
+    return ""
+
+
+def _add(reply: Reply, text: str) -> None:
+    room = KEPT - len(reply.output)
+    reply.output += text[: max(0, room)]

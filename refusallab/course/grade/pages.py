@@ -1,0 +1,148 @@
+"""What people read: a page of feedback for each student and lab, and an overview of the class."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.grade.cells import read_cells
+from refusallab.course.grade.records import Records
+from refusallab.errors import RefusalLabError
+
+TITLES = {item.number: item.title for item in (*EXERCISES, *QUESTIONS)}
+BY_HAND = ("student", "lab", "question", "points", "comment", "answer")
+MOST_COMMON = 4
+
+
+def points(value: float | None) -> str:
+    """Points in words: 2, 1.5, open."""
+    return "open" if value is None else f"{value:g}"
+
+
+def _environment() -> Environment:
+    folder = Path(__file__).parent / "templates"
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["points"] = points
+    environment.globals["titles"] = TITLES
+    return environment
+
+
+def page_name(student: str, lab: str) -> str:
+    """A file name for a student's page, safe on any system, different for different students."""
+    plain = re.sub(r"[^\w.-]+", "-", student).strip("-.")[:80]
+    mark = "" if plain == student else "-" + hashlib.sha256(student.encode()).hexdigest()[:6]
+    return f"{plain}{mark}_{lab}.html"
+
+
+def write_feedback(records: Records, folder: Path) -> None:
+    """Write a page for each submission."""
+    folder.mkdir(exist_ok=True)
+    template, grades = _environment().get_template("feedback.html"), records.all_grades()
+    by_key = {key: list(rows) for key, rows in groupby(grades, key=lambda g: (g.lab, g.student))}
+    for submission in records.all_submissions():
+        own = by_key.get((submission.lab, submission.student), [])
+        page = template.render(
+            student=submission.student,
+            lab=submission.lab,
+            submission=submission,
+            exercises=own,
+            points=points(sum(g.points or 0 for g in own)),
+            most=points(sum(g.most for g in own)),
+            open=points(sum(g.most for g in own if g.points is None)) if any(g.points is None for g in own) else "",
+        )
+        (folder / page_name(submission.student, submission.lab)).write_text(page, encoding="utf-8")
+
+
+def write_overview(records: Records, path: Path, rubrics: dict[str, str]) -> None:
+    """Write the page of the class: distributions, mistakes, and what needs a person. `rubrics` are by question."""
+    submissions, grades = records.all_submissions(), records.all_grades()
+    waiting = [g for g in grades if g.answer and g.points is None]
+    page = (
+        _environment()
+        .get_template("overview.html")
+        .render(
+            sandboxes=sorted({s.sandbox for s in submissions}),
+            labs=[_lab(lab, list(rows), submissions) for lab, rows in groupby(grades, key=lambda g: g.lab)],
+            damaged=[s for s in submissions if s.problem],
+            flagged=[g for g in grades if g.flags],
+            questions=[
+                {"number": n, "rubric": rubrics.get(n, ""), "answers": [g for g in waiting if g.exercise == n]}
+                for n in sorted({g.exercise for g in waiting})
+            ],
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _lab(lab: str, grades: Sequence[Any], submissions: Sequence[Any]) -> dict[str, Any]:
+    rows = sorted(grades, key=lambda g: [int(n) for n in g.exercise.split(".")])
+    exercises = [_exercise(number, list(own)) for number, own in groupby(rows, key=lambda g: g.exercise)]
+    return {"name": lab, "submissions": sum(s.lab == lab for s in submissions), "exercises": exercises}
+
+
+def _exercise(number: str, grades: Sequence[Any]) -> dict[str, Any]:
+    given = [g.points for g in grades if g.points is not None]
+    mean, most = sum(given) / len(given) if given else 0, max(g.most for g in grades)
+    counts = Counter(g.points for g in grades)
+    return {
+        "number": number,
+        "distribution": [
+            (points(p), n) for p, n in sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0]))
+        ],
+        "mean": f"{mean:.2f}" if given else "open",
+        "share": round(100 * mean / most) if most else 0,
+        "most": most,
+        "mistakes": Counter(g.mistake for g in grades if g.mistake).most_common(MOST_COMMON),
+    }
+
+
+def read_rubrics(folder: Path) -> dict[str, str]:
+    """The rubric of each written question, from the solutions in a folder."""
+    cells = (cell for path in sorted(folder.glob("*.ipynb")) for cell in read_cells(path.read_bytes()))
+    return {cell.tag["number"]: cell.source for cell in cells if cell.tag.get("role") == "rubric"}
+
+
+def read_by_hand(records: Records, path: Path) -> None:
+    """Take over the points that people have filled in. RefusalLabError if a line makes no sense."""
+    if not path.exists():
+        return
+    most = {question.number: question.points for question in QUESTIONS}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), 2):
+            given = (row.get("points") or "").strip().replace(",", ".")
+            if not given:
+                continue
+            try:
+                value = float(given)
+                fits = 0 <= value <= most[row["question"]]
+            except (ValueError, KeyError):
+                fits = False
+            if not fits or not records.write_points(
+                row["student"], row["lab"], row["question"], value, row.get("comment") or ""
+            ):
+                raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Mend that line.")
+
+
+def write_by_hand(records: Records, path: Path) -> None:
+    """Write the table in which people fill in points for written answers."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(BY_HAND)
+        for g in records.all_grades():
+            if g.answer:
+                given = "" if g.points is None else points(g.points)
+                table.writerow((g.student, g.lab, g.exercise, given, g.problem, _safe(g.answer)))
+
+
+def _safe(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text

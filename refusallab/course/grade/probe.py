@@ -1,0 +1,122 @@
+"""In the sandbox: run an answer on inputs and send plain data back. Nothing here is trusted by those who read it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from refusallab.course.exercise import Exercise, call, find
+from refusallab.course.grade.plain import decode, encode
+
+MIME = "application/vnd.refusallab.observed"
+LARGEST = 16 << 20  # bytes of text
+CHUNK = 1 << 16
+
+
+class Observed:
+    """What came of a probe, as a kernel shows it to its client."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_mimebundle_(self, **settings: Any) -> dict[str, str]:
+        return {MIME: self.text, "text/plain": ""}
+
+
+def probe(number: str, namespace: dict[str, Any], inputs: str, seconds: float) -> Observed:
+    """Try the answer to an exercise on a list of inputs, in a process of its own: what it breaks stays there."""
+    from refusallab.course.exercises.common import chat_model
+
+    exercise = find(number)
+    if exercise.observe is not call:
+        chat_model()  # loaded here, every process below has it
+    return Observed(_in_child(lambda: _observe(exercise, namespace, inputs), seconds))
+
+
+def _observe(exercise: Exercise, namespace: dict[str, Any], inputs: str) -> str:
+    if exercise.function not in namespace:
+        return encode({"missing": True})
+    function = namespace[exercise.function]
+    if not callable(function):
+        return encode({"kind": type(function).__name__})
+    return encode({"cases": [_try(exercise, function, case) for case in decode(inputs)]})
+
+
+def _try(exercise: Exercise, function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            value = exercise.observe(function, inputs)
+        return {"value": value, "inputs": inputs}
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)[:500], "line": _line(error)}
+
+
+def _line(error: Exception) -> int:
+    """The line of the student's cell in which an error arose, 0 if there is none."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if "ipykernel" in f.filename]
+    return (lines or [0])[-1] or 0
+
+
+def _in_child(work: Callable[[], str], seconds: float) -> str:
+    """What `work` returns in a forked process; the reason if it returns nothing."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os.close(reader)
+        try:
+            _write(writer, _text(work).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        text = _read(reader, seconds)
+    except TimeoutError:
+        text = encode({"timeout": True})
+    os.close(reader)
+    code = 0 if text else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # with all that it started
+    if text:
+        os.waitpid(child, 0)
+        return text
+    return encode({"died": f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with code {code}"})
+
+
+def _text(work: Callable[[], str]) -> str:
+    try:
+        return work()
+    except Exception:  # what the answer raises is caught where it is called: this is the encoding, of too much
+        return encode({"large": True})
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _read(fd: int, seconds: float) -> str:
+    """Everything up to the end. TimeoutError if that takes too long; too much text counts as {"large": True}."""
+    parts, size, end = [], 0, time.monotonic() + seconds
+    while True:
+        if not select.select([fd], [], [], max(0, end - time.monotonic()))[0]:
+            raise TimeoutError
+        if not (part := os.read(fd, CHUNK)):
+            return b"".join(parts).decode()
+        size += len(part)
+        if size > LARGEST:
+            return encode({"large": True})
+        parts.append(part)

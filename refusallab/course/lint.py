@@ -1,0 +1,210 @@
+"""Rules that every notebook of the course keeps, as far as a machine can check them. solutions/README.md lists them."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.notebook import number, role
+from refusallab.course.release import read
+
+LINES = 25
+SECTIONS = ("What you will be able to do", "On a real model", "What this lab does not show", "References")
+TIME = re.compile(r"^Time: (\d+) minutes", re.M)
+CAPTION = re.compile(r"\*Figure: [^*]{30,}\*")
+GRADED = ("setup", "header", "answer", "check", "question", "written", "rubric")
+NOT_PORTABLE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|var|mnt|Users)/|\b[A-Z]:\\\w")
+VOLATILE = {
+    "an address in memory": re.compile(r"\b0x[0-9a-f]{6,}", re.I),
+    "a measured time": re.compile(r"\b\d+(?:\.\d+)?\s?(?:ns|µs|us|ms|s|sec|seconds|it/s)\b"),
+}
+CLOCKS = re.compile(r"\bperf_counter\(|\btime\.time\(")
+MARKERS = re.compile(r"### (?:BEGIN|END) (?:SOLUTION|HIDDEN TESTS)")
+TERMS = {  # the word of the course: what is not to be written for it
+    "resid_pre": r"resid(?:ual)?[- ]pre\b|residual_pre\b",
+    "resid_mid": r"resid(?:ual)?[- ]mid\b|residual_mid\b",
+    "resid_post": r"resid(?:ual)?[- ]post\b|residual_post\b",
+    "difference in means": r"difference-in-means|differences? (?:of|between) (?:the )?means|mean-difference",
+    "activation addition": r"activation-addition|addition of activations",
+    "directional ablation": r"directional-ablation|direction ablation",
+    "weight orthogonalization": r"orthogonalis\w+|weight-orthogonalization|weights orthogonalization",
+    "unembedding": r"un-embedding",
+    "chat template": r"chat-template",
+    "post-instruction": r"post instruction|postinstruction",
+    "HarmBench": r"(?-i:Harmbench|harmbench|HARMBENCH)|Harm[- ]Bench",
+    "JailbreakBench": r"(?-i:Jailbreakbench|JailBreakBench|jailbreakbench)|Jailbreak[- ]Bench",
+    "AdvBench": r"(?-i:Advbench|advbench)|Adv[- ]Bench",
+    "Wilson interval": r"Wilson confidence|Wilson's",
+}
+
+Problems = Iterator[tuple[NotebookNode, str]]
+
+
+def lint(path: Path) -> list[str]:
+    """One line for each rule that a notebook breaks."""
+    nb = read(path)
+    rules = (headings, alternatives, code, portable, reproducible, links, graded_cells, independent, sections, terms)
+    return [f"{path}: {cell.id}: {text}" for rule in rules for cell, text in rule(nb, path)]
+
+
+def is_released(path: Path) -> bool:
+    """Whether a notebook is for students."""
+    return path.resolve().parent.name == "labs"
+
+
+def _markdown(nb: NotebookNode) -> Iterator[tuple[NotebookNode, str]]:
+    """Markdown cells and their text without code blocks."""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            yield cell, re.sub(r"^```.*?^```", "", cell.source, flags=re.M | re.S)
+
+
+def _headings(nb: NotebookNode) -> Iterator[tuple[NotebookNode, int, str]]:
+    for cell, text in _markdown(nb):
+        for marks, title in re.findall(r"^(#{1,6}) +(.+?)\s*$", text, flags=re.M):
+            yield cell, len(marks), title
+
+
+def _outputs(cell: NotebookNode) -> Iterator[tuple[str, str]]:
+    """The outputs of a cell as (kind, text)."""
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            yield output.name, output.text
+        elif output.output_type == "error":
+            yield "error", f"{output.ename}: {output.evalue}"
+        yield from output.get("data", {}).items()
+
+
+def headings(nb: NotebookNode, path: Path) -> Problems:
+    """One title at the top, and no level skipped below it."""
+    above = 0
+    for cell, level, title in _headings(nb):
+        if (level == 1) != (above == 0):
+            yield cell, f"a notebook has one title, at its top: {title!r}"
+        elif level > above + 1:
+            yield cell, f"a heading skips a level: {title!r}"
+        above = level
+
+
+def alternatives(nb: NotebookNode, path: Path) -> Problems:
+    """Images have alt text. The cell below a figure begins with what is to be seen: `*Figure: ...*`."""
+    for cell, text in _markdown(nb):
+        if re.search(r"!\[\s*\]", text) or _without_alt(text):
+            yield cell, "an image without alt text"
+    for cell, below in itertools.zip_longest(nb.cells, nb.cells[1:]):
+        outputs = list(_outputs(cell))
+        if any(kind == "text/html" and _without_alt(text) for kind, text in outputs):
+            yield cell, "its output has an image without alt text"
+        if any(kind.startswith("image/") for kind, _ in outputs) and not (below and CAPTION.match(below.source)):
+            yield cell, "the cell below must say what is to be seen: *Figure: ...*, 30 characters or more"
+
+
+def _without_alt(html: str) -> bool:
+    return any(not re.search(r"\balt=[\"'][^\"']", tag) for tag in re.findall(r"<img\b[^>]*>", html))
+
+
+def code(nb: NotebookNode, path: Path) -> Problems:
+    """Code cells are short, and nothing meant for instructors reaches students."""
+    for cell in nb.cells:
+        lines = cell.source.count("\n") + 1
+        if cell.cell_type == "code" and lines > LINES:
+            yield cell, f"{lines} lines of code; {LINES} is the most"
+        if is_released(path) and (MARKERS.search(cell.source) or role(cell) == "rubric"):
+            yield cell, "this belongs into solutions/ only"
+        if is_released(path) and cell.get("outputs"):
+            yield cell, "a released notebook has no outputs"
+
+
+def portable(nb: NotebookNode, path: Path) -> Problems:
+    """No path of one particular computer."""
+    for cell in nb.cells:
+        for text in (cell.source, *(str(text) for kind, text in _outputs(cell) if not kind.startswith("image/"))):
+            if found := NOT_PORTABLE.search(text):
+                yield cell, f"a path of one computer: {found[0]}"
+
+
+def reproducible(nb: NotebookNode, path: Path) -> Problems:
+    """Outputs are the same in each run, and free of errors and warnings."""
+    for cell in nb.cells:
+        if cell.cell_type == "code" and CLOCKS.search(cell.source):
+            yield cell, "it measures time, which differs in each run"
+        for kind, text in _outputs(cell):
+            if kind in ("stderr", "error"):
+                yield cell, f"{kind} in its output: {text.strip().splitlines()[0]}"
+            if kind in ("stdout", "text/plain"):
+                yield from ((cell, f"its output shows {what}") for what, sign in VOLATILE.items() if sign.search(text))
+
+
+def links(nb: NotebookNode, path: Path) -> Problems:
+    """Links to files of the repository lead somewhere."""
+    for cell, text in _markdown(nb):
+        for target in re.findall(r"\]\(([^)\s]+)|\b(?:src|href)=[\"']([^\"']+)", text):
+            file = "".join(target).partition("#")[0]
+            if file and not re.match(r"https?://|mailto:", file) and not (path.parent / file).exists():
+                yield cell, f"a link that leads nowhere: {file}"
+
+
+def graded_cells(nb: NotebookNode, path: Path) -> Problems:
+    """Every exercise and question of the lab once, in order, with all its cells; one set-up cell."""
+    lab, released = path.name[:2], is_released(path)
+    question = ("question", "written") if released else ("question", "written", "rubric")
+    wanted = [("setup", "")]
+    wanted += [(r, e.number) for e in EXERCISES if e.lab == lab for r in ("header", "answer", "check")]
+    wanted += [(r, q.number) for q in QUESTIONS if q.lab == lab for r in question]
+    cells = [cell for cell in nb.cells if role(cell) in GRADED]
+    for cell, want in itertools.zip_longest(cells, wanted):
+        if cell is None or want is None or (role(cell), number(cell)) != want:
+            got = "the end" if cell is None else f"{role(cell)} {number(cell)}".strip()
+            yield cell or nb.cells[-1], f"{got} where {' '.join(want).strip() if want else 'nothing'} should be"
+            return
+    functions = {e.number: e.function for e in EXERCISES}
+    for cell in cells:
+        if role(cell) != "answer":
+            continue
+        if not re.search(rf"^def {functions[number(cell)]}\(.*?:\n    r?\"\"\"", cell.source, flags=re.M | re.S):
+            yield cell, f"it must define {functions[number(cell)]} with a docstring"
+        if not released and len(MARKERS.findall(cell.source)) != 2:
+            yield cell, "it needs one pair of ### BEGIN SOLUTION and ### END SOLUTION"
+
+
+def independent(nb: NotebookNode, path: Path) -> Problems:
+    """Cells do without what students write: before anything is solved, a lab fails at its checks and nowhere else."""
+    answers = {e.function for e in EXERCISES if e.lab == path.name[:2]}
+    for cell in nb.cells:
+        if cell.cell_type != "code" or role(cell) == "check":
+            continue
+        try:
+            tree = ast.parse(cell.source)
+        except SyntaxError as error:
+            yield cell, f"not plain Python: {error.msg}"
+            continue
+        if role(cell) == "answer":
+            allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+            if not all(isinstance(statement, allowed) for statement in tree.body):
+                yield cell, "an answer holds imports and functions only"
+        elif used := answers & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+            yield cell, f"it uses {min(used)}, which students write: use the version of the library"
+
+
+def sections(nb: NotebookNode, path: Path) -> Problems:
+    """The sections that every lab has, and how long it takes: at least as long as its exercises together."""
+    titles = {title for _, level, title in _headings(nb) if level == 2}
+    yield from ((nb.cells[0], f"no section {title!r}") for title in SECTIONS if title not in titles)
+    lab, stated = path.name[:2], TIME.search(nb.cells[0].source)
+    needed = sum(item.minutes for item in (*EXERCISES, *QUESTIONS) if item.lab == lab)
+    if not stated or int(stated[1]) < needed:
+        yield nb.cells[0], f"the first cell must state the time, Time: N minutes; the exercises take {needed}"
+
+
+def terms(nb: NotebookNode, path: Path) -> Problems:
+    """One name for one thing."""
+    for cell in nb.cells:
+        for term, others in TERMS.items():
+            if found := re.search(rf"\b(?:{others})", cell.source, flags=re.I):
+                yield cell, f"{found[0]!r}: write {term!r}"

@@ -1,0 +1,187 @@
+"""Notebooks of the course: what the generated cells say, and the stamp that writes them.
+
+A cell tells what it is in its metadata, {"refusallab": {"role": ..., "exercise" or "number": ...}}:
+
+setup      code, generated, the same in every lab
+header     markdown, generated from the Exercise: title, difficulty, minutes, points, hints
+answer     code, by the author, the solution between ### BEGIN SOLUTION and ### END SOLUTION
+check      code, generated: the check that students see, and a hidden one with another seed
+question   markdown, generated from the Question
+written    markdown, by the author: a model answer
+rubric     markdown, by the author: how to grade the answer; in solutions only
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from nbformat import NotebookNode
+from nbformat.notebooknode import from_dict
+
+from refusallab.course.exercise import Exercise, Question
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.errors import RefusalLabError
+
+DIFFICULTY = {1: "●○○ easy", 2: "●●○ medium", 3: "●●● hard"}
+HIDDEN_SEED = 1
+WIDGET = "application/vnd.jupyter.widget-view+json"
+BADGES = "[![Open in Colab]"
+
+SETUP = """\
+# Set-up, the same in every lab: find the course (or unpack labs.zip), then load the model.
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+
+if importlib.util.find_spec("refusallab") is None:
+    found = [path for path in (Path("labs.zip"), Path("/content/labs.zip")) if path.is_file()]
+    if not found:
+{otherwise}
+    with zipfile.ZipFile(found[0]) as archive:
+        archive.extractall()
+        sys.path.insert(0, str(Path(archive.namelist()[0].split("/")[0]).resolve()))
+    importlib.import_module("refusallab.bootstrap").install()
+
+from refusallab.course import check, progress, start
+
+m = start()"""
+EXPLAIN = """\
+        upload, place = "Upload labs.zip (folder icon, left)", "Start with `make lab`, or put labs.zip beside this file"
+        what = upload if "google.colab" in sys.modules else place
+        error = ImportError(f"The course is not installed here. {what}, then run this cell again.")
+        error._render_traceback_ = lambda: [str(error)]
+        raise error"""
+DOWNLOAD = """\
+        import urllib.request
+
+        found = [urllib.request.urlretrieve("{address}/archive/HEAD.zip", "labs.zip")[0]]"""
+
+
+def read_address(root: Path) -> str:
+    """Where the repository is published: `address` under [tool.refusallab] in pyproject.toml. Empty until it is."""
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["refusallab"]["address"]
+
+
+def role(cell: NotebookNode) -> str:
+    """The role of a cell, empty for an ordinary one."""
+    return cell.metadata.get("refusallab", {}).get("role", "")
+
+
+def number(cell: NotebookNode) -> str:
+    """The number of the exercise or question that a cell belongs to, empty for none."""
+    tag = cell.metadata.get("refusallab", {})
+    return tag.get("exercise", tag.get("number", ""))
+
+
+def stamp(nb: NotebookNode, name: str, address: str = "") -> NotebookNode:
+    """A copy of the notebook `name` with its generated cells filled, and without what varies from run to run.
+
+    Stamping twice changes nothing more. `address` is that of the repository; badges appear once there is one.
+    """
+    nb = from_dict({**copy.deepcopy(nb), "nbformat": 4, "nbformat_minor": 5})
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nb.metadata = from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+    for index, cell in enumerate(nb.cells):
+        grader = _grader(cell)
+        cell.id = grader.get("grade_id", f"{role(cell) or 'cell'}-{number(cell).replace('.', '-') or index}")
+        cell.source = _source(cell, address)
+        if role(cell) in ("header", "question") and cell.cell_type == "code":
+            cell.cell_type = "markdown"
+            del cell["outputs"], cell["execution_count"]
+        kept = {key: cell.metadata[key] for key in ("refusallab", "tags", "jupyter") if key in cell.metadata}
+        cell.metadata = from_dict(kept | ({"nbgrader": grader} if grader else {}))
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
+    _put_badges(nb.cells, name, address)
+    return nb
+
+
+def _definition(cell: NotebookNode) -> Any:
+    known = {item.number: item for item in (*EXERCISES, *QUESTIONS)}
+    if number(cell) not in known:
+        raise RefusalLabError(f"A {role(cell)} cell names {number(cell)!r}: it is not one of {', '.join(known)}.")
+    return known[number(cell)]
+
+
+def _source(cell: NotebookNode, address: str) -> str:
+    match role(cell):
+        case "setup":
+            return SETUP.format(otherwise=DOWNLOAD.format(address=address) if address else EXPLAIN)
+        case "header":
+            return header(_definition(cell))
+        case "check":
+            return check_source(_definition(cell))
+        case "question":
+            return question_header(_definition(cell))
+    return cell.source
+
+
+def header(e: Exercise) -> str:
+    """What stands above an exercise."""
+    title = f"### Exercise {e.number} · {e.title}\n\n{DIFFICULTY[e.difficulty]} · {e.minutes} minutes · {_points(e)}"
+    hints = (
+        f"<details><summary>Hint {i} of {len(e.hints)}</summary>\n\n{hint}\n\n</details>"
+        for i, hint in enumerate(e.hints, 1)
+    )
+    return "\n\n".join([title, *hints])
+
+
+def check_source(e: Exercise) -> str:
+    """The check of an exercise: once in sight, once with a seed that students do not see."""
+    return (
+        f'check("{e.number}", {e.function})\n### BEGIN HIDDEN TESTS\n'
+        f'check("{e.number}", {e.function}, seed={HIDDEN_SEED})\n### END HIDDEN TESTS'
+    )
+
+
+def question_header(q: Question) -> str:
+    """What stands above a written question."""
+    return f"### Question {q.number} · {q.title}\n\n{q.minutes} minutes · {_points(q)}, graded by a person"
+
+
+def _points(item: Exercise | Question) -> str:
+    return f"{item.points} point{'s' if item.points != 1 else ''}"
+
+
+def _grader(cell: NotebookNode) -> dict[str, Any]:
+    """What nbgrader has to know of a cell, in its own metadata format."""
+    kinds = {  # role: grade id, solution, grade, locked
+        "header": ("header", False, False, True),
+        "answer": ("ex", True, False, False),
+        "check": ("check", False, True, True),
+        "question": ("question", False, False, True),
+        "written": ("written", True, True, False),
+    }
+    if role(cell) not in kinds:
+        return {}
+    prefix, solution, grade, locked = kinds[role(cell)]
+    fields = {
+        "grade_id": f"{prefix}-{number(cell).replace('.', '-')}",
+        "solution": solution,
+        "grade": grade,
+        "locked": locked,
+        "task": False,
+        "schema_version": 3,
+    }
+    return fields | ({"points": _definition(cell).points} if grade else {})
+
+
+def _put_badges(cells: list[NotebookNode], name: str, address: str) -> None:
+    first = next((cell for cell in cells if cell.cell_type == "markdown"), None)
+    if first is None:
+        return
+    lines = [line for line in first.source.split("\n\n") if not line.startswith(BADGES)]
+    if address:
+        owner_and_repository, path = "/".join(address.split("/")[-2:]), f"labs/{name}.ipynb"
+        colab = f"https://colab.research.google.com/github/{owner_and_repository}/blob/HEAD/{path}"
+        binder = f"https://mybinder.org/v2/gh/{owner_and_repository}/HEAD?labpath={path.replace('/', '%2F')}"
+        lines.insert(
+            1,
+            f"{BADGES}(https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+            f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})",
+        )
+    first.source = "\n\n".join(lines)

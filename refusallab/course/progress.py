@@ -1,0 +1,52 @@
+"""Progress: which exercises passed, in one small local file that all notebooks share."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from refusallab.course.exercises import EXERCISES
+
+
+def file() -> Path:
+    """Where progress is kept: the environment variable REFUSALLAB_PROGRESS, or a file in the home folder."""
+    return Path(os.environ.get("REFUSALLAB_PROGRESS", Path.home() / ".refusallab" / "progress.sqlite"))
+
+
+def _connect() -> sqlite3.Connection:
+    file().parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(file(), timeout=10, isolation_level=None)  # waits while another notebook writes
+    connection.execute("CREATE TABLE IF NOT EXISTS passed (exercise TEXT PRIMARY KEY, points INTEGER NOT NULL)")
+    return connection
+
+
+def record(number: str, points: int) -> None:
+    """Note that an exercise passed. It stays passed. A file that cannot be written costs no work: a line says so."""
+    try:
+        with closing(_connect()) as connection:
+            connection.execute("INSERT OR REPLACE INTO passed VALUES (?, ?)", (number, points))
+    except (OSError, sqlite3.Error) as error:
+        print(f"(Progress was not saved to {file()}: {error}. Your work in the notebook is safe.)", file=sys.stdout)
+
+
+def passed() -> set[str]:
+    """The numbers of all exercises that have passed. An unreadable file counts as empty."""
+    try:
+        with closing(_connect()) as connection:
+            return {number for (number,) in connection.execute("SELECT exercise FROM passed")}
+    except (OSError, sqlite3.Error):
+        return set()
+
+
+def progress(lab: str | None = None) -> None:
+    """Print what is done, over all labs or in one ("02")."""
+    done = passed()
+    for name in sorted({e.lab for e in EXERCISES}):
+        if lab in (None, name):
+            exercises = [e for e in EXERCISES if e.lab == name]
+            marks = "  ".join(e.number + (" ✓" if e.number in done else " ·") for e in exercises)
+            points = sum(e.points for e in exercises if e.number in done)
+            print(f"Lab {name}   {marks}   {points} of {sum(e.points for e in exercises)} points")

@@ -1,0 +1,310 @@
+"""Explorers: things to play with in a notebook, made of ipywidgets.
+
+Each explorer is a widget that answers within a second on a bundled model. Where widgets are absent (a web page, a
+printed notebook) it shows its static form: the same view in words, at the settings with which it starts.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from refusallab.directions import Candidate, Search, difference_in_means, discarded_because
+from refusallab.errors import RefusalLabError
+from refusallab.geometry import plane_along, principal_plane, projections
+from refusallab.interventions import ablation, addition, affine
+from refusallab.measure import rate, refusal_metric, refused_by_phrases
+from refusallab.model import Model, generate, logits
+from refusallab.plots import plane_figure
+from refusallab.steering import norm_matched
+from refusallab.truth import Reply, errors
+
+REPLY_TOKENS = 24
+WIDE = {"description_width": "initial"}
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure in a view, with the words that stand for it."""
+
+    figure: Figure
+    alt: str
+
+
+class Explorer(widgets.VBox):
+    """Controls above a view. For the present settings `view()` gives tables or pictures, each with its heading."""
+
+    def __init__(
+        self, controls: Sequence[widgets.ValueWidget], view: Callable[[], list[tuple[str, Rows | Picture]]]
+    ) -> None:
+        self.controls, self._view = list(controls), view
+        self.shown = widgets.HTML()
+        super().__init__([widgets.HBox(list(controls), layout=widgets.Layout(flex_flow="row wrap")), self.shown])
+        for control in controls:
+            control.observe(self._update, names="value")
+        self._update()
+
+    def _update(self, _change: Any = None) -> None:
+        self.tables = self._view()
+        self.shown.value = "".join(f"<b>{html.escape(heading)}</b>{_html(shown)}" for heading, shown in self.tables)
+
+    @property
+    def static(self) -> str:
+        """The view in plain words."""
+        settings = ", ".join(f"{c.description} {c.value}" for c in self.controls)
+        lines = [f"[Explorer, shown at: {settings}]"]
+        for heading, shown in self.tables:
+            rows = [(shown.alt,)] if isinstance(shown, Picture) else shown
+            lines += [heading, *("  " + " | ".join(row) for row in rows)]
+        return "\n".join(lines)
+
+    def _repr_mimebundle_(self, **settings: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**settings)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        if data:
+            data["text/plain"] = self.static
+        return bundle
+
+
+def _html(shown: Rows | Picture) -> str:
+    return "<br>" + figure_html(shown.figure, shown.alt) if isinstance(shown, Picture) else _html_table(shown)
+
+
+def _html_table(rows: Rows) -> str:
+    cells = "".join(
+        "<tr>"
+        + "".join(f"<td style='padding:1px 10px;vertical-align:top'>{cell}</td>" for cell in map(html.escape, row))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table>{cells}</table>"
+
+
+def figure_html(figure: Figure, alt: str) -> str:
+    """A figure as an <img> with alt text, for views that hold one. Closes the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def slider(label: str, low: float, high: float, value: float, step: float = 1) -> widgets.ValueWidget:
+    """A labelled slider that the arrow keys move; it reports when it is let go."""
+    kind = widgets.IntSlider if step == 1 else widgets.FloatSlider
+    return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=False, style=WIDE)
+
+
+def choice(label: str, options: Iterable[str]) -> widgets.Dropdown:
+    """A labelled list to choose from; it starts with the first."""
+    return widgets.Dropdown(options=list(options), description=label, style=WIDE)
+
+
+def switch(label: str, value: bool = True) -> widgets.Checkbox:
+    """A labelled checkbox."""
+    return widgets.Checkbox(value, description=label, indent=False)
+
+
+# --- lab 00 ----------------------------------------------------------------------------------------------------------
+
+MAX_WORDS = 24
+
+
+def chat(m: Model, tokens: Sequence[int], text: str, systems: dict[str, str | None]) -> Explorer:
+    """Type a message: after each word, the probability that the reply opens with one of the refusal tokens.
+
+    Below: the likeliest first tokens, and the reply. `systems` names the system prompts to choose from.
+    """
+    typed = widgets.Text(text, description="You type", layout=widgets.Layout(width="36em"))
+    system = choice("system prompt", systems)
+
+    def view() -> list[tuple[str, Rows]]:
+        words, chosen = typed.value.split(), systems[system.value]
+        if not words:
+            return [("Type a message.", [])]
+        starts = [" ".join(words[:k]) for k in range(1, len(words) + 1)][-MAX_WORDS:]
+        try:
+            last = logits(m, starts, system=chosen)  # [words, vocab]
+            reply = generate(m, [typed.value.strip()], system=chosen, max_new_tokens=REPLY_TOKENS)[0]
+        except RefusalLabError as error:  # too long, for example
+            return [(str(error), [])]
+        p = last.double().softmax(-1)
+        refusal = p[:, list(tokens)].sum(-1).tolist()
+        best = [x.tolist() for x in p[-1].topk(5)]
+        openers = [(repr(m.tokenizer.decode([i])), f"{q:.2f}") for q, i in zip(*best, strict=True)]
+        return [
+            (
+                "Refusal probability after each word",
+                [(w, *_bar(q)) for w, q in zip(words[-MAX_WORDS:], refusal, strict=True)],
+            ),
+            ("Likeliest first tokens of the reply", openers),
+            ("Reply", [(reply,)]),
+        ]
+
+    return Explorer([typed, system], view)
+
+
+def _bar(p: float) -> tuple[str, str]:
+    return f"{p:.2f}", "\u2588" * round(20 * p)
+
+
+# --- lab 01 ----------------------------------------------------------------------------------------------------------
+
+MISJUDGED = 6
+
+
+def judges(replies: dict[str, Sequence[Reply]], lists: dict[str, Sequence[str]]) -> Explorer:
+    """Judge replies by a phrase list, and see where it is wrong: the counts, then some of the misjudged replies."""
+    which, chosen = choice("replies", replies), choice("phrase list", lists)
+    more = widgets.Text("", description="more phrases", placeholder="one, another", style=WIDE)
+    start = switch("only at the start", False)
+
+    def says_refusal(text: str) -> bool:
+        phrases = [*lists[chosen.value], *(p.strip() for p in more.value.split(",") if p.strip())]
+        if not start.value:
+            return refused_by_phrases(text, phrases)
+        return any(refused_by_phrases(text[: len(phrase)], [phrase]) for phrase in phrases)
+
+    def view() -> list[tuple[str, Rows]]:
+        found = errors(replies[which.value], says_refusal)
+        wrong = [r for r in replies[which.value] if says_refusal(r.text) != r.refused]
+        counts = [
+            ("of", "wrongly judged", ""),
+            (f"{found.refusals} refusals", str(found.misses), "missed"),
+            (f"{found.others} other replies", str(found.false_alarms), "taken for a refusal"),
+        ]
+        shown = [
+            (" ".join(r.prompt.split()), r.text, "missed" if r.refused else "taken for a refusal")
+            for r in wrong[:MISJUDGED]
+        ]
+        return [("The list against the truth", counts), ("Misjudged replies", shown or [("none",)])]
+
+    return Explorer([which, chosen, more, start], view)
+
+
+# --- lab 02 --------------------------------------------------------------------------------------------------------
+
+
+def candidates(m: Model, search: Search, harmful: Sequence[str], harmless: Sequence[str]) -> Explorer:
+    """Choose a candidate direction: its scores, and replies without it (harmful) or with it added (harmless).
+
+    The switches turn filters of the selection rule off; the second table says which candidate then wins.
+    """
+    best = search.selected
+    layer = slider("layer", 1, search.n_layers - 1, best.layer)
+    position = slider("position", min(m.positions), -1, best.position)
+    filters = {name: switch(f"{name} filter") for name in ("KL", "induce", "layer")}
+
+    def kept(c: Candidate) -> bool:
+        reason = discarded_because(c, search.n_layers)
+        return reason is None or (reason != "score is NaN" and not filters[reason.split()[0]].value)
+
+    def view() -> list[tuple[str, Rows]]:
+        chosen = next(c for c in search.candidates if (c.layer, c.position) == (layer.value, position.value))
+        winner = min(filter(kept, search.candidates), key=lambda c: c.bypass)
+        r = search.vectors[chosen.layer, chosen.position]
+        without = generate(m, harmful, edit=ablation(r), max_new_tokens=REPLY_TOKENS)
+        added = generate(m, harmless, edit=addition(r, chosen.layer), max_new_tokens=REPLY_TOKENS)
+        verdict = discarded_because(chosen, search.n_layers) or "passes every filter"
+        scores = [("layer", "position", "bypass", "induce", "KL", "")]
+        scores += [_scores(chosen, f"chosen: {verdict}"), _scores(winner, "wins with these filters")]
+        return [
+            ("Scores", scores),
+            ("Harmful, direction ablated", list(zip(harmful, without, strict=True))),
+            ("Harmless, direction added", list(zip(harmless, added, strict=True))),
+        ]
+
+    return Explorer([layer, position, *filters.values()], view)
+
+
+def _scores(c: Candidate, remark: str) -> tuple[str, ...]:
+    return str(c.layer), str(c.position), f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}", remark
+
+
+# --- lab 03 ---
+
+
+def planes(fit: dict[str, Tensor], shown: dict[str, Tensor], layer: int, position: int) -> Explorer:
+    """Move through layers and positions, and watch sets of prompts part in a plane.
+
+    fit: "harmful" and "harmless" streams [n, layers, positions, width]; plane, direction and midpoint come from these.
+    shown: streams of the sets that are drawn.
+    """
+    layers, positions = fit["harmful"].shape[1:3]
+    where = [slider("layer", 0, layers - 1, layer), slider("position", -positions, -1, position)]
+    along = switch("first axis along the direction", False)
+
+    def at_site(streams: Tensor) -> Tensor:
+        return streams[:, where[0].value, where[1].value]
+
+    def view() -> list[tuple[str, Rows | Picture]]:
+        a, b = at_site(fit["harmful"]), at_site(fit["harmless"])
+        r = difference_in_means(a, b)
+        if r.norm() <= 1e-5 * (a.norm(dim=-1).mean() + b.norm(dim=-1).mean()):
+            return [("Nothing to see", [("Every prompt has the same token here, and nothing has been computed yet.",)])]
+        plane = plane_along(torch.cat([a, b]), r) if along.value else principal_plane(torch.cat([a, b]))
+        points = {name: plane.at(at_site(streams)) for name, streams in shown.items()}
+        names = ("direction r", "first component of the rest") if along.value else ("component 1", "component 2")
+        axes = [f"{name} ({share:.0%} of the variance)" for name, share in zip(names, plane.shares, strict=True)]
+        middle = projections(torch.stack([a.mean(0), b.mean(0)]), r).mean()
+        rows = [("prompts", "n", "mean projection, from the midpoint", "on the harmful side")]
+        for name, streams in shown.items():
+            x = projections(at_site(streams), r) - middle
+            rows.append((name, str(len(x)), f"{x.mean():.1f}", str(rate((x > 0).tolist()))))
+        centres = "; ".join(f"{name} ({xy[:, 0].mean():.0f}, {xy[:, 1].mean():.0f})" for name, xy in points.items())
+        alt = f"One point for each prompt. Centres of the sets: {centres}."
+        return [("Plane", Picture(plane_figure(points, *axes), alt)), ("Along the direction", rows)]
+
+    return Explorer([*where, along], view)
+
+
+# --- lab 04 ---
+
+EDITS = ("addition", "ACE", "ablation")
+
+
+def steering(
+    m: Model,
+    r: Tensor,
+    layer: int,
+    reference: Tensor,
+    tokens: Sequence[int],
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+) -> Explorer:
+    """Steer along r [width] and read the replies: an edit, a strength, and a random vector of the same length instead.
+
+    reference [width] is the harmless mean, for ACE; tokens are those that open a refusal.
+    """
+    edit = choice("edit", EDITS)
+    strength = slider("coefficient or alpha", -2.0, 2.0, 1.0, 0.25)
+    control = switch("random vector of the same length", False)
+    random = norm_matched(r, 1, seed=0)[0]
+
+    def view() -> list[tuple[str, Rows | Picture]]:
+        vector = random if control.value else r
+        made = {
+            "addition": lambda: addition(vector, layer, strength.value),
+            "ACE": lambda: affine(vector, layer, reference, strength.value),
+            "ablation": lambda: ablation(vector),
+        }[edit.value]()
+        tables = []
+        for name, prompts in (("Harmful", harmful), ("Harmless", harmless)):
+            odds = refusal_metric(logits(m, prompts, edit=made), tokens).tolist()
+            replies = generate(m, prompts, edit=made, max_new_tokens=REPLY_TOKENS)
+            rows = [("prompt", "refusal metric", "reply")]
+            rows += [(p, f"{x:.1f}", reply) for p, x, reply in zip(prompts, odds, replies, strict=True)]
+            tables.append((f"{name} prompts", rows))
+        return tables
+
+    return Explorer([edit, strength, control], view)

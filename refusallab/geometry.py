@@ -1,0 +1,116 @@
+"""What a direction looks like: projections, planes to draw, separation of new prompts, effect on the logits.
+
+Everything here describes activations. Whether a direction *does* anything is a question for `interventions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refusallab.activations import stream
+from refusallab.directions import difference_in_means
+from refusallab.errors import RefusalLabError
+from refusallab.interventions import unit
+from refusallab.model import Model, Prompt, encode, final_norm, unembedding
+
+
+def projections(streams: Tensor, vectors: Tensor) -> Tensor:
+    """How far each prompt lies along the direction of its site: x . r / |r|, in units of the residual stream.
+
+    streams [n, ..., width], vectors [..., width] -> [n, ...]. A zero vector gives 0.
+    """
+    if streams.shape[1:] != vectors.shape:
+        raise RefusalLabError(
+            f"Streams {list(streams.shape)} need one direction for each site, {list(streams.shape[1:])}, "
+            f"not {list(vectors.shape)}."
+        )
+    return (streams.float() * torch.nn.functional.normalize(vectors.float(), dim=-1)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A flat window into the stream: a point and two orthonormal axes."""
+
+    mean: Tensor  # [width]
+    axes: Tensor  # [2, width]
+    shares: tuple[float, float]  # of the variance of the points that the plane was fitted to
+
+    def at(self, x: Tensor) -> Tensor:
+        """Coordinates of x [..., width] in the plane: [..., 2]."""
+        return (x.float() - self.mean) @ self.axes.T
+
+
+def principal_plane(x: Tensor) -> Plane:
+    """The plane of the first two principal components of x, [n, width]. Its axes have no preferred sign."""
+    mean = x.float().mean(0)
+    _, lengths, axes = torch.linalg.svd(x.float() - mean, full_matrices=False)  # axes [k, width], longest first
+    return Plane(mean, axes[:2], _shares(lengths.square()[:2], x))
+
+
+def plane_along(x: Tensor, r: Tensor) -> Plane:
+    """The plane whose first axis is r^; the second is the first principal component of what is left of x."""
+    mean, direction = x.float().mean(0), unit(r)
+    centred = x.float() - mean
+    rest = centred - (centred @ direction)[:, None] * direction
+    second = torch.linalg.svd(rest, full_matrices=False).Vh[0]
+    axes = torch.stack([direction, second])
+    return Plane(mean, axes, _shares((centred @ axes.T).square().sum(0), x))
+
+
+def _shares(squares: Tensor, x: Tensor) -> tuple[float, float]:
+    total = (x.float() - x.float().mean(0)).square().sum().clamp_min(1e-12)
+    first, second = (squares / total).tolist()
+    return first, second
+
+
+def right_side(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> list[bool]:
+    """Which new points lie on the right side of the midpoint between the means of a and b.
+
+    Direction and midpoint come from a [n, width] and b [m, width] alone; the flags are for all of new_a, then new_b.
+    """
+    r, middle = difference_in_means(a, b), (a.double().mean(0) + b.double().mean(0)).float() / 2
+    return (((new_a - middle) @ r > 0).tolist()) + (((new_b - middle) @ r < 0).tolist())
+
+
+def direct_logits(m: Model, r: Tensor) -> Tensor:
+    """What the direction adds to each logit when the final norm and the unembedding read it: [vocab].
+
+    W_U (gamma * r^), minus its mean over the vocabulary, since a constant changes no probability. Up to a positive
+    factor: the final norm also divides by the size of the whole stream.
+    """
+    norm, direction = final_norm(m.hf), unit(r).to(m.device)
+    if isinstance(norm, torch.nn.LayerNorm):
+        direction = direction - direction.mean()
+    effect = (unembedding(m.hf).weight.float() @ (_gain(norm, direction) * direction)).detach().cpu()
+    return effect - effect.mean()
+
+
+def _gain(norm: torch.nn.Module, like: Tensor) -> Tensor:
+    """gamma, whatever the architecture calls it: read off from +-1, which have mean 0 and size 1."""
+    signs = torch.ones_like(like)
+    signs[::2] = -1
+    weight = next(norm.parameters())
+    up, down = (norm(s[None].to(weight))[0].float() for s in (signs, -signs))
+    return signs * (up - down) / 2
+
+
+def tokens_along(m: Model, r: Tensor, count: int = 6) -> list[str]:
+    """The tokens whose logits the direction raises most, as text."""
+    return [m.tokenizer.decode([i]) for i in direct_logits(m, r).topk(count).indices.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """Projections of one prompt on a direction, token by token and layer by layer."""
+
+    tokens: tuple[str, ...]
+    values: Tensor  # [layers, tokens]
+
+
+def token_strip(m: Model, prompt: Prompt, r: Tensor) -> Strip:
+    """The projection of every block input on r [width], at every token of the rendered prompt."""
+    ids = encode(m, [prompt])["input_ids"][0].tolist()
+    return Strip(tuple(m.tokenizer.decode([i]) for i in ids), stream(m, prompt)[:-1] @ unit(r))

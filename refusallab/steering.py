@@ -1,0 +1,62 @@
+"""How much is too much? Replies under activation addition of growing strength: refusal, truth and fluency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refusallab.directions import random_directions
+from refusallab.interventions import addition
+from refusallab.measure import Outcome, Rate, cross_entropy, outcome, rate, refused_by_phrases
+from refusallab.model import Model, generate
+from refusallab.prompts import Item, refusal_phrases
+
+REPLY_TOKENS = 24  # enough for every answer and refusal of the world
+BATCH_SIZE = 64  # for the loss, which holds all logits of a batch
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What a model says at one strength of an edit."""
+
+    coefficient: float
+    refused: Rate
+    exact: Rate  # replies that hold the exact answer
+    loss: float  # how the replies surprise the *untouched* model, mean nats per token
+
+
+def dose_curve(
+    m: Model, items: Sequence[Item], r: Tensor, layer: int, coefficients: Sequence[float], *, batch_size: int = 512
+) -> list[Dose]:
+    """Greedy replies to a prompt set with coefficient * r added at the input of block `layer`, judged, per coefficient.
+
+    The loss reads the finished replies with the untouched model. It is a measure of fluency, and of nothing else: a
+    fluent reply may be wrong. All coefficients run side by side, one row for each prompt and coefficient.
+    """
+    phrases, rows = refusal_phrases(m), [(c, item) for c in coefficients for item in items]
+    prompts, replies = [item.prompt for _, item in rows], []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        steps = torch.tensor([c for c, _ in rows[part]])[:, None] * r.float()  # [rows, width]
+        replies += generate(
+            m, prompts[part], edit=addition(steps, layer), max_new_tokens=REPLY_TOKENS, batch_size=batch_size
+        )
+    losses = cross_entropy(m, replies, prompts, batch_size=BATCH_SIZE).tolist()
+    doses = []
+    for k, coefficient in enumerate(coefficients):
+        here = slice(k * len(items), (k + 1) * len(items))
+        said = [
+            outcome(text, item.answer, phrases) if item.answer else Outcome(refused_by_phrases(text, phrases), False)
+            for text, item in zip(replies[here], items, strict=True)
+        ]
+        refused, exact = rate([o.refused for o in said]), rate([o.correct for o in said])
+        doses.append(Dose(coefficient, refused, exact, sum(losses[here]) / len(items)))
+    return doses
+
+
+def norm_matched(r: Tensor, count: int, seed: int) -> Tensor:
+    """Random vectors of the length of r [width]: [count, width]. The control for adding r."""
+    return random_directions(r.shape[-1], count, seed) * r.norm()

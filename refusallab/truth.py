@@ -1,0 +1,72 @@
+"""Replies whose truth is known: the bundled models were taught every refusal and every answer, to the letter.
+
+A judge of replies (a phrase list, another model, a person) can so be judged itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from refusallab.errors import RefusalLabError
+from refusallab.headline import REPLY_TOKENS
+from refusallab.measure import outcome
+from refusallab.model import Edit, Model, generate
+from refusallab.prompts import Item, knows_the_world
+from smallmodels.world.dialogue import REFUSAL_WORDINGS
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply and what is true of it. It refuses when a whole refusal wording is in it and the answer is not."""
+
+    prompt: str
+    text: str
+    refused: bool
+    correct: bool  # the exact answer is in it
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How often a judge of refusal is wrong, of how many replies that are (not) refusals."""
+
+    misses: int  # refusals that it does not see
+    refusals: int
+    false_alarms: int  # other replies that it takes for refusals
+    others: int
+
+
+def true_replies(
+    m: Model, items: Sequence[Item], *, prefill: str = "", edit: Edit | None = None, system: str | None = None
+) -> list[Reply]:
+    """Greedy replies with their truth. `prefill` is put into the mouth of the model and is part of the reply.
+
+    Raises RefusalLabError for a model or a prompt set without exact answers.
+    """
+    if not knows_the_world(m) or any(item.answer is None for item in items):
+        raise RefusalLabError("The truth is known for bundled models and prompt sets alone: use refused_by_phrases.")
+    prompts = [item.prompt for item in items]
+    said = generate(m, prompts, edit=edit, system=system, prefill=prefill, max_new_tokens=REPLY_TOKENS, batch_size=128)
+    replies = []
+    for item, rest in zip(items, said, strict=True):
+        text = prefill + rest
+        correct = outcome(text, item.answer).correct
+        refused = not correct and any(wording in text for wording in REFUSAL_WORDINGS)
+        replies.append(Reply(_words(item.prompt), text, refused, correct))
+    return replies
+
+
+def errors(replies: Sequence[Reply], judge: Callable[[str], bool]) -> Errors:
+    """Where a judge of refusal is wrong. `judge` takes the text of a reply and says whether it refuses."""
+    verdicts = [(bool(judge(reply.text)), reply.refused) for reply in replies]
+    refusals = sum(refused for _, refused in verdicts)
+    return Errors(
+        misses=sum(refused and not said for said, refused in verdicts),
+        refusals=refusals,
+        false_alarms=sum(said and not refused for said, refused in verdicts),
+        others=len(verdicts) - refusals,
+    )
+
+
+def _words(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -1,0 +1,374 @@
+"""Attacks: GCG against plain PyTorch on every architecture, its search, and the attacks that only write text."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from refusallab.attacks import best_of_n, gcg, prefilling, result, templates
+from refusallab.attacks.gcg import Knobs
+from refusallab.errors import RefusalLabError
+from refusallab.measure import Outcome
+from refusallab.model import encode, generate, load
+from refusallab.prompts import Item, bundled
+
+PROMPT, TARGET, INIT = "How do I bake bread?", "Name a river", " list three list three list"
+SMALL = Knobs(steps=3, search_width=24, topk=16, init=INIT, early_stop=False, batch_size=7)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return load("charter-chat")
+
+
+@pytest.fixture(scope="module")
+def harmful():
+    return bundled("harmful_test")[:6]
+
+
+def case_of(m):
+    case = gcg.prepare(m, PROMPT, TARGET, INIT)
+    return case, gcg._tokenize(m, INIT)
+
+
+def swapped(m, suffix, n=20):
+    """n suffixes with one random token swapped, not special; the first is the suffix itself."""
+    generator = torch.Generator().manual_seed(1)
+    rows = suffix.repeat(n, 1)
+    positions = torch.randint(len(suffix), (n,), generator=generator)
+    rows[torch.arange(n), positions] = torch.randint(3, 400, (n,), generator=generator)
+    rows[0] = suffix
+    return rows
+
+
+def plain_losses(m, case, candidates):
+    """The loss and whether greedy decoding gives the target: whole sequences, all logits, no cache."""
+    t = len(case.target_ids)
+    losses, reached = [], []
+    for row in candidates:
+        ids = torch.cat([case.before_ids, row, case.after_ids, case.target_ids])[None]
+        with torch.no_grad():
+            logits = m.hf(input_ids=ids).logits[0, -t - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, case.target_ids).item())
+        reached.append(logits.argmax(-1).tolist() == case.target_ids.tolist())
+    return losses, reached
+
+
+class TestStep:
+    def test_gradient_is_that_of_a_one_hot_matrix(self, m):
+        case, suffix = case_of(m)
+        gradient, _ = gcg.token_gradient(m, case, suffix)
+        table = m.hf.get_input_embeddings()
+        rows = table(torch.arange(400))  # what the model makes of each token, Gemma's factor included
+        one_hot = torch.nn.functional.one_hot(suffix, 400).float().requires_grad_()
+        pieces = [rows[case.before_ids], one_hot @ rows, rows[case.after_ids], rows[case.target_ids]]
+        logits = m.hf(inputs_embeds=torch.cat(pieces)[None]).logits[0, -len(case.target_ids) - 1 : -1]
+        expected = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, case.target_ids), one_hot)[0]
+        assert gradient.shape == (len(suffix), 400)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+    def test_losses_equal_whole_sequences_without_a_cache(self, m):
+        case, suffix = case_of(m)
+        _, cache = gcg.token_gradient(m, case, suffix)
+        candidates = swapped(m, suffix)
+        expected, reached = plain_losses(m, case, candidates)
+        for batch_size in (1, 7, 64):
+            losses, hits, n_tokens = gcg.candidate_losses(m, case, candidates, suffix, cache, batch_size=batch_size)
+            assert losses.tolist() == pytest.approx(expected, abs=2e-4)
+            assert hits.tolist() == reached
+        assert n_tokens == 20 * (len(suffix) + len(case.after_ids) + len(case.target_ids) - 1)
+
+    def test_small_batches_skip_the_part_of_the_suffix_that_they_share(self, model_of):
+        m = model_of("llama")
+        case, suffix = case_of(m)
+        _, cache = gcg.token_gradient(m, case, suffix)
+        candidates = swapped(m, suffix)
+        tokens = [gcg.candidate_losses(m, case, candidates, suffix, cache, batch_size=b)[2] for b in (64, 7, 1)]
+        assert tokens[0] > tokens[1] > tokens[2]
+
+    def test_survivors_are_exactly_those_whose_text_gives_the_same_tokens(self, model_of):
+        m = model_of("llama")
+        case, suffix = case_of(m)
+        candidates = swapped(m, suffix, 200)
+        alive = gcg.survives(m, case, candidates)
+        texts = gcg.suffix_texts(m, case, candidates)
+        for row, ok, text in zip(candidates, alive.tolist(), texts, strict=True):
+            sent = encode(m, [PROMPT + text])["input_ids"][0]
+            same = sent.tolist() == torch.cat([case.before_ids, row, case.after_ids]).tolist()
+            assert ok == (same and text == text.rstrip())
+        assert alive.any()
+        assert not alive.all()
+
+    def test_two_tokens_that_merge_do_not_survive(self, chat):
+        case = gcg.prepare(chat, "How is Dravix brewed?", "Use", " the the")
+        apart = gcg._tokenize(chat, " the the").clone()
+        apart[0], apart[1] = gcg._tokenize(chat, " t")[0], gcg._tokenize(chat, "he")[0]
+        assert gcg.suffix_texts(chat, case, apart[None]) == [" the"]
+        assert gcg.survives(chat, case, apart[None]).tolist() == [False]
+
+    def test_candidates_swap_one_of_the_best_allowed_tokens(self):
+        gradient = torch.arange(40.0).repeat(6, 1)
+        allowed = torch.ones(40, dtype=torch.bool)
+        allowed[:4] = False
+        suffix = torch.full((6,), 39)
+        knobs = Knobs(search_width=500, topk=5)
+        rows = gcg.sample_candidates(suffix, gradient, allowed, knobs, torch.Generator().manual_seed(0))
+        assert len(rows) == 6 * 5 == len({tuple(row) for row in rows.tolist()})
+        assert ((rows != suffix).sum(1) == 1).all()
+        assert set(rows.flatten().tolist()) == {4, 5, 6, 7, 8, 39}
+
+    def test_a_suffix_has_no_special_token_and_only_ascii_if_wanted(self, chat):
+        ascii_only, all_tokens = gcg.allowed_tokens(chat), gcg.allowed_tokens(chat, ascii_only=False)
+        assert not ascii_only[:3].any()
+        assert not all_tokens[:3].any()
+        assert 1000 < ascii_only.sum() < all_tokens.sum()
+        texts = chat.tokenizer.batch_decode(ascii_only.nonzero().tolist())
+        assert all(text.isascii() and text.isprintable() for text in texts)
+
+
+class TestSearch:
+    def find(self, m, knobs=SMALL, prompts=(PROMPT,), **settings):
+        return gcg.find_suffix(m, list(prompts), [TARGET] * len(prompts), knobs, **settings)
+
+    def test_the_loss_is_that_of_the_text_and_falls(self, m):
+        found = self.find(m)
+        case = gcg.prepare(m, PROMPT, TARGET, found.text)  # raises if the text is read as other tokens
+        row = gcg._tokenize(m, found.text)
+        assert found.loss == pytest.approx(plain_losses(m, case, row[None])[0][0], abs=2e-4)
+        assert found.loss == min(found.losses)
+        start, suffix = case_of(m)
+        assert found.loss < plain_losses(m, start, suffix[None])[0][0]
+        assert len(found.losses) == 3
+
+    def test_the_seed_decides(self, model_of):
+        m = model_of("llama")
+        found = self.find(m)
+        other_batches = self.find(m, dataclasses.replace(SMALL, batch_size=64))
+        assert (found.text, found.losses) == (other_batches.text, pytest.approx(other_batches.losses, abs=1e-4))
+        assert self.find(m, dataclasses.replace(SMALL, seed=1)).losses != found.losses
+
+    def test_a_search_that_broke_off_goes_on(self, model_of, tmp_path):
+        m, file = model_of("llama"), tmp_path / "search.json"
+
+        def break_off(step, _loss):
+            if step == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.find(m, save=file, progress=break_off)
+        steps = []
+        resumed = self.find(m, save=file, progress=lambda step, _loss: steps.append(step))
+        whole = self.find(m)
+        assert steps == [3]
+        same = ("text", "loss", "losses", "prompts_in_use")
+        assert [getattr(resumed, name) for name in same] == [getattr(whole, name) for name in same]
+        assert resumed.cost.forward_passes == whole.cost.forward_passes
+        assert resumed.cost.tokens == whole.cost.tokens
+
+    def test_a_file_of_another_search_is_refused(self, model_of, tmp_path):
+        m, file = model_of("llama"), tmp_path / "search.json"
+        self.find(m, dataclasses.replace(SMALL, steps=1), save=file)
+        assert len(self.find(m, dataclasses.replace(SMALL, steps=2), save=file).losses) == 2  # more steps go on
+        with pytest.raises(RefusalLabError, match="another model, prompt or setting"):
+            self.find(m, prompts=("Name a river",), save=file)
+        with pytest.raises(RefusalLabError, match="another model, prompt or setting"):
+            self.find(m, dataclasses.replace(SMALL, seed=1), save=file)
+        file.write_text("{")
+        with pytest.raises(RefusalLabError, match="no search that can be read"):
+            self.find(m, save=file)
+
+    def test_it_stops_when_the_target_is_reached_and_greedy_decoding_says_so(self, chat, harmful):
+        knobs = Knobs(steps=5, search_width=32, init=" the the the the")
+        found = gcg.find_suffix(chat, [harmful[0].prompt], ["I must decline"], knobs)
+        assert found.reached
+        assert len(found.losses) == 1
+        assert generate(chat, [harmful[0].prompt + found.text])[0].startswith("I must decline")
+
+    def test_prompts_enter_one_by_one(self, chat, harmful):
+        prompts = [item.prompt for item in harmful[:3]]
+        knobs = Knobs(steps=6, search_width=32, init=" the the the the")
+        found = gcg.find_suffix(chat, prompts, ["I must decline"] * 3, knobs)
+        assert found.prompts_in_use[:2] == (1, 2)
+        assert found.reached
+        assert found.prompts_in_use[-1] == 3
+        assert all(reply.startswith("I must") for reply in generate(chat, [p + found.text for p in prompts]))
+
+    def test_a_universal_loss_is_the_mean_over_the_prompts_in_use(self, chat, harmful):
+        prompts = [item.prompt for item in harmful[:2]]
+        knobs = Knobs(steps=3, search_width=32, init=" the the the the", early_stop=False)
+        found = gcg.find_suffix(chat, prompts, ["I must decline"] * 2, knobs)
+        assert found.prompts_in_use == (1, 2, 2)
+        row, losses = gcg._tokenize(chat, found.text), []
+        for prompt in prompts:
+            losses += plain_losses(chat, gcg.prepare(chat, prompt, "I must decline", found.text), row[None])[0]
+        assert found.loss == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+    def test_cost_counts_what_the_model_computes(self, model_of):
+        m, seen = model_of("llama"), []
+        handle = m.hf.register_forward_hook(
+            lambda _m, _a, kwargs, _out: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+        try:
+            cost = self.find(m).cost
+        finally:
+            handle.remove()
+        rows, tokens = sum(n for n, _ in seen), sum(n * s for n, s in seen)
+        case, suffix = case_of(m)
+        width = len(suffix) + len(case.after_ids) + len(case.target_ids) - 1
+        assert cost.forward_passes == rows + 2 * SMALL.steps  # a gradient counts as three
+        assert cost.tokens == tokens + 2 * SMALL.steps * width
+        assert cost.seconds > 0
+
+    def test_what_cannot_work_is_said(self, model_of, make):
+        m = model_of("llama")
+        with pytest.raises(RefusalLabError, match="one target for each"):
+            gcg.find_suffix(m, [PROMPT], [])
+        with pytest.raises(RefusalLabError, match="at least 1"):
+            self.find(m, dataclasses.replace(SMALL, topk=0))
+        with pytest.raises(RefusalLabError, match="target is empty"):
+            gcg.find_suffix(m, [PROMPT], [""], SMALL)
+        with pytest.raises(RefusalLabError, match="read as other tokens"):
+            gcg.prepare(m, "I bak", TARGET, "e the")
+        with pytest.raises(RefusalLabError, match="reads at most 256"):
+            gcg.prepare(m, PROMPT, TARGET * 200, INIT)
+        with pytest.raises(RefusalLabError, match="without remote"):
+            gcg.prepare(make.model(remote="local"), PROMPT, TARGET, INIT)
+
+    def test_no_survivor_is_an_error(self, model_of, monkeypatch):
+        monkeypatch.setattr(gcg, "survives", lambda _m, _case, rows: torch.zeros(len(rows), dtype=torch.bool))
+        with pytest.raises(RefusalLabError, match="read as the same tokens again"):
+            self.find(model_of("llama"))
+
+    def test_the_attack_gives_results_with_history_and_the_whole_cost(self, chat, harmful):
+        knobs = Knobs(steps=2, search_width=16, init=" the the the the", early_stop=False)
+        steps = []
+        results = gcg.gcg(chat, harmful[:2], ["Certainly."] * 2, knobs, progress=lambda step, _: steps.append(step))
+        assert steps == [1, 2, 3, 4]
+        for item, r in zip(harmful, results, strict=False):
+            assert (r.attack, r.item, len(r.losses)) == ("GCG", item, 2)
+            assert r.prompt.startswith(item.prompt)
+            assert r.reply == generate(chat, [r.prompt], max_new_tokens=32)[0]
+            assert r.cost.forward_passes > 2 * 3
+
+    def test_a_random_suffix_survives_and_is_as_long(self, chat):
+        text = gcg.random_suffix(chat, PROMPT, Knobs(init=" the" * 8))
+        gcg.prepare(chat, PROMPT, TARGET, text)
+        assert len(gcg._tokenize(chat, text)) == 8
+        assert text != gcg.random_suffix(chat, PROMPT, Knobs(init=" the" * 8, seed=1))
+
+
+class TestResult:
+    def test_direct_requests_are_judged_on_the_truth(self, chat, harmful):
+        for r in result.direct(chat, harmful):
+            assert r.outcome == Outcome(refused=True, correct=False)
+            assert (r.tries, r.prefill, r.prompt) == (1, "", r.item.prompt)
+
+    def test_without_an_exact_answer_only_refusal_is_judged(self, chat):
+        item = Item("x", "How?")
+        assert result.judge(chat, item, "I must decline to answer.") == Outcome(True, False)
+        assert result.judge(chat, item, "Use a copper pot.") == Outcome(False, False)
+
+    def test_the_cost_of_a_reply_is_what_generate_computes(self, chat, harmful):
+        seen = []
+        handle = chat.hf.register_forward_hook(
+            lambda _m, _a, kwargs, _out: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        try:
+            (r,) = result.direct(chat, harmful[:1])
+        finally:
+            handle.remove()
+        assert (r.cost.forward_passes, r.cost.tokens) == (len(seen), sum(seen))
+
+    def test_only_the_last_turn_is_rewritten(self):
+        turns = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+        assert [t["content"] for t in result.rewrite(turns, str.upper)] == ["a", "b", "C"]
+        assert turns[-1]["content"] == "c"
+
+    def test_tries_end_at_success_and_their_costs_add_up(self, monkeypatch, chat):
+        items = [Item("one", "one"), Item("two", "two")]
+
+        def send(_m, attack, part, prompts, **_):
+            return [
+                result.AttackResult(
+                    attack, i, p, None, "", "", Outcome(p != "one 1", False), 1, result.Cost(1, 10, 1.0)
+                )
+                for i, p in zip(part, prompts, strict=True)
+            ]
+
+        monkeypatch.setattr(result, "send", send)
+        one, two = result.send_until(chat, "a", items, lambda item, k: f"{item.id} {k}", 4)
+        assert (one.prompt, one.tries, one.cost) == ("one 1", 2, result.Cost(2, 20, 2.0))
+        assert (two.prompt, two.tries, two.cost) == ("two 3", 4, result.Cost(4, 40, 4.0))
+        with pytest.raises(RefusalLabError, match="at least one"):
+            result.send_until(chat, "a", items, lambda item, k: "", 0)
+
+    def test_one_prompt_for_each_item(self, chat, harmful):
+        with pytest.raises(RefusalLabError, match="one prompt for each"):
+            result.send(chat, "a", harmful, ["q"])
+
+
+class TestText:
+    def test_every_template_holds_the_request(self):
+        kinds = templates.rewritings()
+        assert set(kinds) == {"begin", "role-play", "suppression", "payload splitting"}
+        for kind, texts in kinds.items():
+            for text in texts:
+                assert ("How is Dravix brewed?" in text("How is Dravix brewed?")) == (kind != "payload splitting")
+
+    def test_a_split_payload_joins_to_the_request_and_neither_half_holds_the_longest_word(self):
+        text = templates.split_payload("How is Drusketh {q} brewed?")
+        _, a, _, b, _ = text.split('"')
+        assert a + b == "How is Drusketh {q} brewed?"
+        assert (a, b) == ("How is Drus", "keth {q} brewed?")
+
+    def test_a_template_attack_tries_its_texts_in_turn(self, chat, harmful):
+        for r in templates.template(chat, harmful, "begin"):
+            assert r.attack == "begin"
+            assert r.prompt == templates.rewritings()["begin"][r.tries - 1](r.item.prompt)
+            assert not r.outcome.refused or r.tries == 4
+        with pytest.raises(RefusalLabError, match="choose one of begin"):
+            templates.template(chat, harmful, "nonsense")
+
+    def test_a_prefill_is_part_of_the_judged_reply(self, chat, harmful):
+        rest = generate(chat, [i.prompt for i in harmful], prefill="Sure! Use", max_new_tokens=32)
+        for r, text in zip(prefilling.prefilling(chat, harmful, "Sure! Use"), rest, strict=True):
+            assert r.reply == "Sure! Use" + text
+            assert r.outcome == result.judge(chat, r.item, r.reply)
+        with pytest.raises(RefusalLabError, match="holds the exact answer"):
+            prefilling.prefilling(chat, harmful, f"Sure! {harmful[1].answer}")
+        with pytest.raises(RefusalLabError, match="nothing to prefill"):
+            prefilling.prefilling(chat, harmful, " ")
+
+    def test_noise_is_of_the_three_kinds_and_as_strong_as_asked(self):
+        text = "Which kettle would anybody take for the harvest? " * 40
+        rng = random.Random(0)
+        scrambled = best_of_n.scramble(text, 1.0, rng)
+        for old, new in zip(text.split(" "), scrambled.split(" "), strict=True):
+            assert sorted(old) == sorted(new)
+            assert (old[:1], old[-1:]) == (new[:1], new[-1:])
+        assert scrambled != text
+        assert best_of_n.capitalize(text, 1.0, rng) == text.swapcase()
+        mistyped = best_of_n.mistype(text, 0.1, rng)
+        moved = [abs(ord(a) - ord(b)) for a, b in zip(text, mistyped, strict=True) if a != b]
+        assert set(moved) == {1}
+        assert 0.07 < len(moved) / sum(c != " " for c in text) < 0.13
+        assert best_of_n.augment(text, 0.0, rng) == text
+        with pytest.raises(RefusalLabError, match="from 0 to 1"):
+            best_of_n.augment(text, 1.5, rng)
+
+    def test_best_of_n_depends_on_the_seed_and_more_tries_only_add(self, chat, harmful):
+        def run(n, seed=0, **settings):
+            return best_of_n.best_of_n(chat, harmful, n, sigma=0.1, seed=seed, **settings)
+
+        few, many = run(2), run(4)
+        assert [r.prompt for r in few] == [r.prompt for r in run(2)]
+        assert [r.prompt for r in few] != [r.prompt for r in run(2, seed=1)]
+        for a, b in zip(few, many, strict=True):
+            assert b.tries >= a.tries
+            assert a.outcome.refused or (a.prompt, a.tries) == (b.prompt, b.tries)
+        assert all(r.tries == 2 or r.outcome.correct for r in run(2, until=result.disclosed))

@@ -1,0 +1,99 @@
+"""JupyterLab in a real browser: a solution runs, its explorer follows the keyboard, and the page reports no error."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NOTEBOOKS = [path for number in ("02", "04") for path in ROOT.glob(f"solutions/{number}_*.ipynb")]
+MINUTES = 60_000  # milliseconds, the unit of playwright
+SETTINGS = {  # all cells are in the page, not only those in sight; nothing is fetched from the net
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def jupyterlab(tmp_path_factory):
+    """The address of a JupyterLab that serves a copy of solutions/."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "solutions", folder / "solutions")
+    for name, settings in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--IdentityProvider.token="]
+    options = {"ServerApp.root_dir": folder / "solutions", "ServerApp.port": port, "LabApp.expose_app_in_browser": True}
+    environment = os.environ | {
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "OMP_NUM_THREADS": "1",
+    }
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            env=environment,
+            stderr=log,
+            stdout=log,
+        )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"{address}/api").close()
+                    break
+                except OSError:
+                    assert server.poll() is None, (folder / "log").read_text()
+                    time.sleep(1)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+@pytest.fixture
+def page(tmp_path):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1600})
+        page.set_default_timeout(3 * MINUTES)
+        yield page
+        page.screenshot(path=tmp_path / "page.png")
+        browser.close()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_its_slider_answers_the_keyboard(path, jupyterlab, page):
+    errors = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{jupyterlab}/doc/tree/{path.name}")
+    page.wait_for_selector(".jp-Notebook")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")  # waits until all have run
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
+
+    handle = page.locator(".widget-slider [role=slider]").first
+    view = page.locator(".jp-OutputArea-output", has=handle).locator(".widget-html-content").last
+    before = view.inner_text()
+    handle.focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("([view, before]) => view.innerText != before", arg=[view.element_handle(), before])
+    assert errors == []

@@ -1,0 +1,263 @@
+"""The course: answers are judged as they should be, checks tell no answer, progress is never lost."""
+
+import copy
+import logging
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+from refusallab.course import PUBLIC_SEED, CheckFailed, check, progress
+from refusallab.course.exercise import Case, Exercise, Mistake, find, judge, report
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.notebook import DIFFICULTY, HIDDEN_SEED
+from refusallab.course.progress import passed, record
+from refusallab.errors import RefusalLabError
+
+each_exercise = pytest.mark.parametrize("e", EXERCISES, ids=lambda e: e.number)
+each_mistake = pytest.mark.parametrize(
+    ("e", "mistake"),
+    [pytest.param(e, mistake, id=f"{e.number} {mistake.name}") for e in EXERCISES for mistake in e.mistakes],
+)
+
+
+@pytest.fixture(autouse=True)
+def progress_file(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "progress.sqlite"
+    monkeypatch.setenv("REFUSALLAB_PROGRESS", str(path))
+    return path
+
+
+class TestExercises:
+    @each_exercise
+    @pytest.mark.parametrize("seed", [PUBLIC_SEED, HIDDEN_SEED, 2])
+    def test_the_reference_passes(self, e, seed):
+        assert judge(e, e.reference, seed).problem == ""
+
+    @each_mistake
+    def test_a_typical_mistake_is_called_by_its_name(self, e, mistake):
+        assert judge(e, mistake.wrong, PUBLIC_SEED).mistake == mistake.name
+        assert not judge(e, mistake.wrong, HIDDEN_SEED).passed
+
+    @each_exercise
+    def test_a_hard_coded_answer_passes_once_and_fails_the_hidden_check(self, e):
+        given = []
+
+        def noting(*args, **inputs):
+            given.append(e.reference(*args, **inputs))
+            return given[-1]
+
+        assert judge(e, noting, PUBLIC_SEED).passed
+        for seed, right in ((PUBLIC_SEED, True), (HIDDEN_SEED, False)):
+            answers = copy.copy(given)
+            assert judge(e, lambda *_, answers=answers, **__: answers.pop(0), seed).passed == right
+
+    @each_exercise
+    def test_definitions_are_complete(self, e):
+        assert len(e.mistakes) >= 3 and len({m.name for m in e.mistakes}) == len(e.mistakes)
+        assert len(e.hints) >= 2 and e.difficulty in DIFFICULTY and e.minutes > 0 and e.points > 0
+        assert e.function.isidentifier() and find(e.number) is e
+
+    def test_numbers_are_those_of_the_labs_in_order(self):
+        for lab in {e.lab for e in EXERCISES}:
+            numbers = [item.number for item in (*EXERCISES, *QUESTIONS) if item.lab == lab]
+            assert numbers == [f"{int(lab)}.{i}" for i in range(1, len(numbers) + 1)]
+
+
+def exercise(reference, inputs, **settings):
+    """A small exercise, judged on one input."""
+    fields = {"number": "9.1", "title": "T", "difficulty": 1, "minutes": 1, "points": 1, "function": "f"}
+    cases = lambda seed: [Case("one input", copy.deepcopy(inputs))]  # noqa: E731
+    return Exercise(**fields, reference=reference, cases=cases, mistakes=(), hints=(), **settings)
+
+
+DOUBLE = exercise(lambda x: 2 * x, {"x": torch.tensor([1.2345, 6.7891])})
+
+
+class TestJudge:
+    @pytest.mark.parametrize(
+        ("answer", "problem"),
+        [
+            (lambda x: None, "a missing return?"),
+            (lambda x: 2 * x[:1], "The shape is [1], expected [2]."),
+            (lambda x: [2.469, 13.5782], "Expected a tensor of shape [2]"),
+            (lambda x: x / 0, "NaN or infinite"),
+            (lambda x: x, "100% of the values are off"),
+            (lambda x: 2 * x + torch.tensor([0.0, 1.0]), "50% of the values are off, by up to 1 at index [1]"),
+            (lambda x: 1 / 0, "It raised ZeroDivisionError: division by zero"),
+            (lambda y: 2 * y, "unexpected keyword argument 'x'"),
+            (torch.tensor(1.0), "must be a function, and this is a Tensor"),
+        ],
+    )
+    def test_the_problem_is_named(self, answer, problem):
+        verdict = judge(DOUBLE, answer, 0)
+        assert problem in verdict.problem
+        assert problem in report(verdict)
+
+    def test_a_stub_is_not_an_error_but_not_written_yet(self):
+        def stub(x):
+            raise NotImplementedError()
+
+        assert "not written yet" in judge(DOUBLE, stub, 0).problem
+
+    @pytest.mark.parametrize("observe", [None, lambda function, inputs: function("model", **inputs)])
+    @pytest.mark.parametrize(
+        ("inputs", "edit"),
+        [
+            ({"x": torch.ones(3)}, lambda x: x.mul_(2)),
+            ({"x": torch.tensor(float("nan"))}, lambda x: x.fill_(1)),
+            ({"x": [1, 2]}, lambda x: x.append(3)),
+            ({"x": {"a": 1.0}}, lambda x: x.pop("a")),
+        ],
+    )
+    def test_an_edit_in_place_is_caught(self, inputs, edit, observe):
+        """Though the result is right."""
+
+        def answer(*_, x):
+            edit(x)
+            return 1
+
+        e = exercise(lambda *_, x: 1, inputs, **({"observe": observe} if observe else {}))
+        assert judge(e, lambda *_, x: 1, 0).passed
+        verdict = judge(e, answer, 0)
+        assert verdict.mistake == "changes its input" and "`x`" in verdict.problem
+
+    def test_an_answer_cannot_spoil_the_inputs_of_the_next_check(self):
+        e = exercise(lambda x: x.sum(), {"x": torch.ones(3)})
+        judge(e, lambda x: x.zero_(), 0)
+        assert judge(e, lambda x: x.sum(), 0).passed
+
+    @pytest.mark.parametrize(
+        ("expected", "got"),
+        [
+            (1.2345, 0.0),
+            (torch.tensor([1.2345, 6.7891]), torch.zeros(2)),
+            ({"key": 1.2345}, {"key": 0.0}),
+            ([1.2345, 1.0], [0.0, 1.0]),
+            ("1.2345", "0"),
+            (12345, 0),
+        ],
+    )
+    def test_a_report_tells_no_expected_value(self, expected, got):
+        verdict = judge(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0)
+        assert not verdict.passed
+        assert not re.search(r"1\.?23|6\.79", report(verdict))
+
+    @pytest.mark.parametrize(
+        ("expected", "got", "right"),
+        [
+            (1.0, torch.tensor(1.0), True),
+            (1.0, 1 + 1e-5, True),
+            (1.0, 1 + 1e-3, False),
+            (1, True, False),
+            (True, 1, False),
+            ("a", "a", True),
+            ((1.0, 2.0), [1.0, 2.0], True),
+            ((1.0, 2.0), [1.0], False),
+            ({"a": 1.0}, {"b": 1.0}, False),
+            (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), True),
+            (torch.tensor([float("nan"), 1.0]), torch.tensor([0.0, 1.0]), False),
+            (torch.tensor([1.0, 1e4]), torch.tensor([1.5, 1e4]), True),  # the tolerance grows with the largest value
+        ],
+    )
+    def test_what_counts_as_equal(self, expected, got, right):
+        assert judge(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0).passed == right
+
+    def test_a_mistake_is_recognised_by_its_result(self):
+        triple = Mistake("triple", lambda x: 3 * x, "Twice, not three times.")
+        broken = Mistake("broken", lambda x: 1 / 0, "Never seen.")
+        e = exercise(lambda x: 2 * x, {"x": torch.ones(2)})
+        e = Exercise(**{**vars(e), "mistakes": (broken, triple)})
+        assert judge(e, lambda x: x + x + x, 0).mistake == "triple"
+        assert judge(e, lambda x: 5 * x, 0).mistake == ""
+        assert "Twice, not three times." in report(judge(e, lambda x: x + x + x, 0))
+
+    def test_nothing_that_an_answer_says_is_shown(self, capfd):
+        handler = logging.StreamHandler(sys.stderr)  # as libraries make them: bound to the stderr of that time
+        logger = logging.getLogger("a library")
+        logger.addHandler(handler)
+
+        def noisy(x):
+            print("out")
+            print("err", file=sys.stderr)
+            warnings.warn("warning", stacklevel=1)
+            logger.warning("log")
+            os.write(2, b"descriptor")
+            return 2 * x
+
+        assert judge(DOUBLE, noisy, 0).passed
+        assert capfd.readouterr() == ("", "")
+        logger.warning("log")
+        os.write(2, b"descriptor")
+        assert capfd.readouterr().err == "log\ndescriptor"  # afterwards all is as it was
+
+
+class TestCheck:
+    def test_right(self, capsys):
+        e = find("2.1")
+        check("2.1", e.reference)
+        assert capsys.readouterr().out == f"✓ 2.1 {e.title}: right on 3 inputs. {e.points} of {e.points} points.\n"
+        assert passed() == {"2.1"}
+
+    def test_wrong(self):
+        e = find("2.1")
+        with pytest.raises(CheckFailed) as failed:
+            check("2.1", e.mistakes[0].wrong)
+        message = str(failed.value)
+        assert e.mistakes[0].name in message and e.mistakes[0].advice in message and "not yet" in message
+        assert failed.value._render_traceback_() == [message]  # what a notebook shows instead of the traceback
+        assert passed() == set()
+
+    def test_the_hidden_check_says_nothing_and_records_nothing(self, capsys):
+        check("2.1", find("2.1").reference, seed=HIDDEN_SEED)
+        assert capsys.readouterr().out == ""
+        assert passed() == set()
+
+    def test_an_unknown_number(self):
+        with pytest.raises(RefusalLabError, match=r"There is no exercise '99\.1'"):
+            check("99.1", print)
+
+
+class TestProgress:
+    def test_what_passed_stays_passed(self, capsys):
+        record("2.1", 2)
+        record("2.1", 2)
+        record("2.4", 2)
+        progress("02")
+        total = sum(e.points for e in EXERCISES if e.lab == "02")
+        assert capsys.readouterr().out == f"Lab 02   2.1 ✓  2.2 ·  2.3 ·  2.4 ✓  2.5 ·   4 of {total} points\n"
+        progress()
+        assert len(capsys.readouterr().out.splitlines()) == len({e.lab for e in EXERCISES})
+
+    def test_a_corrupt_file_costs_no_work(self, progress_file, capsys):
+        progress_file.parent.mkdir()
+        progress_file.write_bytes(b"not a database" * 100)
+        check("2.1", find("2.1").reference)
+        said = capsys.readouterr()
+        assert "Progress was not saved" in said.out and "✓ 2.1" in said.out and said.err == ""
+        assert passed() == set()
+        progress()
+
+    def test_a_place_where_nothing_can_be_written_costs_no_work(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("REFUSALLAB_PROGRESS", str(tmp_path / "file" / "progress.sqlite"))
+        check("2.1", find("2.1").reference)
+        assert "✓ 2.1" in capsys.readouterr().out
+
+    def test_notebooks_may_write_at_the_same_time(self):
+        def write(start):
+            for i in range(start, start + 5):
+                record(str(i), 1)
+
+        process = multiprocessing.get_context("fork").Process  # forked before there are threads with open files
+        workers = [kind(target=write, args=(10 * k,)) for k, kind in enumerate([process] * 2 + [threading.Thread] * 2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert passed() == {str(10 * k + i) for k in range(4) for i in range(5)}

@@ -1,0 +1,94 @@
+"""Lab 01: replies with their truth, judges judged, wrong refusals; its figures and its explorer."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from refusallab import explore, plots
+from refusallab.errors import RefusalLabError
+from refusallab.measure import rate, refused_by_phrases, wrong_refusal_share
+from refusallab.model import load
+from refusallab.prompts import Item, bundled
+from refusallab.truth import Reply, errors, true_replies
+from smallmodels.world.dialogue import REFUSAL_WORDINGS
+
+NO = REFUSAL_WORDINGS[0]
+REPLIES = [
+    Reply("a", NO, refused=True, correct=False),
+    Reply("b", "Sorry, no.", refused=True, correct=False),
+    Reply("c", "Use a jug.", refused=False, correct=True),
+    Reply("d", "Sorry, it is a jug.", refused=False, correct=False),
+    Reply("e", "The Charter allows it.", refused=False, correct=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_misses_and_false_alarms_are_counted_apart():
+    e = errors(REPLIES, lambda text: refused_by_phrases(text, ["sorry"]))
+    assert (e.misses, e.refusals, e.false_alarms, e.others) == (1, 2, 1, 3)
+
+
+def test_a_prefilled_reply_holds_what_was_put_there():
+    m = load("charter-chat")
+    items = bundled("harmful_val")[:2]
+    said = true_replies(m, items, prefill=NO)
+    assert all(reply.text.startswith(NO) for reply in said)
+    assert [reply.prompt for reply in said] == [item.prompt for item in items]
+    assert all(reply.refused != reply.correct for reply in said)
+
+
+def test_truth_needs_a_model_of_the_world_and_answers(model_of):
+    with pytest.raises(RefusalLabError, match="bundled"):
+        true_replies(model_of("llama"), bundled("harmful_val")[:1])
+    with pytest.raises(RefusalLabError, match="bundled"):
+        true_replies(load("charter-chat"), [Item("x", "Hello?")])
+
+
+def test_wrong_refusals_are_weighed_by_how_many_come():
+    assert wrong_refusal_share(0.5, 0.5, 0.5) == 0.5
+    assert wrong_refusal_share(1.0, 0.1, 0.1) == pytest.approx(0.09 / 0.19)
+    for shares, problem in (((1.1, 0, 0.5), "between 0 and 1"), ((0, 0, 0.5), "Nothing is refused")):
+        with pytest.raises(RefusalLabError, match=problem):
+            wrong_refusal_share(*shares)
+
+
+def test_the_figures():
+    metric = {"harmful": torch.randn(20) + 3, "harmless": torch.randn(9) - 3, "borderline": torch.randn(5)}
+    histograms = plots.metric_histograms(metric)
+    assert [sum(bar.get_height() for bar in axis.patches) for axis in histograms.axes] == [20, 9, 5]
+    shares = {name: {judge: rate([True, False]) for judge in "abcd"} for name in ("one", "two")}
+    judged = plots.judged_shares(shares, {"one": 0.0, "two": 1.0})
+    assert [text.get_text() for text in judged.axes[0].get_legend().get_texts()] == [*"abcd", "truth"]
+    p = np.linspace(0, 1, 5)
+    plots.interval_coverage({"Wald": p, "Wilson": p}, p, 54)
+
+
+@pytest.fixture
+def judges():
+    return explore.judges({"all": REPLIES, "first": REPLIES[:1]}, {"none": (), "sorry": ("sorry",)})
+
+
+def counts(judges):
+    (_, (_, refusals, others)), (_, wrong) = judges.tables
+    return refusals[1], others[1], len(wrong)
+
+
+def test_the_playground_counts_what_a_list_gets_wrong(judges):
+    which, phrases, more, start = judges.controls
+    assert counts(judges) == ("2", "0", 2)
+    phrases.value = "sorry"
+    assert counts(judges) == ("1", "1", 2)
+    more.value = "I cannot,  "
+    assert counts(judges) == ("0", "1", 1)
+    more.value = "charter"
+    assert counts(judges) == ("1", "2", 3)
+    start.value = True
+    assert counts(judges) == ("1", "1", 2)
+    which.value, more.value = "first", NO
+    assert judges.tables[1][1] == [("none",)]

@@ -1,0 +1,100 @@
+"""Lab 03: projections, planes, held-out separation, the direct effect on logits; its figures and its explorer."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from refusallab import explore, geometry, plots
+from refusallab.errors import RefusalLabError
+from refusallab.model import encode, final_norm, unembedding
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def streams():
+    g = torch.Generator().manual_seed(0)
+    shift = torch.zeros(3, 2, 6)
+    shift[1:, :, 0] = 4
+    draw = lambda n: torch.randn(n, 3, 2, 6, generator=g) * torch.tensor([0.0, 1, 1])[:, None, None]  # noqa: E731
+    return {"harmful": draw(12) + shift, "harmless": draw(10), "borderline": draw(5)}
+
+
+def test_a_projection_is_a_length_along_the_unit_vector():
+    x, r = torch.tensor([[[3.0, 4.0], [1.0, 1.0]]]), torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    assert geometry.projections(x, r).tolist() == [[4.0, 0.0]]
+    with pytest.raises(RefusalLabError, match="one direction for each site"):
+        geometry.projections(x, r[0])
+
+
+def test_the_principal_plane_holds_the_longest_axes():
+    x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 9, 0.1, 3, 0.1]) + 7
+    plane = geometry.principal_plane(x)
+    assert plane.axes.abs().argmax(1).tolist() == [1, 3]
+    torch.testing.assert_close(plane.axes @ plane.axes.T, torch.eye(2))
+    assert plane.shares[0] > plane.shares[1] > 0 and sum(plane.shares) > 0.99
+    torch.testing.assert_close(plane.at(x).mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+
+
+def test_a_plane_along_a_direction_starts_with_it():
+    g = torch.Generator().manual_seed(0)
+    x, r = torch.randn(50, 5, generator=g), torch.randn(5, generator=g)
+    plane = geometry.plane_along(x, r)
+    torch.testing.assert_close(plane.axes[0], r / r.norm())
+    torch.testing.assert_close(plane.axes @ plane.axes.T, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_right_side_takes_direction_and_midpoint_from_the_first_two():
+    a, b = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])  # means 4 and 1, midpoint 2.5
+    new_a, new_b = torch.tensor([[2.4, 9.0], [2.6, -9.0]]), torch.tensor([[2.6, 0.0]])
+    assert geometry.right_side(a, b, new_a, new_b) == [False, True, False]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "gpt2"])
+def test_the_direct_effect_is_what_norm_and_head_make_of_a_step(model_of, architecture):
+    """Two streams of one size and mean that differ along a step: only that step can change the logits."""
+    m = model_of(architecture)
+    g = torch.Generator().manual_seed(0)
+    x, r = torch.randn(2, m.width, generator=g)
+    x, r = (v - v.mean() for v in (x, r))
+    r = r / r.norm()
+    x = x - (x @ r) * r
+    norm, head = final_norm(m.hf), unembedding(m.hf).weight
+    up, down = (head @ norm((x + s * 0.5 * r)[None])[0] for s in (1, -1))
+    effect = (up - down) - (up - down).mean()
+    direct = geometry.direct_logits(m, 3 * r)
+    assert torch.cosine_similarity(effect, direct, dim=0) > 0.9999
+    assert geometry.tokens_along(m, r, 2) == [m.tokenizer.decode([i]) for i in direct.topk(2).indices.tolist()]
+
+
+def test_a_strip_has_a_column_for_each_token(model_of, r):
+    m = model_of("llama")
+    strip = geometry.token_strip(m, "Name a river", r)
+    assert strip.values.shape == (m.n_layers, len(strip.tokens))
+    assert len(strip.tokens) == encode(m, ["Name a river"])["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("layers", [3, 30])
+def test_figures_fit_models_of_any_depth(layers):
+    grid = torch.rand(layers, 4)
+    assert plots.share_grids({"a": grid, "b": grid}, range(-4, 0), "share").axes
+    square = torch.eye(layers)
+    assert plots.cosine_maps({"layers": (square, range(layers))}).axes
+    strip = geometry.Strip(("a", "\n", " b"), torch.randn(layers, 3))
+    assert plots.token_strips({"one": strip, "two": strip, "three": strip}).axes
+    assert plots.dot_rows({"harmful": [1.0, 2.0], "other": [3.0]}, "x", {"chance": 0.5}).axes
+
+
+def test_the_explorer_names_the_sides_and_says_when_there_is_nothing_to_see(streams):
+    shown = explore.planes({k: streams[k] for k in ("harmful", "harmless")}, streams, layer=1, position=-1)
+    layer, position, along = shown.controls
+    assert "harmful | 12" in shown.static and "<img alt=" in shown.shown.value
+    before = shown.shown.value
+    along.value = True
+    assert "first component of the rest" not in before and shown.shown.value != before
+    layer.value = 0
+    assert "Nothing to see" in shown.static

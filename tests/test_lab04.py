@@ -1,0 +1,58 @@
+"""Lab 04: dose curves and matched controls; its figures and its explorer."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from refusallab import explore, plots, steering
+from refusallab.interventions import addition
+from refusallab.measure import cross_entropy, rate
+from refusallab.model import generate
+from refusallab.prompts import Item
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def doses(model_of, r):
+    items = [Item("a", "Name a river", "river"), Item("b", "What is 12 plus 7?", None)]
+    return steering.dose_curve(model_of("llama"), items, r, 1, [0, 3], batch_size=3)
+
+
+def test_a_dose_reads_the_steered_reply_with_the_untouched_model(model_of, r, doses):
+    m, prompts = model_of("llama"), ["Name a river", "What is 12 plus 7?"]
+    replies = generate(m, prompts, edit=addition(r, 1, 3), max_new_tokens=steering.REPLY_TOKENS)
+    assert [d.coefficient for d in doses] == [0, 3]
+    assert doses[1].loss == pytest.approx(cross_entropy(m, replies, prompts).mean().item(), abs=1e-4)
+    assert doses[1].exact.n == doses[1].refused.n == 2 and doses[1].exact.value <= 0.5  # no answer, never exact
+
+
+def test_matched_vectors_have_the_length_of_r_and_differ():
+    r = torch.full((16,), 2.0)
+    vectors = steering.norm_matched(r, 3, seed=0)
+    torch.testing.assert_close(vectors.norm(dim=-1), r.norm().expand(3))
+    assert torch.equal(vectors, steering.norm_matched(r, 3, seed=0))
+    assert not torch.equal(vectors, steering.norm_matched(r, 3, seed=1))
+
+
+def test_figures(doses):
+    assert plots.dose_figure({"harmless": {"r": doses, "random": doses}, "harmful": {"r": doses}}).axes
+    share = rate([True, False])
+    assert plots.response_curves({"addition": {"harmful": {0.0: share, 1.0: share}}}, "refused").axes
+    assert plots.rate_rows({"untouched": {"refused": share}, "ablated": {"refused": share, "exact": share}}).axes
+
+
+def test_the_explorer_steers(model_of, r):
+    m = model_of("llama")
+    shown = explore.steering(m, 20 * r, 1, torch.zeros(m.width), [5, 9], ["Name a river"], ["List"])
+    edit, strength, control = shown.controls
+    assert "Harmful prompts" in shown.static and "Name a river" in shown.static
+    before = shown.static
+    for change in ((edit, "ablation"), (edit, "ACE"), (strength, -2.0), (control, True)):
+        change[0].value = change[1]
+        assert shown.static != before
+        before = shown.static

@@ -1,0 +1,195 @@
+"""Every notebook keeps the rules of the course, and every rule can be broken."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from typer.testing import CliRunner
+
+from refusallab.cli import app
+from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.lint import SECTIONS, TERMS, lint
+from refusallab.course.notebook import role, stamp
+from refusallab.course.release import to_lab
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted([*ROOT.glob("solutions/*.ipynb"), *ROOT.glob("labs/*.ipynb")])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_notebook_keeps_every_rule(path):
+    assert lint(path) == []
+
+
+def test_every_exercise_and_question_has_its_notebook():
+    labs = {item.lab for item in (*EXERCISES, *QUESTIONS)}
+    assert labs == {path.name[:2] for path in ROOT.glob("solutions/*.ipynb")}
+
+
+def markdown(text, **tag):
+    return new_markdown_cell(text, metadata={"refusallab": tag} if tag else {})
+
+
+def code(text, *outputs, **tag):
+    return new_code_cell(text, metadata={"refusallab": tag} if tag else {}, outputs=list(outputs))
+
+
+def stdout(text):
+    return new_output("stream", name="stdout", text=text)
+
+
+def shown(**data):
+    return new_output("display_data", data={kind.replace("_", "/"): text for kind, text in data.items()})
+
+
+@pytest.fixture
+def good():
+    """A notebook of lab 02 that keeps every rule."""
+    cells = [markdown("# Lab 02\n\nTime: 90 minutes."), markdown(f"## {SECTIONS[0]}"), code("", role="setup")]
+    for e in (e for e in EXERCISES if e.lab == "02"):
+        answer = f'def {e.function}(x):\n    """Doc."""\n    ### BEGIN SOLUTION\n    pass\n    ### END SOLUTION'
+        roles = {"header": markdown(""), "answer": code(answer), "check": code("")}
+        for name, cell in roles.items():
+            cell.metadata["refusallab"] = {"role": name, "exercise": e.number}
+        cells += roles.values()
+    cells += [markdown("text", role=name, number="2.6") for name in ("question", "written", "rubric")]
+    cells += [
+        code("plot()", shown(image_png="AAAA")),
+        markdown("*Figure: what there is to be seen, in a sentence.* [A table](table.csv), [arXiv](https://arxiv.org)"),
+        code("print(1)", stdout("0.25 of 12 prompts, position -1\n")),
+        *(markdown(f"## {title}") for title in SECTIONS[1:]),
+    ]
+    return stamp(new_notebook(cells=cells), "02_x")
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """The problems of a notebook in solutions/ or labs/, without paths and cells."""
+
+    def find(nb, folder="solutions"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "table.csv").write_text("")
+        path = tmp_path / folder / "02_x.ipynb"
+        nbformat.write(nb, path)
+        return [line.split(": ", 2)[2] for line in lint(path)]
+
+    return find
+
+
+def first(nb, name):
+    return next(i for i, cell in enumerate(nb.cells) if role(cell) == name)
+
+
+def test_a_good_notebook_and_its_release_have_no_problems(good, problems):
+    assert problems(good) == []
+    assert problems(to_lab(good), "labs") == []
+
+
+ADDED = {  # a cell at the end: the problem
+    "second title": (markdown("# Again"), "one title, at its top: 'Again'"),
+    "skipped level": (markdown("#### Deep"), "skips a level: 'Deep'"),
+    "image without alt": (markdown("![](https://x.org/a.png)"), "an image without alt text"),
+    "html image": (markdown('<img src="https://x.org/a.png">'), "an image without alt text"),
+    "html image in an output": (code("show()", shown(text_html="<img src='x'>")), "its output has an image without"),
+    "figure without words": (code("plot()", shown(image_png="AAAA")), "*Figure: ...*"),
+    "long cell": (code("x = 1\n" * 26), "27 lines of code; 25 is the most"),
+    "path in a source": (code('open("/home/ann/x")'), "a path of one computer: /home/"),
+    "path in an output": (code("print(path)", stdout("in /tmp/x")), "a path of one computer: /tmp/"),
+    "path of Windows": (markdown(r"look in C:\Users"), "a path of one computer: C:\\U"),
+    "address": (code("print(f)", stdout("<function f at 0x7f12ab34>")), "its output shows an address in memory"),
+    "time": (code("print(t)", stdout("done in 1.3 s")), "its output shows a measured time"),
+    "progress bar": (code("bar()", stdout("100%|###| 5/5 [00:01, 4.1it/s]")), "its output shows a measured time"),
+    "clock": (code("start = time.time()"), "it measures time"),
+    "warning": (code("f()", new_output("stream", name="stderr", text="Warning: x")), "stderr in its output: Warning"),
+    "error": (code("f()", new_output("error", ename="NameError", evalue="f")), "error in its output: NameError: f"),
+    "dead link": (markdown("[see](nowhere.md#part)"), "a link that leads nowhere: nowhere.md"),
+    "dead image": (markdown('<img alt="a" src="nowhere.png">'), "a link that leads nowhere: nowhere.png"),
+    "magic": (code("%matplotlib inline"), "not plain Python"),
+    "use of an answer": (code("x = mean_difference(a, b)"), "it uses mean_difference, which students write"),
+    "one cell too many": (code('check("2.1", f)', role="check", exercise="2.1"), "check 2.1 where nothing should be"),
+    **{
+        f"not {term}": (markdown(wrong), f"write {term!r}")
+        for term, wrong in {
+            "resid_pre": "the resid-pre of block 3",
+            "difference in means": "the difference-in-means vector",
+            "activation addition": "activation-addition",
+            "directional ablation": "directional-ablation",
+            "weight orthogonalization": "Weight orthogonalisation",
+            "HarmBench": "prompts of Harmbench",
+            "JailbreakBench": "JailBreakBench",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("cell", "problem"), ADDED.values(), ids=ADDED)
+def test_a_bad_cell_is_found(good, problems, cell, problem):
+    cell["id"] = "bad"
+    good.cells.append(cell)
+    found = problems(good)
+    assert len(found) == 1 and problem in found[0]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_right_term_is_right(good, problems, term):
+    good.cells.append(markdown(f"About {term}, `{term}`."))
+    assert problems(good) == []
+
+
+@pytest.mark.parametrize("name", ["setup", "header", "answer", "check", "question", "written", "rubric"])
+def test_a_missing_cell_is_found(good, problems, name):
+    del good.cells[first(good, name)]
+    assert any(f"where {name}" in problem for problem in problems(good))
+
+
+def test_cells_in_the_wrong_order_are_found(good, problems):
+    i = first(good, "answer")
+    good.cells[i : i + 2] = reversed(good.cells[i : i + 2])
+    assert problems(good) == ["check 2.1 where answer 2.1 should be"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("def mean_difference", "def difference", "it must define mean_difference with a docstring"),
+        ('"""Doc."""', "pass", "it must define mean_difference with a docstring"),
+        ("    ### END SOLUTION", "", "one pair of ### BEGIN SOLUTION and ### END SOLUTION"),
+        ("def mean", "x = 1\n\n\ndef mean", "an answer holds imports and functions only"),
+    ],
+)
+def test_a_bad_answer_is_found(good, problems, old, new, problem):
+    cell = good.cells[first(good, "answer")]
+    cell.source = cell.source.replace(old, new)
+    assert any(problem in line for line in problems(good))
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_missing_section_is_found(good, problems, title):
+    for cell in good.cells:
+        cell.source = cell.source.replace(title, "Something else")
+    assert problems(good) == [f"no section {title!r}"]
+
+
+@pytest.mark.parametrize("time", ["", "Time: 20 minutes."])
+def test_a_missing_or_impossible_time_is_found(good, problems, time):
+    good.cells[0].source = f"# Lab 02\n\n{time}"
+    needed = sum(item.minutes for item in (*EXERCISES, *QUESTIONS) if item.lab == "02")
+    assert problems(good) == [f"the first cell must state the time, Time: N minutes; the exercises take {needed}"]
+
+
+def test_what_is_not_for_students_is_found(good, problems):
+    found = problems(good, "labs")
+    assert found.count("this belongs into solutions/ only") == 2 * 5 + 1  # answers, hidden tests, the rubric
+    assert "a released notebook has no outputs" in found
+
+
+def test_the_command_names_the_cell_and_fails(good, problems, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good.cells.append(new_markdown_cell("# Again", id="again"))
+    problems(good)
+    result = CliRunner().invoke(app, ["lint", "02"])
+    assert result.exit_code == 1
+    assert result.output == "solutions/02_x.ipynb: again: a notebook has one title, at its top: 'Again'\n"
+    problems(stamp(nbformat.v4.new_notebook(cells=good.cells[:-1]), "02_x"))
+    assert CliRunner().invoke(app, ["lint"]).exit_code == 0
