@@ -23,8 +23,12 @@ from refusallab.course.grade.examine import Task, examine
 from refusallab.course.grade.kernel import Kernel, KernelDied
 from refusallab.course.grade.records import Records
 from refusallab.course.grade.server import Limits, shared
+from refusallab.course.grade.submissions import Submission
 
-pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("bwrap") and os.environ.get("SANDBOX_TESTS")),
+    reason="slow: needs bubblewrap, a checkout outside /tmp, and SANDBOX_TESTS=1 in the environment",
+)
 LIMITS = Limits(timeout=6, memory=1)
 SEED = 8023
 WRONG = "def mean_difference(harmful, harmless):\n    return harmful.mean(0) * 0\n"
@@ -418,3 +422,12 @@ threading.Thread(target=shout, daemon=True).start()
     assert sum(o.points for o in graded.outcomes) == 0
     assert time.monotonic() - start < 2 * LIMITS.total
     assert threading.active_count() < 20
+
+
+def test_the_records_say_what_ran_without_a_sandbox(tmp_path):
+    records, path = Records("sqlite://"), put(tmp_path, "ada", notebook())
+    for sandboxed, name in ((False, "none (--unsafe)"), (True, "bubblewrap")):
+        graded = examine(Task("ada", "02", path.read_bytes(), SEED, LIMITS, sandboxed))
+        assert sum(o.points for o in graded.outcomes) == 11
+        records.write(Submission("ada", "02", path), graded, name)
+        assert [s.sandbox for s in records.all_submissions()] == [name]
