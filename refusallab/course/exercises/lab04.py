@@ -375,8 +375,9 @@ ADD = Exercise(
 
 def _lengths(seed: int) -> list[Case]:
     r = random_directions(96, 2, seed=300 + seed)
+    length = 12 + 3 * (seed % 50)
     return [
-        Case("3 vectors for a direction of length 12", {"r": 12 * r[0], "count": 3, "seed": seed}),
+        Case(f"3 vectors for a direction of length {length}", {"r": length * r[0], "count": 3, "seed": seed}),
         Case("2000 vectors for a direction of length 0.5", {"r": 0.5 * r[1], "count": 2000, "seed": seed + 7}),
     ]
 
