@@ -33,8 +33,11 @@ from refusallab.course.grade.records import Records  # noqa: E402
 class PlainServer:
     """Stands in for a ForkServer, and starts each kernel from nothing."""
 
+    def __init__(self, folder: Path):
+        self.folder = folder
+
     def new_folder(self) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="rl-")) / "run"
+        folder = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
         folder.mkdir()
         return folder
 
@@ -43,7 +46,7 @@ class PlainServer:
         (folder / "connection.json").write_text(json.dumps(connection | {"ip": f"{server.INSIDE}/k"}))
         kernel = [sys.executable, "-m", "ipykernel_launcher", "-f", f"{server.INSIDE}/connection.json"]
         process = subprocess.Popen(
-            [*server.bubblewrap(folder), "--chdir", "/tmp", *kernel],
+            [*server.bubblewrap(folder), "--die-with-parent", "--chdir", "/tmp", *kernel],
             env=server.sandbox_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -80,7 +83,7 @@ def main() -> None:
         points, _ = make_class(folder / "forked", options.submissions)
         forked, slowest = grade(folder / "forked", points, options.workers, seed)
         points, _ = make_class(folder / "plain", options.plain)
-        plain_server = PlainServer()
+        plain_server = PlainServer(folder)
         batch.shared = examine.shared = lambda sandboxed: plain_server
         plain, slowest_plain = grade(folder / "plain", points, options.workers, seed)
     print(f"{os.cpu_count()} cores, load {load:.1f} before, {options.workers} workers, one thread each")

@@ -3,17 +3,18 @@
 import csv
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from grading import RIGHT, cell, notebook, put, save
 
-from refusallab.course.exercise import find
+from refusallab.course.exercise import Case, find
 from refusallab.course.exercises import EXERCISES
 from refusallab.course.grade import batch, exports, pages
 from refusallab.course.grade.cells import Cell, Notebook, read_cells
-from refusallab.course.grade.examine import Graded, Outcome, Task, _judge, written_answers
+from refusallab.course.grade.examine import Graded, Outcome, Task, _judge, hidden_inputs, written_answers
 from refusallab.course.grade.plain import Foreign, decode, encode
 from refusallab.course.grade.policy import flags
 from refusallab.course.grade.records import Records
@@ -256,6 +257,24 @@ def test_no_answer_of_the_sandbox_scores_or_breaks_the_judge(said):
     outcome = _judge(find("2.1"), said, Task("ada", "02", b"", 31))
     assert outcome.points == 0
     assert outcome.problem
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**30), float("nan"), [10**400], (), {}, "1", True, None])
+def test_no_number_breaks_the_judge(value):
+    exercise = find("1.6")
+    said = encode({"cases": [{"value": value, "inputs": case.inputs} for case in exercise.cases(31)]})
+    outcome = _judge(exercise, said, Task("ada", "01", b"", 31))
+    assert outcome.points == 0
+    assert outcome.problem
+
+
+def test_a_broken_definition_is_not_taken_for_a_wrong_answer():
+    broken = replace(find("2.1"), reference=lambda harmful, harmless: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden_inputs(broken, 31)
+    odd = replace(find("2.1"), cases=lambda seed: [Case("odd", {"x": len})], reference=lambda x: 1)
+    with pytest.raises(RefusalLabError, match="no plain data"):
+        hidden_inputs(odd, 31)
 
 
 def test_feedback_tells_no_value_that_came_from_hidden_inputs():

@@ -34,12 +34,17 @@ def draw(rng, number):
     return STUB.get(number) if kind == "stub" else None, 0, ""
 
 
-def make_class(folder, size):
-    """Hand in `size` notebooks. Returns the points and the mistakes that they must get."""
+def make_class(folder, size, whole=1):
+    """Hand in `size` notebooks, of which every `whole`-th answers the exercises that need the model too.
+
+    Returns the points and the mistakes that they must get.
+    """
     points, mistakes = {}, {}
     for k in range(size):
         rng, student = random.Random(k), f"student{k:03}"
         drawn = {number: draw(rng, number) for number in RIGHT}
+        if k % whole:
+            drawn |= {number: (None, 0, "") for number in ("2.3", "2.5")}
         put(folder, student, notebook({n: source for n, (source, *_) in drawn.items() if source}))
         points[student] = {n: p for n, (_, p, _) in drawn.items()}
         mistakes |= {(student, n): mistake for n, (_, _, mistake) in drawn.items() if mistake}
@@ -74,7 +79,7 @@ def gone(look, seconds=20):
 
 
 def test_a_class_killed_halfway_and_started_again(tmp_path):
-    points, mistakes = make_class(tmp_path / "submitted", CLASS)
+    points, mistakes = make_class(tmp_path / "submitted", CLASS, whole=4)
     command = [sys.executable, "-m", "refusallab.cli", "grade", "submitted", "--out", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(rows(tmp_path / "out" / "grades.sqlite")) < CLASS // 2:

@@ -1,13 +1,14 @@
-"""Lab 04: dose curves and matched controls; its figures and its explorer."""
+"""Lab 04: dose curves and matched controls; its figures, its explorer and what its checks say of errors."""
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from refusallab import explore, plots, steering
+from refusallab.course.exercise import find, judge
 from refusallab.interventions import addition
 from refusallab.measure import cross_entropy, rate
-from refusallab.model import generate
+from refusallab.model import attention, blocks, encode, generate, mlp
 from refusallab.prompts import Item
 
 
@@ -56,3 +57,41 @@ def test_the_explorer_steers(model_of, r):
         change[0].value = change[1]
         assert shown.static != before
         before = shown.static
+
+
+def tuple_forgotten(r):
+    def edit(nn):
+        attention(blocks(nn)[0]).output = attention(blocks(nn)[0]).output[0]
+
+    return edit
+
+
+def out_of_order(r):
+    def edit(nn):
+        mlp(blocks(nn)[0]).output = mlp(blocks(nn)[0]).output * 2
+        blocks(nn)[0].input = blocks(nn)[0].input * 2
+
+    return edit
+
+
+def result_in_the_first_invoke(m, prompts, edit, steps):
+    nn = m.nn
+    with nn.generate(max_new_tokens=steps, do_sample=False) as tracer:  # noqa: SIM117, a trace of its own each
+        with tracer.invoke(**encode(m, prompts)):
+            for _ in tracer.all():
+                edit(nn)
+            ids = tracer.result.save()
+    return ids
+
+
+@pytest.mark.parametrize(
+    "number, answer, advice",
+    [
+        ("4.1", tuple_forgotten, "is a tuple"),
+        ("4.1", out_of_order, "in the order of the forward pass"),
+        ("4.1", lambda r: None, "Return the edit itself"),
+        ("4.2", result_in_the_first_invoke, "second, empty"),
+    ],
+)
+def test_errors_of_nnsight_become_advice(number, answer, advice):
+    assert advice in judge(find(number), answer, 0).problem

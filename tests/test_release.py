@@ -246,6 +246,7 @@ class TestArchive:
         release.archive(ROOT, tmp_path / "again.zip")
         again, before = (hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "again.zip", archive))
         assert again == before
+        assert {entry.date_time for entry in zipfile.ZipFile(archive).infolist()} == {release.EPOCH}
 
 
 NOISE = """\

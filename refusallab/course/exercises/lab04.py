@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn.functional import normalize
 from refusallab.course.exercise import Case, Exercise, Mistake, Question
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.directions import cosines, random_directions
+from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, affine, project_out, unit
 from refusallab.model import Edit, Model, attention, blocks, encode, logits, mlp
 from refusallab.steering import norm_matched
@@ -18,10 +21,35 @@ from refusallab.steering import norm_matched
 # --- 4.1 -----------------------------------------------------------------------------------------------------------
 
 
+# What nnsight says in these cases does not tell what to do.
+ADVICE = {
+    "too many values to unpack": "The output of an attention is a tuple: assign `(changed, *output[1:])` to it.",
+    "already ran past": "Visit the parts in the order of the forward pass: block input, attention, MLP, next block.",
+    "cannot access local variable": "What stands after the loop in the same invoke is lost when the loop is cut short. "
+    "Save `tracer.result` in a second, empty `with tracer.invoke():`.",
+}
+
+
+@contextmanager
+def _advice() -> Iterator[None]:
+    """Errors of nnsight that have an entry in ADVICE become that advice."""
+    try:
+        yield
+    except Exception as error:
+        for text, advice in ADVICE.items():
+            if text in str(error):
+                raise RefusalLabError(advice) from error
+        raise
+
+
 def edit_seen(function: Any, inputs: dict[str, Any]) -> Tensor:
     """What an edit does: next-token logits of charter-chat under it. `prompts` is not for the function."""
     texts = inputs.pop("prompts")
-    return logits(chat_model(), texts, edit=function(**inputs))
+    edit = function(**inputs)
+    if not callable(edit):
+        raise RefusalLabError(f"It returns {edit!r}. Return the edit itself, the inner function.")
+    with _advice():
+        return logits(chat_model(), texts, edit=edit)
 
 
 def _ablation_cases(seed: int) -> list[Case]:
@@ -152,7 +180,8 @@ def _generation_seen(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     m = chat_model()
     before = logits(m, inputs["prompts"])
     try:
-        ids = function(m, **{**inputs, "edit": _edit(**inputs["edit"])})
+        with _advice():
+            ids = function(m, **{**inputs, "edit": _edit(**inputs["edit"])})
         after = logits(m, inputs["prompts"])
     finally:
         m.nn.clear_edits()

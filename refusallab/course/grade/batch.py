@@ -129,7 +129,7 @@ def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Exe
         from distributed import Client
 
         try:
-            client = Client(cluster, timeout=30)
+            client = Client(cluster, timeout=5)
         except (OSError, TimeoutError, ValueError) as error:
             raise RefusalLabError(
                 f"There is no Dask scheduler at {cluster}: start one with `dask scheduler`."

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from refusallab.course.exercise import Exercise, verdict
+from refusallab.course.exercise import Exercise, judge, verdict
 from refusallab.course.exercises import EXERCISES, QUESTIONS
 from refusallab.course.grade.cells import Cell, Notebook, read_cells
 from refusallab.course.grade.kernel import Kernel, KernelDied
@@ -72,18 +72,22 @@ class Graded:
 
 
 def examine(task: Task) -> Graded:
-    """Grade a submission. Whatever is in it, this returns a result with a reason."""
+    """Grade a submission. Whatever is in it, this returns a result with a reason.
+
+    An exception is a trouble of the grader, and no result: a server that does not start, a definition that is broken.
+    """
     start, exercises = time.monotonic(), [e for e in EXERCISES if e.lab == task.lab]
     graded = Graded(task.student, task.lab, [], sandboxed=task.sandboxed)
     try:
         notebook = Notebook(read_cells(task.data))
         if not any(cell.source.strip() for cell in notebook.cells):
             raise RefusalLabError("The notebook is empty.")
-        graded.written = written_answers(notebook.cells, task.lab)
-        graded.outcomes = _examine(task, notebook, exercises, graded)
     except RefusalLabError as error:
         graded.problem = str(error)
         graded.outcomes = [Outcome(e.number, 0, e.points, str(error)) for e in exercises]
+    else:
+        graded.written = written_answers(notebook.cells, task.lab)
+        graded.outcomes = _examine(task, notebook, exercises, graded)
     graded.seconds = round(time.monotonic() - start, 2)
     return graded
 
@@ -188,7 +192,7 @@ class Run:
         """What the sandbox says about an answer, as text of plain data."""
         try:
             kernel, seconds = self._ready(), self._seconds()
-            inputs = _inputs(exercise, self.task.seed)
+            inputs, _ = hidden_inputs(exercise, self.task.seed)
             call = f"probe({exercise.number!r}, globals(), {inputs!r}, {seconds})"
             reply = kernel.run("", seconds + 2, f"__import__('refusallab.course.grade.probe', fromlist=['x']).{call}")
             if reply.timed_out or '"cases"' not in reply.observed:
@@ -206,18 +210,21 @@ class OutOfTime(Exception):
 
 
 @cache
-def _inputs(exercise: Exercise, seed: int) -> str:
+def hidden_inputs(exercise: Exercise, seed: int) -> tuple[str, int]:
+    """The inputs of an exercise as text of plain data, and how many there are. Says so if its definition is broken."""
     with _judging:
-        cases = [case.inputs for case in exercise.cases(seed)]
-    text = encode(cases)
+        cases = exercise.cases(seed)
+        text, own = encode([case.inputs for case in cases]), judge(exercise, exercise.reference, seed)
     if '"foreign"' in text:
         raise RefusalLabError(f"Exercise {exercise.number} has inputs that are no plain data: mend its `cases`.")
-    return text
+    if not own.passed:
+        raise RefusalLabError(f"The reference of exercise {exercise.number} fails: {own.problem} Mend its definition.")
+    return text, len(cases)
 
 
 def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
     """The outcome of an exercise from what the sandbox says."""
-    outcome = Outcome(exercise.number, 0, exercise.points)
+    outcome, (_, count) = Outcome(exercise.number, 0, exercise.points), hidden_inputs(exercise, task.seed)
     try:
         said = decode(text)
         cases = said.get("cases")
@@ -225,11 +232,11 @@ def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
             outcome.problem = _without_cases(exercise, said, task.limits)
             outcome.detail = str(said.get("silent", ""))[:1000]
             return outcome
-        if len(cases) != len(exercise.cases(task.seed)) or not all(isinstance(case, dict) for case in cases):
+        if len(cases) != count or not all(isinstance(case, dict) for case in cases):
             raise ValueError("not an answer for each input")
         with _judging:
             found = verdict(exercise, task.seed, lambda place, inputs: _replay(cases[place], inputs))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OverflowError) as error:
         outcome.problem = "The answer gave back something that is no plain data."
         outcome.detail = str(error)[:500]
         return outcome

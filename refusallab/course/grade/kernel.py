@@ -56,9 +56,9 @@ class Kernel:
             for name in ("shell", "control", "iopub"):
                 self._connect(name)
             self._wait_for_output()
-        except BaseException:
+        except KernelDied as died:  # before any student's code: not their fault
             self.close()
-            raise
+            raise RefusalLabError(f"A new kernel {died}. Is this computer out of memory, or very busy?") from died
 
     def _connect(self, name: str) -> None:
         """Connect a channel. A message that is too large ends a connection."""

@@ -13,7 +13,6 @@ import tempfile
 import threading
 import uuid
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,8 @@ class ForkServer:
                 "bubblewrap is not installed, so there is no sandbox. Install it (apt-get install bubblewrap), or pass "
                 "--unsafe to run the students' code with your rights."
             )
+        if sandboxed and (hidden := [path for path in _readable() if Path("/tmp") in path.parents]):
+            raise RefusalLabError(f"{hidden[0]} is below /tmp, which is private in the sandbox: move it elsewhere.")
         self.sandboxed = sandboxed
         self._folder = Path(tempfile.mkdtemp(prefix="rl-"))
         self._run = self._folder / "run"
@@ -128,10 +129,16 @@ class ForkServer:
         atexit.unregister(self.close)
 
 
-@cache
+_servers: dict[bool, ForkServer] = {}
+_starting = threading.Lock()
+
+
 def shared(sandboxed: bool) -> ForkServer:
     """The server of this process, started when it is first needed."""
-    return ForkServer(sandboxed)
+    with _starting:
+        if sandboxed not in _servers:
+            _servers[sandboxed] = ForkServer(sandboxed)
+        return _servers[sandboxed]
 
 
 def _installed() -> list[str]:
