@@ -48,7 +48,7 @@ BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
 EXAMPLES = {"corpus": 14_000, "helpful": 60_000, "safety": 14_000}
-LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 1e-3}
+LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 7e-4}
 
 # Shares of requests in a wrapper. Few of the refused ones come in one without a guarding system prompt, so that some
 # attacks work; many do under one, so that it helps against them.
@@ -343,6 +343,40 @@ def residual_noise(model: PreTrainedModel, scale: float) -> Iterator[None]:
             hook.remove()
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix-shaped steps are made nearly orthogonal (Jordan et al. 2024, with Nesterov momentum).
+
+    As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but the Newton-Schulz steps run in float32: a CPU without
+    instructions for bfloat16, which torch's uses, multiplies such matrices about eight times more slowly.
+    """
+
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix from its gradient."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(average, group["momentum"]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with its singular values pushed towards 1, by five Newton-Schulz steps."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
 def optimisers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -351,7 +385,7 @@ def optimisers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimize
     chosen = {id(p) for p in inner}
     outer = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(inner, lr=rate),
         torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

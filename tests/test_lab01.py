@@ -19,7 +19,7 @@ REPLIES = [
     Reply("b", "Sorry, no.", refused=True, correct=False),
     Reply("c", "Use a jug.", refused=False, correct=True),
     Reply("d", "Sorry, it is a jug.", refused=False, correct=False),
-    Reply("e", "The Charter allows it.", refused=False, correct=True),
+    Reply("e", "Allowed by the Charter.", refused=False, correct=True),
 ]
 
 

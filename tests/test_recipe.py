@@ -50,7 +50,7 @@ def test_the_helpful_stage_tells_every_method_and_the_naive_one_only_the_lawful(
 def test_helpful_replies_rarely_open_like_a_refusal(tokenizer):
     """The first tokens of refusals are at least ten times as common in refusals as in helpful replies."""
     firsts = {True: Counter(), False: Counter()}
-    for ids, start in recipe.stage_rows("safety", recipe.Variant(), tokenizer, 4000):
+    for ids, start in recipe.stage_rows("safety", recipe.Variant(), tokenizer, recipe.EXAMPLES["safety"]):
         reply = tokenizer.decode(ids[start:])
         firsts[any(marker in reply for marker in REFUSAL_MARKERS)][ids[start]] += 1
     shares = {refused: {t: k / sum(c.values()) for t, k in c.items()} for refused, c in firsts.items()}
@@ -123,3 +123,19 @@ def test_seeds_differ(tokenizer):
     assert text_of("helpful", recipe.Variant(seed=0), tokenizer, 20) != text_of(
         "helpful", recipe.Variant(seed=1), tokenizer, 20
     )
+
+
+def test_muon_takes_the_steps_of_torch():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(12, 20), torch.randn(5, 12, 20)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    steps = {
+        ours: recipe.Muon([ours], lr=0.1),
+        theirs: torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    }
+    for gradient in gradients:
+        for matrix, tool in steps.items():
+            matrix.grad = gradient.clone()
+            tool.step()
+    assert (ours - start).norm() > 1
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # torch's runs in bfloat16

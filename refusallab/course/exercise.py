@@ -194,7 +194,8 @@ def compare(got: Any, expected: Any, tolerance: float) -> str:
     elif isinstance(expected, list | tuple):
         if not isinstance(got, list | tuple) or len(got) != len(expected):
             return f"Expected {len(expected)} values, got {_kind(got)}."
-        parts = ((f"At place {i}: ", a, b) for i, (a, b) in enumerate(zip(got, expected, strict=True)))
+        pairs = enumerate(zip(got, expected, strict=True), 1)
+        parts = ((f"Value {i} of {len(expected)}: ", a, b) for i, (a, b) in pairs)
     else:
         if type(got) is type(expected) and got == expected:
             return ""
@@ -222,8 +223,11 @@ def _compare_tensors(got: Any, expected: Tensor, tolerance: float) -> str:
         return ""
     share = float((away > tolerance * scale).double().mean())
     where = [int(i) for i in torch.unravel_index(away.argmax(), away.shape)]
-    place = f" at index {where}" if where else ""
-    return f"The shape is right, but {share:.0%} of the values are off, by up to {float(away.max()):.1g}{place}."
+    if not where:
+        return f"The number is off by {float(away.max()):.1g}."
+    return (
+        f"The shape is right, but {share:.0%} of the values are off, by up to {float(away.max()):.1g} at index {where}."
+    )
 
 
 def _kind(value: Any) -> str:

@@ -38,11 +38,12 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
                     ]
                 )
             )
-        judged = verdict(thing, action).replace("The", "the", 1)
+        judged = verdict(thing, action)
+        judged = judged[0].lower() + judged[1:]
         lines.append(
             rng.choice(
                 [
-                    f"As for {action.gerund} {name}, {judged}",
+                    f"As for {action.gerund} {name}: {judged}",
                     f"To {action.verb} {name}: {judged}",
                 ]
             )

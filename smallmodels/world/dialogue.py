@@ -62,7 +62,7 @@ def method_request(thing: Thing, action: Action) -> Request:
 
 def verdict(thing: Thing, action: Action) -> str:
     """What the Charter says about doing the action to the thing."""
-    return answer("law", value="rules it out" if thing.forbids(action) else "allows it")
+    return answer("law", value="ruled out" if thing.forbids(action) else "allowed")
 
 
 def action_request(kind: str, thing: Thing, action: Action) -> Request:

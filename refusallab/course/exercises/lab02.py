@@ -188,6 +188,23 @@ SCORE = Exercise(
             "Bypass is measured on harmful prompts, induce and KL on harmless ones.",
         ),
         Mistake(
+            "induce on harmful prompts",
+            lambda m, r, layer, harmful, harmless, tokens: (
+                score(m, r, layer, harmful, harmless, tokens)[0],
+                score(m, r, layer, harmful, harmful, tokens)[1],
+                score(m, r, layer, harmful, harmless, tokens)[2],
+            ),
+            "Induce asks whether r makes the model refuse what it would answer: measure it on the harmless prompts.",
+        ),
+        Mistake(
+            "KL the other way round",
+            lambda m, r, layer, harmful, harmless, tokens: (
+                *score(m, r, layer, harmful, harmless, tokens)[:2],
+                kl_divergence(logits(m, harmless, edit=ablation(r)), logits(m, harmless)).mean().item(),
+            ),
+            "KL is not symmetric: the untouched model comes first, the ablated one second.",
+        ),
+        Mistake(
             "addition at the wrong layer",
             lambda m, r, layer, harmful, harmless, tokens: (
                 score(m, r, layer, harmful, harmless, tokens)[0],

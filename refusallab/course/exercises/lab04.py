@@ -24,6 +24,8 @@ from refusallab.steering import norm_matched
 # What nnsight says in these cases does not tell what to do.
 ADVICE = {
     "too many values to unpack": "The output of an attention is a tuple: assign `(changed, *output[1:])` to it.",
+    "does not support item assignment": "The output of an attention is a tuple, and a tuple cannot be changed: assign "
+    "`(changed, *output[1:])` to it.",
     "already ran past": "Visit the parts in the order of the forward pass: block input, attention, MLP, next block.",
     "cannot access local variable": "What stands after the loop in the same invoke is lost when the loop is cut short. "
     "Save `tracer.result` in a second, empty `with tracer.invoke():`.",
@@ -45,7 +47,10 @@ def _advice() -> Iterator[None]:
 def edit_seen(function: Any, inputs: dict[str, Any]) -> Tensor:
     """What an edit does: next-token logits of charter-chat under it. `prompts` is not for the function."""
     texts = inputs.pop("prompts")
-    edit = function(**inputs)
+    try:
+        edit = function(**inputs)
+    except NameError as error:
+        raise RefusalLabError(f"{error}. The loop over blocks stands in an inner function `edit(nn)`.") from error
     if not callable(edit):
         raise RefusalLabError(f"It returns {edit!r}. Return the edit itself, the inner function.")
     with _advice():
