@@ -49,6 +49,7 @@ CHECKPOINT_EVERY = 200  # steps
 STAGES = ("corpus", "helpful", "safety")
 EXAMPLES = {"corpus": 14_000, "helpful": 60_000, "safety": 14_000}
 LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 7e-4}
+MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 
 # Shares of requests in a wrapper. Few of the refused ones come in one without a guarding system prompt, so that some
 # attacks work; many do under one, so that it helps against them.
@@ -350,10 +351,8 @@ class Muon(torch.optim.Optimizer):
     instructions for bfloat16, which torch's uses, multiplies such matrices about eight times more slowly.
     """
 
-    def __init__(
-        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
-    ):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float):
+        super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -361,9 +360,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-                average.lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonal(matrix.grad.lerp(average, group["momentum"]))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                average.lerp_(matrix.grad, 1 - MOMENTUM)
+                update = orthogonal(matrix.grad.lerp(average, MOMENTUM))
+                matrix.mul_(1 - group["lr"] * WEIGHT_DECAY)
                 matrix.add_(update, alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
 
 
@@ -386,7 +385,7 @@ def optimisers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimize
     outer = [p for p in model.parameters() if id(p) not in chosen]
     return [
         Muon(inner, lr=rate),
-        torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY),
     ]
 
 

@@ -66,6 +66,17 @@ def tuple_forgotten(r):
     return edit
 
 
+def tuple_changed(r):
+    def edit(nn):
+        attention(blocks(nn)[0]).output[0] = attention(blocks(nn)[0]).output[0] * 2
+
+    return edit
+
+
+def without_an_inner_function(r):
+    return nn  # noqa: F821, which is the mistake
+
+
 def out_of_order(r):
     def edit(nn):
         mlp(blocks(nn)[0]).output = mlp(blocks(nn)[0]).output * 2
@@ -88,6 +99,8 @@ def result_in_the_first_invoke(m, prompts, edit, steps):
     "number, answer, advice",
     [
         ("4.1", tuple_forgotten, "is a tuple"),
+        ("4.1", tuple_changed, "is a tuple"),
+        ("4.1", without_an_inner_function, "inner function"),
         ("4.1", out_of_order, "in the order of the forward pass"),
         ("4.1", lambda r: None, "Return the edit itself"),
         ("4.2", result_in_the_first_invoke, "second, empty"),

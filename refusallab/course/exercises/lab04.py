@@ -22,10 +22,10 @@ from refusallab.steering import norm_matched
 
 
 # What nnsight says in these cases does not tell what to do.
+TUPLE = "The output of an attention is a tuple: assign `(changed, *output[1:])` to it."
 ADVICE = {
-    "too many values to unpack": "The output of an attention is a tuple: assign `(changed, *output[1:])` to it.",
-    "does not support item assignment": "The output of an attention is a tuple, and a tuple cannot be changed: assign "
-    "`(changed, *output[1:])` to it.",
+    "too many values to unpack": TUPLE,
+    "does not support item assignment": TUPLE,
     "already ran past": "Visit the parts in the order of the forward pass: block input, attention, MLP, next block.",
     "cannot access local variable": "What stands after the loop in the same invoke is lost when the loop is cut short. "
     "Save `tracer.result` in a second, empty `with tracer.invoke():`.",
