@@ -16,12 +16,14 @@ LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
 setup: $(STAMP)
 
+# nbgrader is there for its format and its gradebook: its panels in JupyterLab would ask students for an exchange folder.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that." \
 	       "Install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[lab,teach,grade,test]'
+	$(VENV)/bin/python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader
 	@touch $@
 
 lab: setup

@@ -70,10 +70,13 @@ def outcomes(m: Model, items: list[Item], *, edit: Edit | None = None, system: s
     ]
 
 
-def judge_test_sets(m: Model, edit: Edit | None = None) -> dict[str, list[Outcome]]:
-    """Judged replies to the four test sets, by name; sets that the model does not have are left out."""
+def judge_test_sets(m: Model, edit: Edit | None = None, *, every: int = 1) -> dict[str, list[Outcome]]:
+    """Judged replies to the four test sets, by name; sets that the model does not have are left out.
+
+    `every=2` takes every second prompt of each set.
+    """
     names = ("harmful_test", "harmless_test", "borderline", "capability")
-    return {name: outcomes(m, items, edit=edit) for name in names if (items := prompt_set(m, name))}
+    return {name: outcomes(m, items[::every], edit=edit) for name in names if (items := prompt_set(m, name))}
 
 
 def rates(judged: dict[str, list[Outcome]], *, exact: bool) -> dict[str, Rate]:

@@ -103,7 +103,7 @@ def clamp(r: Tensor, layer: int, value: float) -> Edit:
 
 
 def _finite(r: Tensor) -> Tensor:
-    r = torch.as_tensor(r).detach().float()
+    r = torch.as_tensor(r).float()
     if r.ndim not in (1, 2):
         raise RefusalLabError(f"A direction has shape [width] or [batch, width], not {list(r.shape)}.")
     if not r.isfinite().all():

@@ -186,6 +186,8 @@ def _either(parent: Any, *names: str, optional: bool = False) -> Any:
             return getattr(parent, name)
     if optional:
         return None
+    if isinstance(parent, Model):
+        raise RefusalLabError("Give m.hf, the model of transformers, or m.nn in a trace, not the Model around both.")
     raise RefusalLabError(
         f"{type(module).__name__} has no {' or '.join(names)}: use a model of the Llama, Qwen, Gemma, "
         "OLMo-2, Mistral, Phi-3 or GPT-2 family."
@@ -460,7 +462,7 @@ def render(m: Model, prompt: Prompt, *, system: str | None = None, prefill: str 
     Without `system` the template decides: some (Qwen2.5, SmolLM2) insert a default system prompt. Where the
     template has no system role (Gemma), the system prompt goes in front of the first user turn.
     """
-    return _apply_template(m.tokenizer, _messages(prompt, system), m.name) + prefill
+    return _apply_template(m.tokenizer, messages(prompt, system), m.name) + prefill
 
 
 def encode(
@@ -505,7 +507,8 @@ def encode_texts(
     return {key: value.to(m.device) for key, value in batch.items()}, (place >= start + first).to(m.device)
 
 
-def _messages(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
+def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
+    """The prompt as chat messages, behind a system turn if one is given. Raises RefusalLabError where none fits."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not turns or turns[-1].get("role") != "user" or not turns[-1].get("content", "").strip():
         raise RefusalLabError(

@@ -30,7 +30,15 @@ from refusallab.model import (
     wrap,
 )
 
-__all__ = ["REPAIRS", "distance_from_hooks", "equivalence_class", "gap_by_layer", "orthogonalize", "write_strength"]
+__all__ = [
+    "REPAIRS",
+    "distance_from_hooks",
+    "equivalence_class",
+    "gap_by_layer",
+    "orthogonalize",
+    "write_strength",
+    "written_weights",
+]
 
 REPAIRS = ("untie", "positions", "biases", "gain")  # what the textbook edit leaves out
 
@@ -92,19 +100,23 @@ def write_strength(m: Model, r: Tensor) -> dict[str, float]:
     counts. Needs no prompt.
     """
     r = unit(r).to(m.device)
-    writers = {"embedding": (embedding(m.hf), None), "positions": (positional_embedding(m.hf), None)}
+    return {
+        name: ((written @ r).norm() / written.norm()).item() * m.width**0.5
+        for name, written in written_weights(m).items()
+    }
+
+
+def written_weights(m: Model) -> dict[str, Tensor]:
+    """What writes to the residual stream, each as fp32 [n, width] with the gain of a post-norm: keys as above."""
+    written = {"embedding": _outputs_last(embedding(m.hf)).float()}
+    if positional_embedding(m.hf) is not None:
+        written["positions"] = _outputs_last(positional_embedding(m.hf)).float()
     for i, block in enumerate(blocks(m.hf)):
-        norms = post_norm(block)
-        writers[f"attention {i}"] = attention_writes(block), norms[0]
-        writers[f"MLP {i}"] = mlp_writes(block), norms[1]
-    strength = {}
-    for name, (module, norm) in writers.items():
-        if module is not None:
-            written = _outputs_last(module).float()  # [..., width]
-            along = written @ _before_norm(r, norm)
-            total = written if norm is None else written * _gain(norm, r)
-            strength[name] = (along.norm() / total.norm()).item() * m.width**0.5
-    return strength
+        writers = (("attention", attention_writes(block)), ("MLP", mlp_writes(block)))
+        for (kind, module), norm in zip(writers, post_norm(block), strict=True):
+            weight = _outputs_last(module).float()  # [n, width]
+            written[f"{kind} {i}"] = weight if norm is None else weight * _gain(norm, weight[0])
+    return written
 
 
 def _untie(hf: torch.nn.Module) -> None:

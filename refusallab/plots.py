@@ -12,7 +12,7 @@ from torch import Tensor
 from refusallab.directions import DEPTH, MAX_KL, MIN_INDUCE, Search, discarded_because
 from refusallab.geometry import Strip
 from refusallab.interventions import unit
-from refusallab.measure import Difference, Rate
+from refusallab.measure import Difference, Outcome, Rate, rate
 from refusallab.steering import Dose
 
 COLOURS = {"harmful": "#D55E00", "harmless": "#0072B2", "borderline": "#CC79A7"}
@@ -533,12 +533,14 @@ def gap_curves(panels: dict[str, dict[str, Tensor]]) -> Figure:
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.8), sharey=True, layout="constrained", squeeze=False
     )
+    kinds = list(dict.fromkeys(edit for edits in panels.values() for edit in edits))
     for axis, (model, edits) in zip(axes[0], panels.items(), strict=True):
-        for k, (edit, gaps) in enumerate(edits.items()):
+        for edit, gaps in edits.items():
+            k = kinds.index(edit)
             style = {
                 "color": f"C{k}",
-                "marker": "os^Dv"[k % 5],
-                "markersize": max(12 - 2 * k, 4),  # lines that coincide stay apart by the size of their markers
+                "marker": "os^DvP"[k % 6],
+                "markersize": max(13 - 2 * k, 3),  # lines that coincide stay apart by the size of their markers
                 "fillstyle": "none",
                 "linestyle": ["-", "--", ":", "-."][k % 4],
             }
@@ -573,4 +575,268 @@ def difference_rows(table: dict[str, dict[str, Difference]], x: str) -> Figure:
     axis.set_xlabel(x)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(conditions), fontsize=9)
+    return figure
+
+
+# --- lab 06 ---
+
+
+def outcome_bars(panels: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
+    """Lab 06: what became of every request, a bar for each attack; panels: condition -> attack -> outcomes.
+
+    Whiskers are the Wilson interval of the exact share. A reply that refuses counts as refused whatever else it says.
+    """
+    rows = max(map(len, panels.values()))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.6 * len(panels), 0.36 * rows + 1.5), sharey=True, layout="constrained", squeeze=False
+    )
+    kinds = {
+        "exact answer": ("#D55E00", "", lambda o: o.correct and not o.refused),
+        "another answer": ("#E9C46A", "////", lambda o: not o.correct and not o.refused),
+        "refused": ("#DDE3EA", "", lambda o: o.refused),
+    }
+    for axis, (condition, attacks) in zip(axes[0], panels.items(), strict=True):
+        for row, outcomes in enumerate(attacks.values()):
+            left = 0.0
+            for name, (colour, hatch, belongs) in kinds.items():
+                share = rate([belongs(o) for o in outcomes])
+                label = name if row == 0 else None
+                axis.barh(row, share.value, 0.72, left, color=colour, hatch=hatch, edgecolor="white", label=label)
+                if name == "exact answer":
+                    axis.plot([share.low, share.high], [row, row], "|-", color="black", linewidth=1.2, markersize=7)
+                left += share.value
+        axis.set_title(condition, fontsize=10)
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("share of requests")
+    axes[0, 0].set_yticks(range(rows), [f"{name} ({len(x)})" for name, x in next(iter(panels.values())).items()])
+    axes[0, 0].invert_yaxis()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
+    return figure
+
+
+def success_curves(panels: dict[str, dict[str, Sequence[Rate]]]) -> Figure:
+    """Lab 06: best-of-n, shares against the number of tries; panels: condition -> what counts as success -> shares."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 3.3), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (condition, curves) in zip(axes[0], panels.items(), strict=True):
+        for k, (name, shares) in enumerate(curves.items()):
+            tries = range(1, len(shares) + 1)
+            colour, style = f"C{(1, 0)[k % 2]}", ("s--", "o-")[k % 2]
+            axis.plot(tries, [s.value for s in shares], style, color=colour, label=name)
+            axis.fill_between(tries, [s.low for s in shares], [s.high for s in shares], color=colour, alpha=0.15)
+        axis.set_title(condition, fontsize=10)
+        axis.set_xlabel("tries")
+        axis.set_xticks(tries)
+    axes[0, 0].set_ylim(-0.03, 1.03)
+    axes[0, 0].set_ylabel("share of requests,\n95 % Wilson band")
+    axes[0, 0].legend(fontsize=9)
+    return figure
+
+
+def first_order(changes: dict[str, tuple[Tensor, Tensor]]) -> Figure:
+    """Lab 06: the change of the loss that the gradient predicts against the real one; kind of swap -> (both, [n])."""
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for k, (name, (predicted, actual)) in enumerate(changes.items()):
+        axis.plot(
+            predicted, actual, "ox^"[k % 3], color=f"C{k}", alpha=0.6, markersize=5, label=f"{name} ({len(actual)})"
+        )
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xlabel("predicted change of the loss, nats per token")
+    axis.set_ylabel("real change of the loss")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def loss_curves(curves: dict[str, Sequence[Sequence[float]]], lines: dict[str, float]) -> Figure:
+    """Lab 06: the lowest loss so far against the step: thin lines are single searches, thick ones their mean.
+
+    curves: search -> losses of each run, equally many; lines: horizontal ones, with names.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for k, (name, runs) in enumerate(curves.items()):
+        best = np.minimum.accumulate(np.array(runs), axis=1)
+        steps, dash = range(1, best.shape[1] + 1), ["-", "--", ":"][k % 3]
+        axis.plot(steps, best.T, dash, color=f"C{k}", linewidth=0.7, alpha=0.5)
+        axis.plot(
+            steps, best.mean(0), dash, color=f"C{k}", marker="osD"[k % 3], linewidth=2, label=f"{name} ({len(runs)})"
+        )
+    for k, (name, value) in enumerate(lines.items()):
+        axis.axhline(value, color="black", linewidth=0.9, linestyle=[":", "-."][k % 2])
+        axis.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+    axis.set_xlabel("step")
+    axis.set_ylabel("lowest loss of the target so far,\nnats per token")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=9, loc="lower left")
+    return figure
+
+
+# --- lab 07 ---
+
+
+def layer_curves(panels: dict[str, dict[str, Tensor]], y: str) -> Figure:
+    """Lab 07: a number by layer, a line for each condition, a panel for each name; panels: name -> line -> [n, layers].
+
+    Lines are means over prompts, bands hold 80 % of them.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(max(6.8, 4.4 * len(panels)), 3.6), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        for k, (line, values) in enumerate(curves.items()):
+            low, high = np.quantile(values.numpy(), [0.1, 0.9], axis=0)
+            layers, dash = np.arange(values.shape[1]), ["-", "--", "-.", ":"][k % 4]
+            axis.plot(layers, values.mean(0), dash, marker="osD^v"[k % 5], color=f"C{k}", label=line, markersize=5)
+            axis.fill_between(layers, low, high, color=f"C{k}", alpha=0.13, linewidth=0)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("layer (block input)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel(y)
+    axes[0, 0].legend(fontsize=8.5)
+    return figure
+
+
+def write_grids(grids: dict[str, tuple[Tensor, Tensor]], label: str) -> Figure:
+    """Lab 07: what heads and MLPs write along a direction; grids: name -> (heads [layers, heads], MLPs [layers]).
+
+    Layers down, heads across, the MLP in the last column. The numbers stand in the cells.
+    """
+    joined = {name: np.concatenate([h.numpy(), mlp.numpy()[:, None]], 1) for name, (h, mlp) in grids.items()}
+    limit = max(np.abs(grid).max() for grid in joined.values())
+    layers, columns = next(iter(joined.values())).shape
+    figure, axes = plt.subplots(
+        1,
+        len(grids),
+        figsize=(max(2.4, 0.52 * columns) * len(grids) + 1.4, 0.3 * layers + 1.3),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (name, grid) in zip(axes[0], joined.items(), strict=True):
+        image = axis.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+        if layers <= 16:
+            for (row, column), value in np.ndenumerate(grid):
+                shade = "white" if abs(value) > 0.7 * limit else "black"
+                axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=shade)
+        axis.set_title(name, fontsize=10)
+        step = max(1, columns // 8)
+        axis.set_xticks([*range(0, columns - 1, step), columns - 1], [*range(0, columns - 1, step), "MLP"])
+        axis.set_xlabel("head")
+        axis.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0, -1], label=label)
+    return figure
+
+
+def stacked_shares(rows: dict[str, dict[str, float]], x: str) -> Figure:
+    """Lab 07: shares that add up to 1, a bar for each row; parts differ in colour and hatch. rows: name -> part -> share.
+
+    Shares of at least 0.06 stand in the bar as numbers.
+    """
+    figure, axis = plt.subplots(figsize=(8.8, 0.42 * len(rows) + 1.3), layout="constrained")
+    parts = list(next(iter(rows.values())))
+    left = np.zeros(len(rows))
+    for k, part in enumerate(parts):
+        values = np.array([shares[part] for shares in rows.values()])
+        style = {"color": f"C{k}", "hatch": ["", "///", "...", "xx"][k % 4], "edgecolor": "white", "alpha": 0.75}
+        axis.barh(range(len(rows)), values, left=left, height=0.72, label=part, **style)
+        for row, value in enumerate(values):
+            if value >= 0.06:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                axis.text(left[row] + value / 2, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, bbox=box)
+        left += values
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel(x)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(parts), fontsize=9)
+    return figure
+
+
+def cone_figure(panels: dict[str, dict[str, dict[float, Rate]]]) -> Figure:
+    """Lab 07: shares against the angle of the ablated direction in a plane; panels: plane -> metric -> angle -> share.
+
+    Between 0 and 90 degrees lies the cone of the two basis vectors.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (plane, curves) in zip(axes[0], panels.items(), strict=True):
+        axis.axvspan(0, 90, color="grey", alpha=0.12, label="cone")
+        for k, (metric, curve) in enumerate(curves.items()):
+            at, shares, colour = list(curve), list(curve.values()), ("C1", "C0", "C2")[k % 3]
+            ends = [s.low for s in shares], [s.high for s in shares]
+            axis.plot(at, [s.value for s in shares], ["-", "--"][k % 2], marker="os"[k % 2], color=colour, label=metric)
+            axis.vlines(at, *ends, color=colour, linewidth=1)
+        axis.set_title(plane, fontsize=10)
+        axis.set_xticks(range(0, 181, 45))
+        axis.set_xlabel("angle in the plane (degrees)")
+    axes[0, 0].set_ylabel("share of forbidden requests")
+    axes[0, 0].set_ylim(-0.04, 1.04)
+    axes[0, 0].legend(fontsize=8.5)
+    return figure
+
+
+# --- lab 09 ---
+
+
+def breaking_curves(curves: dict[str, dict[int, Sequence[Outcome]]]) -> Figure:
+    """Lab 09: what a model says after some steps of an attack; curves: model -> steps -> outcomes.
+
+    Left: the share that is refused. Right: the share that holds the exact answer, refused or not.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+    panels = {
+        "refused": lambda o: o.refused,
+        "exact answer": lambda o: o.correct,
+    }
+    for axis, (what, counts) in zip(axes, panels.items(), strict=True):
+        for k, (model, curve) in enumerate(curves.items()):
+            shares = [rate([counts(o) for o in outcomes]) for outcomes in curve.values()]
+            axis.plot(
+                list(curve),
+                [s.value for s in shares],
+                ["-", "--", ":", "-.", "-"][k % 5],
+                marker="osD^x"[k % 5],
+                color=f"C{k}",
+                label=model,
+            )
+            axis.fill_between(list(curve), [s.low for s in shares], [s.high for s in shares], color=f"C{k}", alpha=0.08)
+        axis.set_xscale("symlog", linthresh=2, base=2)
+        steps = sorted({steps for curve in curves.values() for steps in curve})
+        axis.set_xticks(steps, [str(s) for s in steps])
+        axis.minorticks_off()
+        axis.set_xlabel("steps of fine-tuning on forbidden answers")
+        axis.set_title(what, fontsize=10)
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[0].set_ylabel("share of requests, 95 % Wilson band")
+    axes[1].legend(fontsize=9)
+    return figure
+
+
+def defence_grid(table: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
+    """Lab 09: attacks (columns) against defences (rows); table: defence -> attack -> outcomes.
+
+    A cell is coloured by the share of exact answers, its large number; the small one is the share refused. A reply can be
+    both: an answer with a refusal behind it.
+    """
+    attacks = list(next(iter(table.values())))
+    told = [[np.mean([o.correct for o in row[a]]) for a in attacks] for row in table.values()]
+    figure, axis = plt.subplots(figsize=(1.5 * len(attacks) + 2.2, 0.75 * len(table) + 1.2), layout="constrained")
+    image = axis.imshow(told, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(table.values()):
+        for x, attack in enumerate(attacks):
+            colour = "black" if told[y][x] > 0.5 else "white"
+            axis.text(x, y - 0.1, f"{told[y][x]:.2f}", ha="center", va="center", color=colour, fontsize=11)
+            refused = np.mean([o.refused for o in row[attack]])
+            axis.text(x, y + 0.27, f"refused {refused:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(attacks)), attacks)
+    axis.xaxis.tick_top()
+    axis.set_yticks(range(len(table)), list(table))
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    figure.colorbar(image, label="replies with the exact forbidden answer")
     return figure

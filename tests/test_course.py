@@ -79,6 +79,12 @@ def exercise(reference, inputs, **settings):
 DOUBLE = exercise(lambda x: 2 * x, {"x": torch.tensor([1.2345, 6.7891])})
 
 
+def lost_in_a_trace(x):
+    if x is None:
+        doubled = 2
+    return doubled
+
+
 class TestJudge:
     @pytest.mark.parametrize(
         ("answer", "problem"),
@@ -90,6 +96,7 @@ class TestJudge:
             (lambda x: x, "100% of the values are off"),
             (lambda x: 2 * x + torch.tensor([0.0, 1.0]), "50% of the values are off, by up to 1 at index [1]"),
             (lambda x: 1 / 0, "It raised ZeroDivisionError: division by zero"),
+            (lost_in_a_trace, "Was it made inside a trace? Then it needs `.save()`"),
             (lambda y: 2 * y, "unexpected keyword argument 'x'"),
             (torch.tensor(1.0), "must be a function, and this is a Tensor"),
         ],
@@ -98,6 +105,10 @@ class TestJudge:
         verdict = judge(DOUBLE, answer, 0)
         assert problem in verdict.problem
         assert problem in report(verdict)
+
+    def test_a_flag_that_is_wrong_is_told_as_such(self):
+        verdict = judge(exercise(lambda x: {"the same seed": True}, {"x": 1}), lambda x: {"the same seed": False}, 0)
+        assert verdict.problem == "At key 'the same seed': This is False, and should not be."
 
     def test_a_stub_is_not_an_error_but_not_written_yet(self):
         def stub(x):

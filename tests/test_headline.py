@@ -50,6 +50,13 @@ def test_the_selected_direction_passes_the_filters_and_no_better_one_does(m, res
     assert m.equivalence == "exact" and result.hooks_vs_weights < 1e-3
 
 
+def test_every_second_prompt_of_each_set(m, monkeypatch):
+    asked = []
+    monkeypatch.setattr(headline, "outcomes", lambda m, items, edit: asked.append(items) or items)
+    whole, half = headline.judge_test_sets(m), headline.judge_test_sets(m, every=2)
+    assert half == {name: items[::2] for name, items in whole.items()}
+
+
 def test_progress_counts_every_step(m, monkeypatch):
     judged = {name: [headline.Outcome(True, False)] for name in ("harmful_test", "harmless_test")}
     monkeypatch.setattr(headline, "judge_test_sets", lambda *_: judged)

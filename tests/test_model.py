@@ -375,6 +375,11 @@ def test_remote_needs_a_hub_id_and_a_key(monkeypatch, tmp_path):
         load("llama-3.2-1b", remote=True)
 
 
+def test_a_model_in_place_of_its_parts_is_told_from_an_unknown_architecture(model_of):
+    with pytest.raises(RefusalLabError, match="Give m.hf, the model of transformers"):
+        model_module.unembedding(model_of("llama"))
+
+
 def test_remote_model_has_no_weights_here_and_runs_the_same_code(saved, model_of, monkeypatch, prompts, r):
     """remote=True up to the door of the server; behind it stands nnsight's local simulation."""
     monkeypatch.setattr(model_module.nnsight.CONFIG.API, "APIKEY", "not a key")

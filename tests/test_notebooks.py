@@ -137,7 +137,7 @@ def test_the_right_term_is_right(good, problems, term):
     assert problems(good) == []
 
 
-@pytest.mark.parametrize("name", ["setup", "header", "answer", "check", "question", "written", "rubric"])
+@pytest.mark.parametrize("name", ["setup", "header", "hints", "answer", "check", "question", "written", "rubric"])
 def test_a_missing_cell_is_found(good, problems, name):
     del good.cells[first(good, name)]
     assert any(f"where {name}" in problem for problem in problems(good))

@@ -191,9 +191,10 @@ needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not in
 @needs_make
 class TestMake:
     def test_setup_runs_once(self, make):
-        venv, install = make("setup")
+        venv, install, panels = make("setup")
         assert venv == "python3 -m venv .venv"
         assert install == "python -m pip install --constraint constraints.txt --editable .[lab,teach,grade,test]"
+        assert panels == "python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader"
         assert make("setup") == []
 
     @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
@@ -201,18 +202,18 @@ class TestMake:
         make("setup")
         stamp = (make.folder / ".venv" / ".installed").stat().st_mtime
         os.utime(make.folder / changed, (stamp + 1, stamp + 1))
-        assert len(make("setup")) == 2
+        assert len(make("setup")) == 3
 
     def test_a_failed_setup_is_not_taken_for_done(self, make):
         make("setup", ok=False, BREAK="pip install")
-        assert len(make("setup")) == 2
+        assert len(make("setup")) == 3
 
     @pytest.mark.parametrize(
         ("target", "command"),
         [("test", "pytest -n 2 --dist loadfile"), ("demo", "refusallab demo"), ("lab", "-m jupyterlab")],
     )
     def test_each_target_works_alone(self, make, target, command):
-        venv, install, call = make(target)
+        venv, install, _panels, call = make(target)
         assert "venv" in venv
         assert "pip install" in install
         assert command in call

@@ -28,7 +28,7 @@ from refusallab.errors import RefusalLabError
 
 ROOT = Path(__file__).parent.parent
 SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
-ROLES = ("setup", "header", "answer", "check", "question", "written", "rubric")
+ROLES = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
 STUB = "    # YOUR CODE HERE\n    raise NotImplementedError()"
 
 each_solution = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
@@ -95,7 +95,7 @@ class TestLabs:
     @each_solution
     def test_only_checks_and_headers_are_locked(self, path):
         for cell in release.to_lab(read(path)).cells:
-            assert cell.metadata.get("editable", True) == (role(cell) not in ("header", "check", "question"))
+            assert cell.metadata.get("editable", True) == (role(cell) not in ("header", "hints", "check", "question"))
 
     def test_unsolved_it_fails_at_each_check_and_solved_at_none(self, tmp_path):
         """All labs, one after the other, in one kernel. That other cells do not use answers is a rule of the linter."""

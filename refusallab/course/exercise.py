@@ -140,6 +140,8 @@ def verdict(exercise: Exercise, seed: int, observed: Callable[[int, dict[str, An
             return Verdict(exercise, "It is not written yet: replace the `raise NotImplementedError()` by your code.")
         except Exception as error:
             problem = f"It raised {type(error).__name__}: {_first_line(error)}"
+            if isinstance(error, UnboundLocalError):
+                problem += ". Was it made inside a trace? Then it needs `.save()` to be there after it."
             return Verdict(exercise, problem, case=case.what, notes=tuple(notes))
         if changed := _changed(inputs, case.inputs):
             problem = f"It changes its input `{changed}`. Work on a new tensor: x - y makes one, x -= y does not."
@@ -199,6 +201,8 @@ def compare(got: Any, expected: Any, tolerance: float) -> str:
     else:
         if type(got) is type(expected) and got == expected:
             return ""
+        if isinstance(got, bool) and isinstance(expected, bool):
+            return f"This is {got}, and should not be."
         return f"Expected another value of kind {type(expected).__name__} than {_short(got)}."
     return next((where + text for where, a, b in parts if (text := compare(a, b, tolerance))), "")
 

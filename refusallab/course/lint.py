@@ -18,7 +18,7 @@ LINES = 25
 SECTIONS = ("What you will be able to do", "On a real model", "What this lab does not show", "References")
 TIME = re.compile(r"^Time: (\d+) minutes", re.M)
 CAPTION = re.compile(r"\*Figure: [^*]{30,}\*")
-GRADED = ("setup", "header", "answer", "check", "question", "written", "rubric")
+GRADED = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
 NOT_PORTABLE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|var|mnt|Users)/|\b[A-Z]:\\\w")
 VOLATILE = {
     "an address in memory": re.compile(r"\b0x[0-9a-f]{6,}", re.I),
@@ -155,7 +155,7 @@ def graded_cells(nb: NotebookNode, path: Path) -> Problems:
     lab, released = path.name[:2], is_released(path)
     question = ("question", "written") if released else ("question", "written", "rubric")
     wanted = [("setup", "")]
-    wanted += [(r, e.number) for e in EXERCISES if e.lab == lab for r in ("header", "answer", "check")]
+    wanted += [(r, e.number) for e in EXERCISES if e.lab == lab for r in ("header", "hints", "answer", "check")]
     wanted += [(r, q.number) for q in QUESTIONS if q.lab == lab for r in question]
     cells = [cell for cell in nb.cells if role(cell) in GRADED]
     for cell, want in itertools.zip_longest(cells, wanted):

@@ -3,7 +3,8 @@
 A cell tells what it is in its metadata, {"refusallab": {"role": ..., "exercise" or "number": ...}}:
 
 setup      code, generated, the same in every lab
-header     markdown, generated from the Exercise: title, difficulty, minutes, points, hints
+header     markdown, generated from the Exercise: title, difficulty, minutes, points
+hints      markdown, generated from the Exercise, put before its answer cell
 answer     code, by the author, the solution between ### BEGIN SOLUTION and ### END SOLUTION
 check      code, generated: the check that students see, and a hidden one with another seed
 question   markdown, generated from the Question
@@ -20,6 +21,7 @@ from typing import Any
 
 from nbformat import NotebookNode
 from nbformat.notebooknode import from_dict
+from nbformat.v4 import new_markdown_cell
 
 from refusallab.course.exercise import Exercise, Question
 from refusallab.course.exercises import EXERCISES, QUESTIONS
@@ -85,6 +87,7 @@ def stamp(nb: NotebookNode, name: str, address: str = "") -> NotebookNode:
     nb = from_dict({**copy.deepcopy(nb), "nbformat": 4, "nbformat_minor": 5})
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     nb.metadata = from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+    nb.cells = _with_hints(nb.cells)
     for index, cell in enumerate(nb.cells):
         grader = _grader(cell)
         cell.id = grader.get("grade_id", f"{role(cell) or 'cell'}-{number(cell).replace('.', '-') or index}")
@@ -100,6 +103,18 @@ def stamp(nb: NotebookNode, name: str, address: str = "") -> NotebookNode:
     return nb
 
 
+def _with_hints(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """The cells, with one for the hints before each answer."""
+    result: list[NotebookNode] = []
+    for cell in cells:
+        if role(cell) == "answer":
+            tag = {"role": "hints", "exercise": number(cell)}
+            result.append(new_markdown_cell(metadata={"refusallab": tag}))
+        if role(cell) != "hints":
+            result.append(cell)
+    return result
+
+
 def _definition(cell: NotebookNode) -> Any:
     known = {item.number: item for item in (*EXERCISES, *QUESTIONS)}
     if number(cell) not in known:
@@ -113,6 +128,8 @@ def _source(cell: NotebookNode, address: str) -> str:
             return SETUP.format(otherwise=DOWNLOAD.format(address=address) if address else EXPLAIN)
         case "header":
             return header(_definition(cell))
+        case "hints":
+            return hints(_definition(cell))
         case "check":
             return check_source(_definition(cell))
         case "question":
@@ -122,12 +139,15 @@ def _source(cell: NotebookNode, address: str) -> str:
 
 def header(e: Exercise) -> str:
     """What stands above an exercise."""
-    title = f"### Exercise {e.number} · {e.title}\n\n{DIFFICULTY[e.difficulty]} · {e.minutes} minutes · {_points(e)}"
-    hints = (
+    return f"### Exercise {e.number} · {e.title}\n\n{DIFFICULTY[e.difficulty]} · {e.minutes} minutes · {_points(e)}"
+
+
+def hints(e: Exercise) -> str:
+    """The hints of an exercise, each folded away."""
+    return "\n\n".join(
         f"<details><summary>Hint {i} of {len(e.hints)}</summary>\n\n{hint}\n\n</details>"
         for i, hint in enumerate(e.hints, 1)
     )
-    return "\n\n".join([title, *hints])
 
 
 def check_source(e: Exercise) -> str:
@@ -151,6 +171,7 @@ def _grader(cell: NotebookNode) -> dict[str, Any]:
     """What nbgrader has to know of a cell, in its own metadata format."""
     kinds = {  # role: grade id, solution, grade, locked
         "header": ("header", False, False, True),
+        "hints": ("hints", False, False, True),
         "answer": ("ex", True, False, False),
         "check": ("check", False, True, True),
         "question": ("question", False, False, True),

@@ -188,6 +188,15 @@ SCORE = Exercise(
             "Bypass is measured on harmful prompts, induce and KL on harmless ones.",
         ),
         Mistake(
+            "bypass as a change",
+            lambda m, r, layer, harmful, harmless, tokens: (
+                score(m, r, layer, harmful, harmless, tokens)[0]
+                - refusal_metric(logits(m, harmful), tokens).mean().item(),
+                *score(m, r, layer, harmful, harmless, tokens)[1:],
+            ),
+            "Bypass is the metric itself under ablation, not how far it falls.",
+        ),
+        Mistake(
             "induce on harmful prompts",
             lambda m, r, layer, harmful, harmless, tokens: (
                 score(m, r, layer, harmful, harmless, tokens)[0],
@@ -320,6 +329,12 @@ CHOOSE = Exercise(
     cases=_candidate_sets,
     mistakes=(
         Mistake(
+            "NaN let through",
+            _best(lambda c, n: c["layer"] < int(0.8 * n) and not c["kl"] > 0.1 and not c["induce"] <= 0),
+            "A candidate with a NaN score won: `kl > 0.1` is False for NaN, and so is `kl <= 0.1`. Say which to "
+            "keep, not which to drop.",
+        ),
+        Mistake(
             "no KL filter",
             _best(lambda c, n: c["layer"] < int(0.8 * n) and c["induce"] > 0),
             "A candidate with KL over 0.1 won: it changes harmless prompts too. Discard it.",
@@ -349,6 +364,11 @@ CHOOSE = Exercise(
             "highest bypass",
             _best(_passes, by=lambda c: -c["bypass"]),
             "You took the highest bypass. It is the refusal that is left after ablation, so the lowest wins.",
+        ),
+        Mistake(
+            "bypass nearest to 0",
+            _best(_passes, by=lambda c: abs(c["bypass"])),
+            "You took the bypass nearest to 0. It is a log-odds: the more negative, the less refusal is left.",
         ),
         Mistake(
             "highest induce",

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from refusallab.course.exercise import Case, Exercise, Mistake, Question
 from refusallab.course.exercises.common import chat_model, on_chat_model
 from refusallab.directions import cosines, difference_in_means, random_directions
+from refusallab.errors import RefusalLabError
 from refusallab.geometry import direct_logits, principal_plane, projections, right_side
 from refusallab.interventions import unit
 from refusallab.model import embedding, final_norm, unembedding
@@ -100,6 +101,8 @@ def _clouds(seed: int) -> list[Case]:
 def _plane_seen(function: Any, inputs: dict[str, Any]) -> Any:
     """The mean, and each axis as the square matrix that does not know its sign."""
     mean, axes = function(**inputs)
+    if axes.shape != (2, len(mean)):
+        raise RefusalLabError(f"The axes are {list(axes.shape)}: return the mean, [width], and two axes, [2, width].")
     return {"mean": mean, "first axis": torch.outer(axes[0], axes[0]), "second axis": torch.outer(axes[1], axes[1])}
 
 
@@ -118,6 +121,14 @@ def _plane_smallest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plane_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), torch.linalg.eigh(torch.cov(x.T)).eigenvectors.flip(1)[:2]
+
+
+def _plane_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), torch.linalg.svd(x - x.mean(0), full_matrices=True).Vh[:, :2].T
+
+
+def _plane_longest_last(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), _plane(x)[1].flip(0)
 
 
 def _plane_standardized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +166,16 @@ PLANE = Exercise(
             "rows for columns",
             _plane_rows,
             "`eigh` keeps eigenvectors in columns. You took rows, which are no axes.",
+        ),
+        Mistake(
+            "columns for rows",
+            _plane_columns,
+            "You took columns of `Vh`, which are no axes. Its rows are: `Vh[:2]`.",
+        ),
+        Mistake(
+            "longest axis last",
+            _plane_longest_last,
+            "These are the right two axes in the wrong order: `eigh` sorts upwards. The longest comes first.",
         ),
         Mistake(
             "standardized",

@@ -22,11 +22,13 @@ from refusallab.steering import norm_matched
 
 
 # What nnsight says in these cases does not tell what to do.
+NOT_ASSIGNED = "Nothing was edited. A new variable is not the stream: assign to it, `block.input = ...`."
 TUPLE = "The output of an attention is a tuple: assign `(changed, *output[1:])` to it."
 ADVICE = {
     "too many values to unpack": TUPLE,
     "does not support item assignment": TUPLE,
     "already ran past": "Visit the parts in the order of the forward pass: block input, attention, MLP, next block.",
+    "outside of interleaving": "Save `tracer.result` in a second, empty `with tracer.invoke():`.",
     "cannot access local variable": "What stands after the loop in the same invoke is lost when the loop is cut short. "
     "Save `tracer.result` in a second, empty `with tracer.invoke():`.",
 }
@@ -97,6 +99,10 @@ def _one_block(r: Tensor, layer: int) -> Edit:
     return edit
 
 
+def _nothing(nn: Any) -> None:
+    """The edit of whoever assigns to a variable of their own."""
+
+
 def _block_outputs(r: Tensor) -> Edit:
     def edit(nn: Any) -> None:
         for block in blocks(nn):
@@ -117,6 +123,11 @@ ABLATE = Exercise(
     cases=_ablation_cases,
     tolerance=5e-4,
     mistakes=(
+        Mistake(
+            "nothing assigned",
+            lambda r: _nothing,
+            NOT_ASSIGNED,
+        ),
         Mistake(
             "direction not normalized",
             lambda r: _ablate(r, change=lambda x, r: x - (x @ r)[..., None] * r),
@@ -254,7 +265,7 @@ def _with_prompt(m: Model, prompts: list[str], edit: Edit, steps: int) -> list[l
 EVERY_TOKEN = Exercise(
     number="4.2",
     title="Bug clinic: the edit that came and went, and stayed",
-    difficulty=3,
+    difficulty=2,
     minutes=20,
     points=3,
     function="generate_with",
@@ -367,6 +378,11 @@ ADD = Exercise(
     tolerance=5e-4,
     mistakes=(
         Mistake(
+            "nothing assigned",
+            lambda r, layer, coefficient: _nothing,
+            NOT_ASSIGNED,
+        ),
+        Mistake(
             "unit direction added",
             _add(lambda x, r, c: x + c * unit(r)),
             "Here r keeps its length: coefficient 1 moves the stream by just the difference of the two means.",
@@ -476,8 +492,8 @@ MATCHED = Exercise(
         Mistake(
             "positive entries",
             _uniform,
-            "torch.rand gives numbers from 0 to 1, so that all vectors point into the same corner. torch.randn prefers "
-            "no direction.",
+            "The vectors share a common part. (torch.rand does that: its numbers lie between 0 and 1, so that all "
+            "vectors point into the same corner.) torch.randn prefers no direction.",
         ),
         Mistake(
             "one vector repeated",
@@ -505,7 +521,7 @@ def _ace_cases(seed: int) -> list[Case]:
     g = torch.Generator().manual_seed(950 + seed)
     r = 7 * random_directions(chat_model().width, 2, seed=900 + seed)
     reference = torch.randn(2, chat_model().width, generator=g)
-    cases = [("alpha 0", 0.0, 3), ("alpha 0.7", 0.7, 4)]
+    cases = [("alpha 0.7", 0.7, 3), ("alpha 0", 0.0, 4)]
     return [
         Case(
             f"a random direction of length 7 at layer {layer}, a random reference, {what}",
@@ -549,6 +565,16 @@ ACE = Exercise(
     cases=_ace_cases,
     tolerance=5e-4,
     mistakes=(
+        Mistake(
+            "nothing assigned",
+            lambda r, layer, reference, alpha: _nothing,
+            NOT_ASSIGNED,
+        ),
+        Mistake(
+            "reference subtracted from the stream",
+            _ace(lambda x, r, v, a: x - v - _along(x - v, r) + a * r),
+            "Only the component of x along r changes. Take it away from x, not from x - reference.",
+        ),
         Mistake(
             "reference ignored",
             _ace(lambda x, r, v, a: x - _along(x, r) + a * r),

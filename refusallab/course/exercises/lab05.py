@@ -129,13 +129,15 @@ def _writers(hf: torch.nn.Module, *writes: Callable[[Any], Any]) -> Writers:
     return [(module, _layout(module)) for module in modules]
 
 
-def _plain(choose: Callable[[torch.nn.Module], Writers] = _writers, *, copied: bool = True) -> Edited:
+def _plain(
+    choose: Callable[[torch.nn.Module], Writers] = _writers, *, copied: bool = True, project: Any = _without
+) -> Edited:
     """An edit that projects r out of the outputs of the modules that `choose` gives, and of nothing else."""
 
     def edited(m: Model, r: Tensor) -> Model:
         hf = copy.deepcopy(m.hf) if copied else m.hf
         for module, layout in choose(hf):
-            module.weight.data = _without(module.weight.data, r, layout)
+            module.weight.data = project(module.weight.data, r, layout)
         return wrap(hf, m.tokenizer)
 
     return edited
@@ -175,6 +177,16 @@ EDIT = Exercise(
     cases=_edit_cases,
     tolerance=1e-3,
     mistakes=(
+        Mistake(
+            "nothing edited",
+            lambda m, r: _copied(m),
+            "The weights of the copy are as they were: assign the result, `module.weight.data = ...`.",
+        ),
+        Mistake(
+            "direction not normalized",
+            _plain(project=_raw),
+            "The projector is r r^T / |r|^2: divide r by its length first, or you remove |r|^2 times too much.",
+        ),
         Mistake(
             "original edited",
             _plain(copied=False),
@@ -253,12 +265,13 @@ def _gap_cases(seed: int) -> list[Case]:
 
 def _gaps(m: Model, edited: Model, r: Tensor, prompts: list[str], *, hooked: str = "m", reduce: Any = None) -> Tensor:
     """Gaps between two runs: hooks on m, on the edited model or on none, against the weights."""
-    model, edit = {"m": (m, ablation(r)), "edited": (edited, ablation(r)), "none": (m, None)}[hooked]
+    model = edited if hooked == "edited" else m
+    edit, other_edit = (None if hooked == "none" else ablation(r)), (ablation(r) if hooked == "both" else None)
     reduce = reduce or (lambda x: x.abs().max())
     a = residual(model, prompts, positions=[-1], edit=edit)
-    b = residual(edited, prompts, positions=[-1])
+    b = residual(edited, prompts, positions=[-1], edit=other_edit)
     streams = [reduce(a[:, layer] - b[:, layer]) for layer in range(m.n_layers)]
-    return torch.stack([*streams, reduce(logits(model, prompts, edit=edit) - logits(edited, prompts))])
+    return torch.stack([*streams, reduce(logits(model, prompts, edit=edit) - logits(edited, prompts, edit=other_edit))])
 
 
 GAPS = Exercise(
@@ -283,6 +296,11 @@ GAPS = Exercise(
             "hooks on the edited model",
             lambda m, edited, r, prompts: _gaps(m, edited, r, prompts, hooked="edited"),
             "Both runs use the edited weights, so a fault in them hides. The hooks belong on `m`, the original.",
+        ),
+        Mistake(
+            "hooks on both",
+            lambda m, edited, r, prompts: _gaps(m, edited, r, prompts, hooked="both"),
+            "The edited model must run without hooks: they would do what its weights have failed to do.",
         ),
         Mistake(
             "mean instead of maximum",
@@ -486,6 +504,11 @@ LOSS = Exercise(
             "The logits at a token are compared with that token itself. They predict the *next* one.",
         ),
         Mistake(
+            "minus forgotten",
+            lambda logits, ids, counted: -next_token_loss(logits, ids, counted),
+            "The sign is reversed: a loss is *minus* the log probability, so it is never negative.",
+        ),
+        Mistake(
             "shifted the wrong way",
             lambda logits, ids, counted: (
                 _loss(logits[:, 1:], ids[:, :-1], counted[:, 1:]).sum(-1) / counted[:, 1:].sum(-1)
@@ -530,7 +553,8 @@ LOSS = Exercise(
         "Write five tokens on paper and draw an arrow from each logit to the token that it predicts. Which logit has "
         "no arrow, and which token gets none?",
         "Compare `logits[:, :-1]` with `ids[:, 1:]` and `counted[:, 1:]`. `log_softmax(-1)` and `gather` pick the log "
-        "probability of each token; `torch.nn.functional.cross_entropy(..., reduction='none')` does so too.",
+        "probability of each token; `torch.nn.functional.cross_entropy(..., reduction='none')` does so too, with the "
+        "vocabulary in dimension 1: `logits.transpose(1, 2)`.",
         "`log_p = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]`, then minus the sum over the "
         "counted tokens, divided by their number.",
     ),
@@ -599,6 +623,14 @@ INTERVAL = Exercise(
             "before minus after",
             lambda before, after, picks: _interval(after, before, picks),
             "The sign is reversed: a loss that rises is a positive change, after minus before.",
+        ),
+        Mistake(
+            "mean over the draws",
+            lambda before, after, picks: (
+                (after - before).mean().item(),
+                *(after - before)[picks].mean(0).quantile(torch.tensor([0.025, 0.975])).tolist(),
+            ),
+            "`change[picks]` is [draws, n]. Average over the texts of a draw, `mean(1)`, not over the draws.",
         ),
         Mistake(
             "90 % instead of 95 %",
