@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +22,11 @@ from refusallab.activations import mean_residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
 from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
-from refusallab.model import Model, Prompt, logits
+from refusallab.model import Edit, Model, Prompt, batches, blocks, logits, trace_logits
 
 HOOK = "resid_pre"  # candidates are block inputs
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
+BATCH_SIZE = 16  # prompts of like length in one forward pass: many candidates, so padding is the dearer part
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,12 @@ def score_candidates(
 ) -> list[Candidate]:
     """Bypass, induce and KL of every candidate on validation prompts.
 
-    vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
+    Bypass and KL come from one pass over all prompts; for induce the blocks before the candidate's own are not run
+    again, since addition leaves them as they were. vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
     those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is told how many are done.
     """
     prompts, n = [*harmful, *harmless], len(harmful)
-    base = logits(m, prompts)
+    base, untouched_streams = logits(m, prompts, batch_size=BATCH_SIZE), _streams(m, harmless)
     untouched = refusal_metric(base, refusal_tokens)
     candidates = []
     for layer in range(vectors.shape[0]):
@@ -126,8 +129,10 @@ def score_candidates(
             elif r.norm() == 0:
                 scores = (untouched[:n].mean().item(), untouched[n:].mean().item(), 0.0)
             else:
-                ablated = logits(m, prompts, edit=ablation(r))
-                added = logits(m, harmless, edit=addition(r, layer))
+                ablated = logits(m, prompts, edit=ablation(r), batch_size=BATCH_SIZE)
+                added = torch.empty_like(base[n:])
+                for rows, batch, streams in untouched_streams:
+                    added[rows] = trace_logits(m, batch, _from_block(layer, streams[layer], addition(r, layer))).cpu()
                 scores = (
                     refusal_metric(ablated[:n], refusal_tokens).mean().item(),
                     refusal_metric(added, refusal_tokens).mean().item(),
@@ -137,6 +142,28 @@ def score_candidates(
             if progress:
                 progress(len(candidates))
     return candidates
+
+
+@torch.no_grad()
+def _streams(m: Model, prompts: Sequence[Prompt]) -> list[tuple[list[int], dict[str, Tensor], Tensor]]:
+    """Batches of prompts and all that enters their blocks: (rows, encoded batch, [layers, batch, seq, width])."""
+    result, nn = [], m.nn
+    for rows, batch in batches(m, prompts, BATCH_SIZE):
+        with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+            streams = torch.stack([block.input for block in blocks(nn)]).save()
+        result.append((rows, batch, streams))
+    return result
+
+
+def _from_block(layer: int, stream: Tensor, edit: Edit) -> Edit:
+    """The edit, in a forward pass that starts at block `layer` with a stream [batch, seq, width] known from before."""
+
+    def resumed(nn: Any) -> None:
+        for block in blocks(nn)[:layer]:
+            block.skip(stream)
+        edit(nn)
+
+    return resumed
 
 
 def discarded_because(candidate: Candidate, n_layers: int) -> str | None:

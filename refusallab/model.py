@@ -437,7 +437,7 @@ def _test_blocks(m: Model) -> None:
 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        last = _trace_logits(m, batch, negate_one_row_each)
+        last = trace_logits(m, batch, negate_one_row_each)
     except OutOfOrderError as error:
         raise RefusalLabError(
             f"{name}: some blocks never run as expected ({error}). Use another model."
@@ -592,7 +592,7 @@ def logits(
     """Next-token logits at the last prompt token: fp32 [n, vocab], in the order of the prompts."""
     out = torch.empty(len(prompts), m.vocab_size)
     for rows, batch in batches(m, prompts, batch_size, system=system):
-        out[rows] = _trace_logits(m, batch, edit or no_edit).float().cpu()
+        out[rows] = trace_logits(m, batch, edit or no_edit).cpu()
     return out
 
 
@@ -641,12 +641,13 @@ def no_edit(nn: Any) -> None:
 
 
 @torch.no_grad()
-def _trace_logits(m: Model, batch: dict[str, Tensor], edit: Edit) -> Tensor:
+def trace_logits(m: Model, batch: dict[str, Tensor], edit: Edit) -> Tensor:
+    """Next-token logits of an encoded batch under an edit: fp32 [batch, vocab], on the model's device."""
     nn = m.nn  # a trace ships every name that it reads: keep m out of it
     with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
         edit(nn)
         last = nn.output.logits[:, -1].save()
-    return last
+    return last.float()
 
 
 @torch.no_grad()
