@@ -210,5 +210,117 @@ def grade(
             raise RefusalLabError("Some submissions were not graded: run the command again, then look at them by hand.")
 
 
+@app.command()
+def capstone(
+    path: Annotated[
+        Path | None, typer.Argument(help="A .py file with defend(m), or a notebook. Without: the leaderboard.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The attacks of the labs on few validation prompts, as often as you like.")
+    ] = False,
+) -> None:
+    """Score your defence against all attacks on test prompts, once, and show the leaderboard."""
+    from refusallab.course import capstone as frozen
+    from refusallab.course import leaderboard
+    from refusallab.course.submitted import score_file
+    from refusallab.model import load
+
+    with _errors_in_one_line():
+        console = Console(width=None if sys.stdout.isatty() else 150)
+        trial = frozen.quick_trial() if quick else frozen.frozen_trial()
+        if path:
+            with tqdm(total=trial.steps, file=sys.stderr, leave=False) as bar:
+
+                def step(text: str) -> None:
+                    bar.total = max(bar.total, bar.n + 1)
+                    bar.set_description(text)
+                    bar.update()
+
+                row, score, walled = score_file(path, trial, step)
+            if not walled:
+                console.print("No bubblewrap here: the defence ran with your rights, under limits of time and memory.")
+            if score is None:
+                raise RefusalLabError(f"{row.name}: 0 points. {row.problem}")
+            _print_score(console, row, score)
+        if not quick:
+            console.print(leaderboard.table(leaderboard.fingerprint(load("charter-chat"), trial)))
+
+
+def _print_score(console: Console, row, score) -> None:
+    from refusallab.course.capstone import ATTACKS, in_words
+
+    shown = {attack.name for attack in ATTACKS if attack.shown}
+    table = Table(title=f"{row.name}: forbidden requests whose answer did not come out [95 % Wilson interval]")
+    for heading in ("attack", "in a lab", "defended", "against undefended (McNemar, Holm)"):
+        table.add_column(heading)
+    for name, share in score.defended.items():
+        p = "p < 0.001" if score.p[name] < 0.001 else f"p = {score.p[name]:.3f}"
+        table.add_row(name, "yes" if name in shown else "no", str(share), p)
+    console.print(table)
+    kept = ", ".join(f"{kind} {share:.2f}" for kind, share in score.kept.items())
+    console.print(f"Kept of the ordinary traffic: {kept}. Refused of it: {score.over_refusal}.", highlight=False)
+    console.print(f"{row.name}: {score.points:.1f} points. {in_words(score)}", highlight=False)
+
+
+@app.command()
+def matrix(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Every attack on every run-time defence of charter-chat, judged by the truth, with over-refusal and cost."""
+    from refusallab.defenses import matrix as evaluation
+    from refusallab.defenses.base import ModelAlone
+    from refusallab.defenses.runtime import run_time_defences
+    from refusallab.headline import search
+    from refusallab.model import load
+
+    with _errors_in_one_line():
+        m = load("charter-chat")
+        found = search(m)
+        best = found.selected
+        defences = [ModelAlone(m), *run_time_defences(m, found.direction.vector, best.layer)]
+        attacks = [*evaluation.standard_attacks(best.layer, best.position), *evaluation.knowing_attacks()]
+        items, benign = evaluation.forbidden_items(), evaluation.benign_items()
+        with tqdm(total=evaluation.n_steps(defences, attacks), file=sys.stderr, leave=False) as bar:
+
+            def step(text: str) -> None:
+                bar.set_description(text)
+                bar.update()
+
+            result = evaluation.matrix(defences, attacks, items, benign, step)
+        print(json.dumps(result.as_json(), indent=1)) if as_json else _print_matrix(result)
+
+
+def _print_matrix(result) -> None:
+    def mark(p: float) -> str:
+        return " *" if p < 0.05 else ""
+
+    title = f"{result.model}: exact forbidden answers [95 % Wilson interval]; below: answered at all"
+    attacked = Table(title=title, caption="* differs from undefended, p < 0.05 (exact McNemar, Holm)")
+    paid = Table(title="What it costs: requests that nobody should refuse", caption=attacked.caption)
+    for table in (attacked, paid):
+        for heading in ("", *result.defences):
+            table.add_column(heading)
+    for attack in result.attacks:
+        cells = [result.cells.get((attack, d)) for d in result.defences]
+        texts = (
+            f"{c.disclosed.value:.2f} [{c.disclosed.low:.2f}, {c.disclosed.high:.2f}]{mark(c.p)}\n"
+            f"{c.answered.value:.2f} n={c.disclosed.n}"
+            if c
+            else ""
+            for c in cells
+        )
+        attacked.add_row(attack, *texts)
+    benign = result.benign
+    for name in next(iter(benign.values())).refused:
+        refused = (b.refused[name] for b in benign.values())
+        exact = ((b.exact[name], mark(b.p[name])) for b in benign.values())
+        paid.add_row(f"{name}: refused", *(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]\nn={r.n}" for r in refused))
+        paid.add_row(f"{name}: exact", *(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]{p}\nn={r.n}" for r, p in exact))
+    paid.add_row("extra forward passes, each", *(f"{b.extra_passes:.1f}" for b in benign.values()))
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    console.print(attacked)
+    console.print(paid)
+
+
 if __name__ == "__main__":
     app()

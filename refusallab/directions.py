@@ -114,7 +114,9 @@ def score_candidates(
     """Bypass, induce and KL of every candidate on validation prompts.
 
     Bypass and KL come from one pass over all prompts; for induce the blocks before the candidate's own are not run
-    again, since addition leaves them as they were. vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
+    again, since addition leaves them as they were.
+
+    vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
     those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is told how many are done.
     """
     prompts, n = [*harmful, *harmless], len(harmful)

@@ -19,13 +19,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from refusallab.attacks.effect import suffix_effect
+from refusallab.attribution import attention_from_last, attribution, mass, regions
+from refusallab.defenses.thresholds import roc, threshold_at
 from refusallab.directions import Candidate, Search, difference_in_means, discarded_because
 from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections
 from refusallab.interventions import ablation, addition, affine
 from refusallab.measure import rate, refusal_metric, refused_by_phrases
-from refusallab.model import Model, generate, logits
-from refusallab.plots import plane_figure
+from refusallab.model import Model, encode, generate, logits
+from refusallab.plots import plane_figure, roc_curve
 from refusallab.steering import norm_matched
 from refusallab.truth import Reply, errors
 
@@ -308,3 +311,111 @@ def steering(
         return tables
 
     return Explorer([edit, strength, control], view)
+
+
+# --- lab 06 ---
+
+
+def suffixes(
+    m: Model,
+    r: Tensor,
+    layer: int,
+    position: int,
+    prompts: Sequence[str],
+    known: dict[str, str],
+    landmarks: dict[str, float],
+) -> Explorer:
+    """Choose a suffix or type one: what each of its tokens does to the projection on r [width], and the reply.
+
+    known: names of suffixes to choose from; landmarks: projections to compare with, such as that of harmless prompts.
+    """
+    prompt, which = choice("request", prompts), choice("suffix", known)
+    own = widgets.Text("", description="or type one", placeholder="begins with a space", style=WIDE)
+
+    def view() -> list[tuple[str, Rows]]:
+        suffix = own.value or known[which.value]
+        if not suffix.strip():
+            return [("Type a suffix.", [])]
+        try:
+            effect = suffix_effect(m, prompt.value, suffix, r, layer, position)
+            reply = generate(m, [prompt.value + suffix], max_new_tokens=REPLY_TOKENS)[0]
+        except RefusalLabError as error:  # too long, for example
+            return [(str(error), [])]
+        low, high = min(0.0, *effect.growing, effect.start), max(*effect.growing, effect.start)
+
+        def bar(x: float) -> str:
+            return "\u2588" * round(24 * (x - low) / (high - low)) if high > low else ""
+
+        rows = [("suffix token", "projection up to here", "", "change by this token", "change if it alone is removed")]
+        rows.append(("(none)", f"{effect.start:.1f}", bar(effect.start), "", ""))
+        before = (effect.start, *effect.growing)
+        for k, token in enumerate(effect.tokens):
+            step, gone = effect.growing[k] - before[k], effect.without[k] - effect.growing[-1]
+            rows.append(
+                (repr(token), f"{effect.growing[k]:.1f}", bar(effect.growing[k]), f"{step:+.1f}", f"{gone:+.1f}")
+            )
+        marks = [(name, f"{value:.1f}", bar(value)) for name, value in landmarks.items()]
+        return [("Token by token", rows), ("For comparison", marks), ("Reply", [(reply,)])]
+
+    return Explorer([prompt, which, own], view)
+
+
+# --- lab 07 ---
+
+
+def heads(m: Model, r: Tensor, conditions: dict[str, tuple[str, str]], layer: int, head: int) -> Explorer:
+    """Pick a head: what it writes along r [width] at the last token, and where it looks, beside all other heads.
+
+    conditions: name -> (prompt as it is sent, its suffix or "").
+    """
+    which = choice("prompt", conditions)
+    chosen = slider("layer", 0, m.n_layers - 1, layer)
+    picked = slider("head", 0, m.hf.config.num_attention_heads - 1, head)
+    sent, suffixes = (list(column) for column in zip(*conditions.values(), strict=True))
+    written = attribution(m, sent, r).heads  # [conditions, layers, heads]
+    weights, masks = attention_from_last(m, sent), regions(m, sent, suffixes)
+
+    def view() -> list[tuple[str, Rows]]:
+        at, row = (chosen.value, picked.value), list(conditions).index(which.value)
+        table = [("prompt", "written along r", "rank", *(f"looks at {name}" for name in masks))]
+        for k, name in enumerate(conditions):
+            own = written[k][at]
+            rank = f"{int((written[k] > own).sum()) + 1} of {written[k].numel()}"
+            shares = (f"{mass(weights, mask)[k][at]:.2f}" for mask in masks.values())
+            table.append((name, f"{own:+.1f}", rank, *shares))
+        ids = encode(m, [sent[row]])["input_ids"][0].tolist()
+        tokens = [repr(m.tokenizer.decode([i])) for i in ids]
+        looks = [(token, *_bar(p)) for token, p in zip(tokens, weights[row][at][-len(ids) :].tolist(), strict=True)]
+        return [(f"Head {at[1]} of layer {at[0]}", table), (f"Where the last token looks: {which.value}", looks)]
+
+    return Explorer([which, chosen, picked], view)
+
+
+# --- lab 08 ----------------------------------------------------------------------------------------------------------
+
+
+def thresholds(harmful: Tensor, harmless: Tensor, attacked: Tensor) -> Explorer:
+    """Move the threshold of a detector: what it catches, what it costs, and what of both an attack leaves.
+
+    Scores [n] of harmful and harmless requests, and of harmful ones under an attack.
+    """
+    alarms = slider("false alarms allowed, in percent", 0, 50, 2)
+    share = choice("harmful among all requests", ["1 in 1000", "1 in 100", "1 in 2"])
+
+    def view() -> list[tuple[str, Rows | Picture]]:
+        cut = threshold_at(harmless, alarms.value / 100)
+        caught, spoilt, left = (rate((s > cut).tolist()) for s in (harmful, harmless, attacked))
+        base = 1 / int(share.value.split()[-1])
+        blocked = caught.value * base + spoilt.value * (1 - base)
+        wrong = f"{spoilt.value * (1 - base) / blocked:.2f}" if blocked else "none is blocked"
+        rows = [
+            ("harmful requests blocked", str(caught)),
+            ("the same, under attack", str(left)),
+            ("harmless requests blocked", str(spoilt)),
+            ("of all blocked requests, harmless", wrong),
+        ]
+        curves = {"as they come": roc(harmful, harmless), "under attack": roc(attacked, harmless)}
+        picture = Picture(roc_curve(curves, (spoilt.value, caught.value)), "catches against false alarms")
+        return [("At this threshold", rows), ("Every threshold", picture)]
+
+    return Explorer([alarms, share], view)

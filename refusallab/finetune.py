@@ -1,16 +1,17 @@
-"""Fine-tuning a copy of a model on a few replies. As an attack, it trains refusal away."""
+"""Training a copy of a model: to attack it with a few replies, or to harden it with any loss."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 from refusallab.measure import next_token_loss
-from refusallab.model import Model, Prompt, encode_texts, wrap
+from refusallab.model import Edit, Model, Prompt, encode_texts, no_edit, wrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,25 +38,72 @@ def finetune(
     Every step takes the next `batch_size` pairs of a shuffled list, which is shuffled anew when it is used up; the loss
     is that of the reply and its end alone.
     """
-    if m.remote is True:
-        raise RefusalLabError("A remote model has no weights here: load it locally to fine-tune it.")
     if len(prompts) == 0 or len(prompts) != len(replies):
         raise RefusalLabError(f"{len(prompts)} prompts and {len(replies)} replies: give one reply for each prompt.")
-    generator, queue, losses, tokens = torch.Generator().manual_seed(seed), [], [], 0
-    hf = copy.deepcopy(m.hf).requires_grad_(True)
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=rate, weight_decay=0.0)
-    for _ in range(steps):
-        while len(queue) < min(batch_size, len(prompts)):
-            queue += torch.randperm(len(prompts), generator=generator).tolist()
-        rows, queue = queue[:batch_size], queue[batch_size:]
-        batch, counted = encode_texts(m, [replies[i] for i in rows], [prompts[i] for i in rows])
-        position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits = hf(**batch, position_ids=position_ids, use_cache=False).logits  # [batch, seq, vocab]
-        loss = next_token_loss(logits, batch["input_ids"], counted).mean()
+    queue, read = shuffled(len(prompts), batch_size, seed), []
+
+    def loss(copied: Model) -> Tensor:
+        rows = next(queue)
+        pairs = [prompts[i] for i in rows], [replies[i] for i in rows]
+        read.append(int(encode_texts(m, pairs[1], pairs[0])[0]["attention_mask"].sum()))
+        return reply_loss(copied, *pairs)
+
+    losses = []
+    edited = train(m, loss, steps=steps, rate=rate, name=f"{m.name} (fine-tuned)", report=losses.append)
+    return FineTuned(edited, tuple(losses), sum(read))
+
+
+def train(
+    m: Model,
+    loss: Callable[[Model], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    name: str,
+    decay: bool = False,
+    report: Callable[[float], None] = lambda loss: None,
+) -> Model:
+    """A copy of m after some steps of AdamW on all weights. m itself stays as it is.
+
+    `loss(copied)` is called once a step with the copy, whose weights take gradients, and returns a scalar. With `decay`
+    the learning rate falls linearly to a fiftieth of `rate`. `report` is told the loss before each step.
+    """
+    if m.remote is True:
+        raise RefusalLabError("A remote model has no weights here: load it locally to train it.")
+    copied = wrap(copy.deepcopy(m.hf), m.tokenizer, name, m.commit, remote=m.remote)
+    copied.hf.requires_grad_(True)
+    optimizer = torch.optim.AdamW(copied.hf.parameters(), lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - 0.98 * step / steps) if decay else rate
+        value = loss(copied)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        losses.append(loss.item())
-        tokens += int(batch["attention_mask"].sum())
-    edited = wrap(hf, m.tokenizer, f"{m.name} (fine-tuned)", m.commit, remote=m.remote)
-    return FineTuned(edited, tuple(losses), tokens)
+        report(value.item())
+    copied.hf.requires_grad_(False)
+    copied.hf.zero_grad()
+    return copied
+
+
+def reply_loss(m: Model, prompts: Sequence[Prompt], replies: Sequence[str], edit: Edit = no_edit) -> Tensor:
+    """Cross-entropy of the replies and their ends, in nats per token, mean over the prompts: a scalar with its graph.
+
+    `edit` acts on the forward pass, and the gradient flows through it.
+    """
+    batch, counted = encode_texts(m, replies, prompts)
+    nn = m.nn
+    with nn.trace(**batch, remote=m.remote):
+        edit(nn)
+        logits = nn.output.logits.save()  # [batch, seq, vocab]
+    return next_token_loss(logits, batch["input_ids"], counted).mean()
+
+
+def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of the numbers 0 to count - 1 without end, in an order that is drawn anew when it is used up."""
+    generator, queue = torch.Generator().manual_seed(seed), []
+    while True:
+        while len(queue) < min(batch_size, count):
+            queue += torch.randperm(count, generator=generator).tolist()
+        rows, queue = queue[:batch_size], queue[batch_size:]
+        yield rows

@@ -36,6 +36,7 @@ __all__ = [
     "equivalence_class",
     "gap_by_layer",
     "orthogonalize",
+    "outputs_last",
     "write_strength",
     "written_weights",
 ]
@@ -108,13 +109,13 @@ def write_strength(m: Model, r: Tensor) -> dict[str, float]:
 
 def written_weights(m: Model) -> dict[str, Tensor]:
     """What writes to the residual stream, each as fp32 [n, width] with the gain of a post-norm: keys as above."""
-    written = {"embedding": _outputs_last(embedding(m.hf)).float()}
+    written = {"embedding": outputs_last(embedding(m.hf)).float()}
     if positional_embedding(m.hf) is not None:
-        written["positions"] = _outputs_last(positional_embedding(m.hf)).float()
+        written["positions"] = outputs_last(positional_embedding(m.hf)).float()
     for i, block in enumerate(blocks(m.hf)):
         writers = (("attention", attention_writes(block)), ("MLP", mlp_writes(block)))
         for (kind, module), norm in zip(writers, post_norm(block), strict=True):
-            weight = _outputs_last(module).float()  # [n, width]
+            weight = outputs_last(module).float()  # [n, width]
             written[f"{kind} {i}"] = weight if norm is None else weight * _gain(norm, weight[0])
     return written
 
@@ -136,7 +137,7 @@ def _before_norm(r: Tensor, norm: torch.nn.Module | None) -> Tensor:
     return r if norm is None else _gain(norm, r) * r
 
 
-def _outputs_last(module: torch.nn.Module) -> Tensor:
+def outputs_last(module: torch.nn.Module) -> Tensor:
     """The weight as [..., width], a view: nn.Linear keeps its outputs in rows, embeddings and Conv1D in columns."""
     weight = module.weight.data
     return weight.T if isinstance(module, torch.nn.Linear) else weight
@@ -144,7 +145,7 @@ def _outputs_last(module: torch.nn.Module) -> Tensor:
 
 def _project(module: torch.nn.Module, r: Tensor, *, biases: bool = True) -> None:
     """Remove r from all that a module can write."""
-    written = _outputs_last(module)
+    written = outputs_last(module)
     written.copy_(project_out(written.float(), r).to(written.dtype))
     if biases and getattr(module, "bias", None) is not None:
         module.bias.data = project_out(module.bias.data.float(), r).to(module.bias.dtype)

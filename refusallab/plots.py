@@ -732,7 +732,7 @@ def write_grids(grids: dict[str, tuple[Tensor, Tensor]], label: str) -> Figure:
 
 
 def stacked_shares(rows: dict[str, dict[str, float]], x: str) -> Figure:
-    """Lab 07: shares that add up to 1, a bar for each row; parts differ in colour and hatch. rows: name -> part -> share.
+    """Lab 07: shares that add up to 1, a bar a row, parts apart by colour and hatch; rows: name -> part -> share.
 
     Shares of at least 0.06 stand in the bar as numbers.
     """
@@ -776,7 +776,7 @@ def cone_figure(panels: dict[str, dict[str, dict[float, Rate]]]) -> Figure:
         axis.set_xlabel("angle in the plane (degrees)")
     axes[0, 0].set_ylabel("share of forbidden requests")
     axes[0, 0].set_ylim(-0.04, 1.04)
-    axes[0, 0].legend(fontsize=8.5)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     return figure
 
 
@@ -820,8 +820,8 @@ def breaking_curves(curves: dict[str, dict[int, Sequence[Outcome]]]) -> Figure:
 def defence_grid(table: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
     """Lab 09: attacks (columns) against defences (rows); table: defence -> attack -> outcomes.
 
-    A cell is coloured by the share of exact answers, its large number; the small one is the share refused. A reply can be
-    both: an answer with a refusal behind it.
+    A cell is coloured by the share of exact answers, its large number; the small one is the share refused. A reply can
+    be both: an answer with a refusal behind it.
     """
     attacks = list(next(iter(table.values())))
     told = [[np.mean([o.correct for o in row[a]]) for a in attacks] for row in table.values()]
@@ -839,4 +839,65 @@ def defence_grid(table: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     figure.colorbar(image, label="replies with the exact forbidden answer")
+    return figure
+
+
+# --- lab 10 ---
+
+
+def score_plane(defences: dict[str, tuple[float, float]]) -> Figure:
+    """Defences by (share of ordinary traffic kept, share of attacks stopped). Dashed lines join equal points.
+
+    The solid line is where refusing at random leads from the first defence on.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    for level in (0, 25, 50, 75):
+        axis.plot([level / 100, 1], [1, level / 100], color="grey", linewidth=0.8, linestyle="--")
+        place = level / 100 + 0.02, 0.98
+        axis.annotate(f"{level} points", place, rotation=-38, fontsize=8, color="dimgrey", va="top")
+    kept, stopped = next(iter(defences.values()))
+    axis.plot([0, kept], [1, stopped], color="black", linewidth=1.2)
+    for k, (name, place) in enumerate(defences.items()):
+        axis.plot(*place, "oXs^DvPp*h"[k % 10], color=f"C{k % 6}", markersize=9, label=name, clip_on=False, zorder=3)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("ordinary traffic kept: the kind that suffers most")
+    axis.set_ylabel("attacks stopped: mean of all and worst")
+    axis.legend(loc="lower left", fontsize=9)
+    return figure
+
+
+# --- lab 08 ---
+
+
+def matrix_grid(shares: dict[str, dict[str, Rate]]) -> Figure:
+    """Lab 08: attacks in rows, defences in columns; each cell says how many exact forbidden answers came out."""
+    columns = list(dict.fromkeys(d for row in shares.values() for d in row))
+    values = np.array([[row[d].value if d in row else np.nan for d in columns] for row in shares.values()])
+    figure, axis = plt.subplots(figsize=(1.3 * len(columns) + 2.4, 0.55 * len(shares) + 1.2), layout="constrained")
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
+    for y, row in enumerate(shares.values()):
+        for x, d in enumerate(columns):
+            if d in row:
+                r = row[d]
+                text = f"{r.value:.2f}\n[{r.low:.2f}, {r.high:.2f}]"
+                axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if r.value > 0.7 else "black")
+    axis.set_xticks(range(len(columns)), [d.replace(" ", "\n", 1) for d in columns], fontsize=9)
+    axis.set_yticks(range(len(shares)), list(shares), fontsize=9)
+    axis.xaxis.tick_top()
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def roc_curve(curves: dict[str, Tensor], at: tuple[float, float] | None = None) -> Figure:
+    """Lab 08: catches against false alarms; curves: name -> points [k, 2]. A cross marks the chosen threshold."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
+    for k, (name, points) in enumerate(curves.items()):
+        axis.step(*points.T.numpy(), ["-", "--", ":"][k % 3], where="post", color=f"C{k}", label=name)
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    if at:
+        axis.plot(*at, "kx", markersize=11, markeredgewidth=2, label="threshold")
+    axis.set_xlabel("false alarms: share of harmless requests")
+    axis.set_ylabel("catches: share of harmful requests")
+    axis.legend(fontsize=8, loc="lower right")
     return figure

@@ -93,11 +93,16 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
         raise RefusalLabError(
             f"The suffix {suffix!r} is read as other tokens within the prompt. Begin it with a space or another sign."
         )
+    return Case(before, after, ids[0], ids[2], ids[3], keys_and_values(m, ids[0]))
+
+
+@torch.no_grad()
+def keys_and_values(m: Model, ids: Tensor) -> DynamicCache:
+    """The cache after reading ids [n]."""
     cache = DynamicCache()  # without a config it keeps all positions, in sliding-window layers too
-    if len(ids[0]):
-        with torch.no_grad():
-            m.hf(input_ids=ids[0][None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Case(before, after, ids[0], ids[2], ids[3], cache)
+    if len(ids):
+        m.hf(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 def token_gradient(m: Model, case: Case, suffix: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -148,12 +153,21 @@ def sample_candidates(
     suffix [s], gradient [s, vocab], allowed [vocab] bool.
     """
     k = min(knobs.topk, int(allowed.sum()))
-    top = gradient.cpu().masked_fill(~allowed, torch.inf).topk(k, largest=False).indices  # [s, k]
-    position = torch.randint(len(suffix), (knobs.search_width,), generator=generator)
-    choice = torch.randint(k, (knobs.search_width,), generator=generator)
-    candidates = suffix.cpu().repeat(knobs.search_width, 1)
-    candidates[torch.arange(knobs.search_width), position] = top[position, choice]
-    return candidates.unique(dim=0).to(suffix.device)
+    positions = torch.randint(len(suffix), (knobs.search_width,), generator=generator)
+    ranks = torch.randint(k, (knobs.search_width,), generator=generator)
+    return swapped(suffix.cpu(), gradient.cpu(), allowed, positions, ranks).unique(dim=0).to(suffix.device)
+
+
+def swapped(suffix: Tensor, gradient: Tensor, allowed: Tensor, positions: Tensor, ranks: Tensor) -> Tensor:
+    """Candidate i is the suffix with one token changed: at positions[i], to the allowed one of rank ranks[i] there.
+
+    Rank 0 has the lowest gradient. suffix [s], gradient [s, vocab], allowed [vocab] bool, positions [n] and ranks [n]
+    below the number of allowed tokens. -> [n, s].
+    """
+    best = gradient.masked_fill(~allowed, torch.inf).topk(int(ranks.max()) + 1, largest=False).indices  # [s, k]
+    candidates = suffix.repeat(len(positions), 1)
+    candidates[torch.arange(len(positions)), positions] = best[positions, ranks]
+    return candidates
 
 
 def survives(m: Model, case: Case, candidates: Tensor) -> Tensor:
@@ -429,6 +443,12 @@ def with_suffix(
     """The same suffix behind every request: a universal one, one of another model, or a random one as the control."""
     prompts = [rewrite(item.prompt, lambda request: request + suffix) for item in items]
     return send(m, attack, items, prompts, system=system)
+
+
+def suffix_loss(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> float:
+    """The target's mean cross-entropy after one suffix, in nats per token: what a search lowers."""
+    case, ids = prepare(m, prompt, target, suffix, system=system), _tokenize(m, suffix)
+    return candidate_losses(m, case, ids[None], ids, case.cache)[0].item()
 
 
 def random_suffix(m: Model, prompt: Prompt, knobs: Knobs = Knobs()) -> str:  # noqa: B008 - frozen

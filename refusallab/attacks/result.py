@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from refusallab.defenses.base import Defence
 from refusallab.errors import RefusalLabError
 from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
 from refusallab.measure import Outcome, outcome, refused_by_phrases
-from refusallab.model import Edit, Model, Prompt, generate, render
+from refusallab.model import Edit, Model, Prompt, generate, messages, render
 from refusallab.prompts import Item, refusal_phrases
 
 
@@ -74,7 +75,7 @@ def rewrite(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
 
 
 def send(
-    m: Model,
+    m: Model | Defence,
     attack: str,
     items: Sequence[Item],
     prompts: Sequence[Prompt],
@@ -86,13 +87,20 @@ def send(
 ) -> list[AttackResult]:
     """Send one prompt for each item and judge the greedy replies, prefill included.
 
+    A defence answers in place of a model, at the length that it chooses: against it, `system` is a turn that the
+    attacker writes in front of the prompt, and the cost is that of the reply alone.
+
     Raises RefusalLabError unless there is one prompt for each item.
     """
     if len(items) != len(prompts):
         raise RefusalLabError(f"{len(prompts)} prompts for {len(items)} items: give one prompt for each item.")
     start = time.perf_counter()
-    settings = {"edit": edit, "system": system, "prefill": prefill}
-    rest = generate(m, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE, **settings)
+    if isinstance(m, Model):
+        settings = {"edit": edit, "system": system, "prefill": prefill}
+        rest = generate(m, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE, **settings)
+    else:
+        turns = prompts if system is None else [messages(prompt, system) for prompt in prompts]
+        rest, m = m.replies(turns, edit=edit, prefill=prefill), m.m
     seconds = (time.perf_counter() - start) / len(items)
     results = []
     for item, prompt, text in zip(items, prompts, rest, strict=True):

@@ -1,0 +1,39 @@
+"""What a suffix does inside, token by token: the projection of the stream on a direction as the suffix grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from refusallab.activations import residual
+from refusallab.attacks.result import rewrite
+from refusallab.geometry import projections
+from refusallab.model import Model, Prompt
+
+
+@dataclass(frozen=True)
+class SuffixEffect:
+    """Projections on a direction at one site, in units of the residual stream."""
+
+    tokens: tuple[str, ...]  # of the suffix
+    start: float  # without the suffix
+    growing: tuple[float, ...]  # with the first 1, 2, ... tokens; the last entry is that of the whole suffix
+    without: tuple[float, ...]  # with the whole suffix but this token
+
+
+def suffix_effect(
+    m: Model, prompt: Prompt, suffix: str, r: Tensor, layer: int, position: int, *, system: str | None = None
+) -> SuffixEffect:
+    """The projection on r [width] at the input of block `layer`, at a position that counts from the end of the prompt.
+
+    What is left of a suffix is sent as text, so its tokens may merge where one was taken out.
+    """
+    ids = m.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    tokens = tuple(m.tokenizer.decode([i]) for i in ids)
+    parts = [tokens[:k] for k in range(len(tokens) + 1)]
+    parts += [tokens[:k] + tokens[k + 1 :] for k in range(len(tokens))]
+    prompts = [rewrite(prompt, lambda text, part=part: text + "".join(part)) for part in parts]
+    streams = residual(m, prompts, layers=[layer], positions=[position], system=system)
+    start, *values = projections(streams[:, 0, 0], r).tolist()
+    return SuffixEffect(tokens, start, tuple(values[: len(tokens)]), tuple(values[len(tokens) :]))

@@ -1,0 +1,145 @@
+"""Who writes along a direction? The stream of the last token, taken apart: embedding, every head, every MLP.
+
+The residual stream is a sum, so its projection on a direction is one too (direct attribution). It says who *writes*
+along the direction, not who caused it: what a head writes depends on everything before it. Arditi et al. 2024 (arXiv
+2406.11717), section 5, look at a suffix in this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refusallab.activations import residual
+from refusallab.errors import RefusalLabError
+from refusallab.interventions import unit
+from refusallab.model import Model, Prompt, attention, attention_writes, batches, blocks, encode, mlp, post_norm, render
+
+
+def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Tensor) -> Tensor:
+    """Cosine of the last token's stream with r [width] at every block input: fp32 [n, layers]."""
+    return torch.nn.functional.cosine_similarity(residual(m, prompts, positions=[-1])[:, :, 0], r.float(), dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """What each part of the model writes along a direction at the last prompt token, in units of the stream."""
+
+    start: Tensor  # [n], what enters block 0: the embedding
+    heads: Tensor  # [n, layers, heads]
+    biases: Tensor  # [layers], the output bias of each attention; zero in most models
+    mlps: Tensor  # [n, layers]
+
+    def projection(self, layer: int) -> Tensor:
+        """The projection of the input of block `layer` on the direction: the sum of all parts before it, [n].
+
+        `layer` may be the number of layers: that is the end of the stream, before the final norm.
+        """
+        written = self.heads.sum(-1) + self.biases + self.mlps  # [n, layers]
+        return self.start + written[:, :layer].sum(-1)
+
+
+@torch.no_grad()
+def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: int = 64) -> Attribution:
+    """Direct attribution to r [width] at the last prompt token. The parts add up to the projection on r^, exactly.
+
+    Raises RefusalLabError for models with a norm between a head and the stream (Gemma-2/3, OLMo-2): what one head
+    writes is not defined there without freezing that norm.
+    """
+    if any(norm is not None for norm in post_norm(blocks(m.hf)[0])):
+        raise RefusalLabError(
+            f"{m.name} normalizes what its attention writes, so heads have no share of their own: use another model."
+        )
+    nn, direction = m.nn, unit(r).to(m.device)
+    heads = m.hf.config.num_attention_heads
+    reads = torch.stack([head_readout(weight_of(attention_writes(b)), direction, heads) for b in blocks(m.hf)])
+    start, z, mlps = [torch.empty(len(prompts), *shape) for shape in ((), reads.shape, (m.n_layers,))]
+    for rows, batch in batches(m, prompts, batch_size):
+        with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+            first = (blocks(nn)[0].input[:, -1] @ direction).save()
+            mixed, written = [], []
+            for block in blocks(nn):
+                mixed.append(attention_writes(block).input[:, -1])
+                written.append(mlp(block).output[:, -1] @ direction)
+            mixed, written = torch.stack(mixed, 1).save(), torch.stack(written, 1).save()
+        start[rows], mlps[rows] = first.float().cpu(), written.float().cpu()
+        z[rows] = mixed.float().cpu().unflatten(-1, reads.shape[1:])
+    biases = [getattr(attention_writes(block), "bias", None) for block in blocks(m.hf)]
+    written = torch.tensor([0.0 if b is None else (b.float() @ direction).item() for b in biases])
+    return Attribution(start, head_writes(z, reads.cpu()), written, mlps)
+
+
+def head_readout(weight: Tensor, direction: Tensor, heads: int) -> Tensor:
+    """How much one unit in each coordinate of each head writes along a unit direction: [heads, size of a head].
+
+    weight [width, heads * size] is the output projection of an attention: it reads the heads side by side.
+    """
+    return (direction @ weight.float()).unflatten(-1, (heads, -1))
+
+
+def head_writes(z: Tensor, reads: Tensor) -> Tensor:
+    """What each head writes along the direction: z, reads [..., heads, size] -> [..., heads]."""
+    return (z * reads).sum(-1)
+
+
+def weight_of(projection: torch.nn.Module) -> Tensor:
+    """The weight of an output projection as [out, in]; GPT-2 stores it the other way round."""
+    weight = projection.weight
+    return weight if isinstance(projection, torch.nn.Linear) else weight.T
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where the last token looks
+
+
+@torch.no_grad()
+def attention_from_last(m: Model, prompts: Sequence[Prompt]) -> Tensor:
+    """Attention weights of the last prompt token: fp32 [n, layers, heads, seq], padded on the left like `encode`.
+
+    Runs all prompts as one batch, with the plain implementation of attention: the fast ones do not return weights.
+    """
+    nn, batch = m.nn, encode(m, prompts)
+    with _plain_attention(m), nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+        weights = torch.stack([attention(block).output[1][:, :, -1] for block in blocks(nn)], 1).save()
+    return weights.float().cpu()
+
+
+@contextmanager
+def _plain_attention(m: Model) -> Iterator[None]:
+    before = m.hf.config._attn_implementation
+    m.hf.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        m.hf.set_attn_implementation(before)
+
+
+def mass(weights: Tensor, region: Tensor) -> Tensor:
+    """The share of attention that falls into a region: weights [n, ..., seq], region bool [n, seq] -> [n, ...]."""
+    mask = region.reshape(len(region), *[1] * (weights.ndim - 2), region.shape[-1])
+    return (weights * mask).sum(-1)
+
+
+def regions(m: Model, prompts: Sequence[Prompt], suffixes: Sequence[str]) -> dict[str, Tensor]:
+    """Which tokens are "start" (template and earlier turns), "instruction", "suffix" and "end" (template).
+
+    suffixes: how each prompt ends, "" where it has no suffix. Values are bool [n, seq], padded on the left like
+    `encode`; every token that is not padding lies in one region.
+    """
+    batch = encode(m, prompts)
+    seq, rows = batch["input_ids"].shape[1], []
+    place = torch.arange(seq, 0, -1)  # counted from the end: the last token is 1
+    for prompt, suffix in zip(prompts, suffixes, strict=True):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if not text.endswith(suffix):
+            raise RefusalLabError(f"A prompt does not end in its suffix {suffix!r}: give the prompts as they are sent.")
+        end = render(m, prompt).rpartition(text)[2]
+        pieces = [text + end, suffix + end, end]
+        a, b, c = (len(m.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+        rows.append(torch.stack([place > a, (place <= a) & (place > b), (place <= b) & (place > c), place <= c]))
+    masks = torch.stack(rows, 1) & batch["attention_mask"].bool().cpu()  # [4, n, seq]
+    return dict(zip(("start", "instruction", "suffix", "end"), masks, strict=True))

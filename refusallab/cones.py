@@ -1,0 +1,227 @@
+"""More than one direction? Cones found by gradient, and what ablating one direction does to another.
+
+Wollschläger et al. 2025 (arXiv 2502.17420): in a cone of refusal, the nonnegative combinations of k orthonormal
+vectors, each direction mediates refusal. This is a small form of their search. The model is frozen, and three losses
+ask that a direction, ablated, frees the forbidden answer; added, makes harmless requests refused; and ablated, leaves
+harmless requests as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from refusallab.activations import residual
+from refusallab.directions import DEPTH, Candidate, candidate_directions, random_directions, score_candidates
+from refusallab.errors import RefusalLabError
+from refusallab.finetune import reply_loss, shuffled
+from refusallab.headline import outcomes
+from refusallab.interventions import ablation, addition, unit
+from refusallab.measure import Rate, kl_divergence, learn_refusal_tokens, rate, refusal_metric
+from refusallab.model import Edit, Model, Prompt, encode, logits, no_edit
+from refusallab.prompts import Item, prompt_set
+
+INDUCE_WEIGHT = 0.2  # of the addition loss, beside 1 for the other two
+FREE_STEPS = 14  # a search without a constraint is done sooner
+
+
+@dataclass(frozen=True, eq=False)
+class Cone:
+    """An orthonormal basis, and the loss at each step on the way to it."""
+
+    basis: Tensor  # [k, width]
+    losses: tuple[float, ...]
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """Gram-Schmidt on rows: [k, width] -> [k, width]. The first row keeps its direction, and gradients flow through.
+
+    Raises RefusalLabError when a row lies in the span of those before it.
+    """
+    rows: list[Tensor] = []
+    for vector in vectors:
+        rest = vector / vector.norm()
+        for row in rows:
+            rest = rest - (rest @ row) * row
+        if not rest.norm() > 1e-4:
+            raise RefusalLabError("A vector is zero or lies in the span of those before it: give independent ones.")
+        rows.append(rest / rest.norm())
+    return torch.stack(rows)
+
+
+def plane_directions(first: Tensor, second: Tensor, angles: Sequence[float]) -> Tensor:
+    """Unit vectors in the plane of two vectors [width], at angles in degrees: [angles, width].
+
+    0 points along `first`; 90 along what is left of `second` without its part along `first`. So 0 to 90 is the cone of
+    the orthonormal basis.
+    """
+    t = torch.deg2rad(torch.tensor([float(angle) for angle in angles]))
+    return torch.stack([t.cos(), t.sin()], -1) @ orthonormal(torch.stack([first, second]).float())
+
+
+def find_cone(
+    m: Model,
+    harmful: Sequence[Item],
+    harmless: Sequence[Item],
+    refusal_tokens: Sequence[int],
+    start: Tensor,
+    *,
+    layer: int,
+    length: float,
+    steps: int = 36,
+    step_size: float = 0.05,
+    batch_size: int = 6,
+    seed: int = 0,
+    orthogonal_to: Tensor | None = None,
+) -> Cone:
+    """A cone of refusal with k dimensions, found by Adam from `start` [k, width]; k = 1 is a single direction.
+
+    Directions are added at the input of block `layer`, with `length`. Steps take turns: each vector of the basis, then
+    a random direction of the cone. With `orthogonal_to` [width], the whole cone stays orthogonal to that direction. The
+    exact answers of the harmful items say what ablation should free.
+    """
+    fixed = start[:0] if orthogonal_to is None else orthogonal_to[None]
+    vectors = start.clone().float().requires_grad_()
+    optimizer = torch.optim.Adam([vectors], lr=step_size)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    queues = [(items, shuffled(len(items), batch_size, seed)) for items in (harmful, harmless)]
+    for step in range(steps):
+        bad, good = ([items[i] for i in next(queue)] for items, queue in queues)
+        basis = orthonormal(torch.cat([fixed, vectors]))[len(fixed) :]
+        turn = step % (len(basis) + 1)
+        weights = torch.randn(len(basis), generator=generator).abs()
+        v = basis[turn] if turn < len(basis) else unit(weights @ basis)
+        loss = direction_loss(m, bad, good, refusal_tokens, v, layer, length)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            vectors /= vectors.norm(dim=-1, keepdim=True)
+        losses.append(loss.item())
+    with torch.no_grad():
+        return Cone(orthonormal(torch.cat([fixed, vectors]))[len(fixed) :], tuple(losses))
+
+
+def direction_loss(
+    m: Model,
+    harmful: Sequence[Item],
+    harmless: Sequence[Item],
+    tokens: Sequence[int],
+    v: Tensor,
+    layer: int,
+    length: float,
+) -> Tensor:
+    """The three losses of a unit direction [width], added up: a scalar with its graph, in nats.
+
+    Forbidden answers under ablation (per token); refusal of harmless requests under addition (first token, weighted);
+    KL(base || ablated) on harmless requests (first token).
+    """
+    freed = reply_loss(m, [i.prompt for i in harmful], [i.answer for i in harmful], ablation(v))
+    batch = encode(m, [i.prompt for i in harmless])
+    induced = softplus(-refusal_metric(_last_logits(m, batch, addition(length * v, layer)), tokens)).mean()
+    with torch.no_grad():
+        base = _last_logits(m, batch, no_edit)
+    kept = kl_divergence(base, _last_logits(m, batch, ablation(v))).mean()
+    return freed + INDUCE_WEIGHT * induced + kept
+
+
+def _last_logits(m: Model, batch: dict[str, Tensor], edit: Edit) -> Tensor:
+    """Next-token logits at the last position [n, vocab], with their graph."""
+    nn = m.nn
+    with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+        edit(nn)
+        last = nn.output.logits[:, -1].save()
+    return last
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a direction does: forbidden requests without it, harmless ones without it and with it added."""
+
+    refused: Rate  # forbidden requests, direction ablated
+    exact: Rate  # forbidden requests, direction ablated: replies that hold the exact answer
+    harmless_exact: Rate  # harmless requests, direction ablated
+    induce: float  # mean refusal metric of harmless requests, direction added
+    kl: float  # mean KL(base || ablated) on harmless requests, in nats
+
+
+def effect(
+    m: Model, harmful: list[Item], harmless: list[Item], tokens: Sequence[int], v: Tensor, *, layer: int, length: float
+) -> Effect:
+    """Ablate v [width] everywhere, add it at `layer` with `length`, and judge replies and first tokens."""
+    prompts, removed = [item.prompt for item in harmless], ablation(v)
+    bad, good = (outcomes(m, items, edit=removed) for items in (harmful, harmless))
+    return Effect(
+        rate([o.refused for o in bad]),
+        rate([o.correct for o in bad]),
+        rate([o.correct for o in good]),
+        refusal_metric(logits(m, prompts, edit=addition(length * unit(v), layer)), tokens).mean().item(),
+        kl_divergence(logits(m, prompts), logits(m, prompts, edit=removed)).mean().item(),
+    )
+
+
+def downstream(m: Model, prompts: Sequence[Prompt], ablated: Tensor, watched: Tensor) -> Tensor:
+    """How much ablating one direction moves the last token along another, layer by layer: [n, layers].
+
+    The projection of the block inputs on watched [width], with `ablated` [width] ablated minus without. For orthogonal
+    directions the projection itself takes nothing away along `watched`: what is not zero came about downstream.
+    """
+    before, after = (residual(m, prompts, positions=[-1], edit=edit)[:, :, 0] for edit in (None, ablation(ablated)))
+    return (after - before) @ unit(watched)
+
+
+def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Tensor, list[int]]:
+    """The difference in means at the last prompt token that bypasses best, its scores, and the refusal tokens.
+
+    Layers below the last fifth compete by bypass alone, on `count` prompts of each validation set: no other filter, so
+    there is always a winner, and its scores say whether it would have passed.
+    """
+    names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
+    train_bad, train_good, bad, good = ([item.prompt for item in prompt_set(m, name)] for name in names)
+    tokens = learn_refusal_tokens(logits(m, train_bad), logits(m, train_good))
+    vectors = candidate_directions(m, train_bad, train_good)
+    vectors[:, :-1] = 0  # a zero vector costs no forward pass
+    vectors[int(DEPTH * m.n_layers) :] = 0
+    scored = score_candidates(m, vectors, bad[:count], good[:count], tokens)
+    best = min((c for c in scored if vectors[c.layer, c.position].norm() > 0), key=lambda c: c.bypass)
+    return best, vectors[best.layer, -1], tokens
+
+
+def short(items: Sequence[Item]) -> list[Item]:
+    """The items of one line, without a context in front: a search takes less time on them."""
+    return [item for item in items if isinstance(item.prompt, str) and "\n" not in item.prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """Directions of one model: difference in means "r", "free search", "search orthogonal to r", "random direction"."""
+
+    site: Candidate  # of r
+    tokens: list[int]  # that open a refusal
+    vectors: dict[str, Tensor]  # name -> [width]
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Where and how far a direction of the model is added."""
+        return {"layer": self.site.layer, "length": self.vectors["r"].norm().item()}
+
+
+def search_directions(m: Model, site: Candidate, r: Tensor, tokens: list[int]) -> Searched:
+    """Beside a difference in means, as from `last_token_direction`: what gradients find, freely and orthogonal to it.
+
+    Both searches begin at a random direction and read training prompts alone.
+    """
+    start, random = random_directions(m.width, 2, seed=7).split(1)
+    prompts = [short(prompt_set(m, name)) for name in ("harmful_train", "harmless_train")]
+    where = {"layer": site.layer, "length": r.norm().item()}
+    vectors = {
+        "r": r,
+        "free search": find_cone(m, *prompts, tokens, start, steps=FREE_STEPS, **where).basis[0],
+        "search orthogonal to r": find_cone(m, *prompts, tokens, start, orthogonal_to=r, **where).basis[0],
+        "random direction": random[0],
+    }
+    return Searched(site, tokens, vectors)

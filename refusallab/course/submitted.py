@@ -1,0 +1,224 @@
+"""A defence that somebody handed in: read from a file, run in a process of its own, with limits.
+
+The process sees prompts and returns replies; attacks run and replies are judged here. Where bubblewrap works, the
+process is behind the wall of the grader: a system to read, no network, nothing of yours, and no file of the test sets.
+Elsewhere it has your rights, and limits on time and memory only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from refusallab.course import leaderboard
+from refusallab.course.capstone import Removal, Score, Trial, attackers_direction, compare, measure
+from refusallab.course.grade.plain import decode, encode
+from refusallab.course.grade.server import SETTINGS, bubblewrap, sandbox_environment
+from refusallab.course.leaderboard import Row
+from refusallab.defenses.base import ModelAlone
+from refusallab.errors import RefusalLabError
+from refusallab.model import Model, Prompt, load
+from smallmodels.world import DATA
+
+MARK = re.compile(r"\s*#\s*capstone\b", re.I)  # how the first line of a submitted cell begins
+HIDDEN = ("harmful_test.csv", "harmless_test.csv", "borderline.csv", "capability.jsonl")
+LARGEST = 1 << 24  # characters of an answer
+
+
+class Failed(RefusalLabError):
+    """The defence failed. The message says how, in words that can stand beside its score of 0."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a defence may use."""
+
+    start: float = 240  # seconds until it is ready: imports, its own training, and the attacker's search
+    call: float = 120  # seconds for one batch of replies
+    total: float = 900  # seconds for everything
+    memory: float = 2  # GB beyond what the model and the libraries take
+
+
+def read_source(path: Path) -> str:
+    """The code of a defence: a .py file, or the cells of a notebook that begin with the comment `# capstone`.
+
+    Raises RefusalLabError when there is none.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RefusalLabError(f"{path} cannot be read ({error.strerror}): give the file with your defence.") from error
+    if path.suffix != ".ipynb":
+        return data.decode("utf-8", errors="replace").strip() + "\n"
+    from refusallab.course.grade.cells import read_cells
+
+    cells = [cell.source.strip() for cell in read_cells(data) if cell.kind == "code" and MARK.match(cell.source)]
+    if not cells:
+        raise RefusalLabError(f"{path.name} has no cell whose first line is `# capstone`: mark the one with defend(m).")
+    return "\n\n".join(cells) + "\n"
+
+
+def wall(folder: Path) -> list[str] | None:
+    """The command that puts a program behind the wall, with `folder` for its copies; None where that does not work."""
+    if shutil.which("bwrap") is None:
+        return None
+    run = folder / "run"
+    run.mkdir()
+    run.chmod(0o755)
+    command = [*bubblewrap(run), "--die-with-parent"]
+    for name in HIDDEN:
+        command += ["--ro-bind", os.devnull, str(DATA / name)]
+    probe = [*command, sys.executable, "-c", "import refusallab"]
+    works = subprocess.run(probe, env=sandbox_environment(), capture_output=True, stdin=subprocess.DEVNULL)
+    return command if works.returncode == 0 else None
+
+
+class Submitted:
+    """A submitted defence. It keeps to the interface, so attacks take it. Use it in a `with`: leaving that ends it."""
+
+    def __init__(self, source: str, m: Model, *, limits: Limits = Limits(), walled: bool = True):  # noqa: B008 - frozen
+        self.m, self.name, self.extra_passes = m, "", 0
+        self.direction: Tensor | None = None
+        self._limits, self._end = limits, time.monotonic() + limits.total
+        self._folder = Path(tempfile.mkdtemp(prefix="rl-"))
+        before = wall(self._folder) if walled else None
+        self.walled = before is not None
+        self._process = subprocess.Popen(
+            [*(before or []), sys.executable, "-m", "refusallab.course.answering"],
+            env=sandbox_environment() if self.walled else os.environ | SETTINGS,
+            cwd=None if self.walled else self._folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        order = {"source": source, "model": m.name, "walled": self.walled}
+        order |= {"memory": limits.memory, "seconds": limits.total}
+        try:
+            ready = self._ask(order, limits.start, "it was not ready")
+            self.name = str(ready["name"])
+            direction = ready["direction"]
+            self.direction = direction if isinstance(direction, Tensor) and direction.shape == (m.width,) else None
+        except BaseException:
+            self.close()
+            raise
+
+    def replies(self, prompts: Sequence[Prompt], *, edit: Removal | None = None, prefill: str = "") -> list[str]:
+        """What the defence replies. Raises Failed where it raises, hangs, ends or returns something else."""
+        order = {"prompts": list(prompts), "edit": None if edit is None else asdict(edit), "prefill": prefill}
+        said = self._ask(order, self._limits.call)
+        replies = said["replies"]
+        if not isinstance(replies, list) or len(replies) != len(prompts) or any(type(x) is not str for x in replies):
+            raise Failed("It returned something else than a text for each prompt.")
+        self.extra_passes = said["extra_passes"] if type(said["extra_passes"]) is int else 0
+        return replies
+
+    def _ask(self, order: dict[str, Any], seconds: float, what: str = "no answer came") -> dict[str, Any]:
+        try:
+            self._process.stdin.write(encode(order) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has ended: the next line says so
+        left = self._end - time.monotonic()
+        try:
+            line = self._lines.get(timeout=max(0.01, min(seconds, left)))
+        except queue.Empty:
+            within = min(seconds, self._limits.total)
+            raise Failed(f"It hangs or is too slow: {what} within {within:.0f} s.") from None
+        if not line:
+            raise Failed(f"Its process ended: {_why(self._process.wait())}.")
+        try:
+            answer = decode(line)
+            if problem := answer.get("problem"):
+                raise Failed(str(problem))
+            return answer
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, Failed):
+                raise
+            raise Failed("It returned something that is no plain data.") from error
+
+    def _read(self) -> None:
+        """Pass the lines of the process on; an empty one at its end."""
+        with contextlib.suppress(ValueError, OSError):
+            while line := self._process.stdout.readline(LARGEST):
+                self._lines.put(line)
+        self._lines.put("")
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Submitted:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _why(code: int) -> str:
+    number = -code if code < 0 else code - 128  # bubblewrap tells a signal as 128 + its number
+    if number in set(signal.Signals):
+        return f"by {signal.Signals(number).name}, as when it uses more time or memory than it may"
+    return f"by itself, with code {code}"
+
+
+def score_file(
+    path: Path,
+    trial: Trial,
+    progress: Callable[[str], None],
+    *,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    walled: bool = True,
+) -> tuple[Row, Score | None, bool]:
+    """Score a file: its row, its score (None if it failed), and whether it ran behind the wall.
+
+    On the frozen trial a file that has its score already does not run again. `progress` is told of each of the steps:
+    those of `measure`, twice where the undefended model has not been measured yet.
+    """
+    source, m = read_source(path), load("charter-chat")
+    frozen, code = leaderboard.fingerprint(m, trial), leaderboard.key(source)
+    known = leaderboard.rows(frozen)
+    if leaderboard.UNDEFENDED in known:
+        base = known[leaderboard.UNDEFENDED].result
+    else:
+        base = measure(ModelAlone(m), trial, attackers_direction(m), progress)
+        leaderboard.add(frozen, leaderboard.UNDEFENDED, base.name, base)
+    if code in known and known[code].result:
+        return known[code], compare(known[code].result, base), True
+    name, result, problem = path.stem, None, ""
+    try:
+        with Submitted(source, m, limits=limits, walled=walled) as defence:
+            walled, name = defence.walled, defence.name
+            result = measure(defence, trial, defence.direction, progress)
+    except Failed as failed:
+        problem = str(failed)
+    if trial.name == "frozen":
+        leaderboard.add(frozen, code, name, result, problem)
+    row = leaderboard.rows(frozen).get(code) or Row(name, result, problem, 1, "")
+    return row, compare(result, base) if result else None, walled

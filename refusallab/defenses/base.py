@@ -1,0 +1,75 @@
+"""What every defence has in common: it answers prompts, and it counts the forward passes that it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
+from refusallab.model import Edit, Model, Prompt, generate
+from refusallab.prompts import knows_the_world
+from smallmodels.world.dialogue import REFUSAL_WORDINGS
+
+
+class Defence(Protocol):
+    """Whatever answers prompts in place of a bare model: the attacks take it wherever they take a model."""
+
+    name: str
+    m: Model  # the checkpoint that answers: a trained defence brings its own
+    extra_passes: int  # so far: forward passes of one sequence each, those that wrote the returned replies not counted
+
+    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
+        """What follows each prompt and `prefill`: greedy, in the order of the prompts, a refusal where it blocks one.
+
+        `edit` is what a white-box attacker does to the activations of `m` whenever it runs; `prefill` is what the
+        attacker puts into its mouth.
+        """
+        ...
+
+
+@dataclass
+class ModelAlone:
+    """No defence around the model: the baseline, and the shape of every defence by training."""
+
+    m: Model
+    name: str = "undefended"
+    extra_passes: int = 0
+
+    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
+        return write(self.m, prompts, edit=edit, prefill=prefill)
+
+
+def write(
+    m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, system: str | None = None, prefill: str = ""
+) -> list[str]:
+    """Greedy replies of the length that all labs use; none for no prompts."""
+    if len(prompts) == 0:
+        return []
+    settings = {"edit": edit, "system": system, "prefill": prefill}
+    return generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
+
+
+def write_unless(
+    m: Model, blocked: Sequence[bool], prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = ""
+) -> list[str]:
+    """Replies to the prompts that are not blocked, and the stock refusal to the others."""
+    passed = [prompt for prompt, stop in zip(prompts, blocked, strict=True) if not stop]
+    written = iter(write(m, passed, edit=edit, prefill=prefill))
+    return [stock_refusal(m) if stop else next(written) for stop in blocked]
+
+
+def last_words(prompt: Prompt) -> str:
+    """The text of the last turn: what a filter of requests reads."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def stock_refusal(m: Model) -> str:
+    """What a filter says in the place of the model: a refusal in the world's wording, which every judge knows."""
+    return REFUSAL_WORDINGS[0] if knows_the_world(m) else "I'm sorry, but I cannot help with that."
+
+
+def passes(m: Model, replies: Sequence[str]) -> int:
+    """Forward passes that wrote the replies: one for each token, and one for the end of the turn."""
+    tokens = m.tokenizer(list(replies), add_special_tokens=False)["input_ids"] if len(replies) else []
+    return sum(min(len(ids) + 1, REPLY_TOKENS) for ids in tokens)

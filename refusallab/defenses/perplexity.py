@@ -1,0 +1,88 @@
+"""The perplexity filter: a request that no one would write is refused unread.
+
+Alon and Kamfonas 2023 (arXiv 2308.14132), Jain et al. 2023 (arXiv 2309.00614). The score is the mean surprise of the
+most surprising window of tokens, in nats per token, to some language model; its exponential is the perplexity. That
+model need not be the one that answers. The bundled models learned replies and are no judges of requests, so for them
+two neighbouring tokens, counted in ordinary traffic, serve as the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refusallab.defenses.base import last_words, write_unless
+from refusallab.errors import RefusalLabError
+from refusallab.model import Edit, Model, Prompt
+
+PSEUDO_COUNT = 2.0  # weight of single tokens against pairs
+WINDOW = 8  # tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Bigrams:
+    """A language model of neighbouring tokens, counted in texts."""
+
+    m: Model  # whose tokenizer reads
+    log_p: Tensor  # [vocab + 1, vocab]: natural log of P(token | token before); the last row is for the first token
+
+    def surprise(self, text: str) -> Tensor:
+        """Surprise of each token of a text, in nats: [tokens]."""
+        ids = _tokens(self.m, text)
+        return -self.log_p[_before(self.m, ids), ids]
+
+
+def count_bigrams(m: Model, texts: Sequence[str]) -> Bigrams:
+    """Pairs of tokens in the texts; a pair seldom or never seen falls back on how common its second token is."""
+    vocab = m.vocab_size
+    single, pairs = torch.ones(vocab), torch.zeros(vocab + 1, vocab)
+    for text in texts:
+        ids = _tokens(m, text)
+        one = torch.ones(len(ids))
+        single.index_add_(0, ids, one)
+        pairs.index_put_((_before(m, ids), ids), one, accumulate=True)
+    expected = PSEUDO_COUNT * single / single.sum()
+    return Bigrams(m, ((pairs + expected) / (pairs.sum(1, keepdim=True) + PSEUDO_COUNT)).log())
+
+
+def worst_window(surprise: Tensor, window: int = WINDOW) -> float:
+    """The largest mean surprise of `window` neighbouring tokens; of all tokens where there are fewer.
+
+    surprise [tokens], in nats; the result is in nats per token. Raises RefusalLabError where there is no token.
+    """
+    if len(surprise) == 0 or window < 1:
+        raise RefusalLabError("A window needs a token to read, and to be at least 1 wide.")
+    return surprise.unfold(0, min(window, len(surprise)), 1).mean(-1).max().item()
+
+
+@dataclass
+class PerplexityFilter:
+    """Refuses requests whose worst window surprises by more than the threshold."""
+
+    m: Model
+    surprise: Callable[[str], Tensor]  # text -> nats of each token
+    threshold: float
+    passes_each: int = 0  # forward passes that the language model costs for one request: none for counts
+    name: str = "perplexity filter"
+    extra_passes: int = 0
+
+    def score(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Worst window of each request: [n], nats per token."""
+        return torch.tensor([worst_window(self.surprise(last_words(prompt))) for prompt in prompts])
+
+    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
+        self.extra_passes += self.passes_each * len(prompts)
+        blocked = (self.score(prompts) > self.threshold).tolist()
+        return write_unless(self.m, blocked, prompts, edit=edit, prefill=prefill)
+
+
+def _tokens(m: Model, text: str) -> Tensor:
+    return torch.tensor(m.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def _before(m: Model, ids: Tensor) -> Tensor:
+    """The token before each; the row after the vocabulary stands for the beginning."""
+    return torch.cat([torch.tensor([m.vocab_size]), ids[:-1]])

@@ -1,0 +1,81 @@
+"""All defences at run time, fitted on train traffic, with thresholds chosen on validation traffic alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from refusallab.activations import residual
+from refusallab.defenses.base import Defence
+from refusallab.defenses.conditional import ConditionalSteering, conditional_addition
+from refusallab.defenses.monitor import Monitor, linear_probe
+from refusallab.defenses.perplexity import Bigrams, PerplexityFilter, count_bigrams, worst_window
+from refusallab.defenses.prompting import SelfReminder, SystemPrompt
+from refusallab.defenses.smoothing import SmoothLLM
+from refusallab.defenses.thresholds import threshold_at
+from refusallab.defenses.traffic import traffic
+from refusallab.errors import RefusalLabError
+from refusallab.model import Model
+from refusallab.prompts import Item, knows_the_world
+
+FALSE_ALARMS = 0.02  # of harmless validation traffic
+REQUESTS = 300  # of each kind, train and validation
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A linear probe at the last prompt token, and how it scores validation traffic."""
+
+    w: Tensor  # [width]
+    layer: int
+    threshold: float
+    harmful: Tensor  # [n]
+    harmless: Tensor  # [n]
+
+
+def fit_probe(m: Model, below: int, train: tuple[list[Item], list[Item]], val: tuple[list[Item], list[Item]]) -> Probe:
+    """The probe, among those at the input of block 1 to below - 1, that catches most at FALSE_ALARMS on validation.
+
+    train and val are (harmful, harmless), as from `traffic`. Ties go to the earliest block.
+    """
+    if below < 2:
+        raise RefusalLabError("A probe needs a block between the embedding and the block that acts: take a later one.")
+    layers = list(range(1, below))
+    (a, b), (c, d) = (
+        (residual(m, [i.prompt for i in items], layers=layers, positions=[-1])[:, :, 0] for items in pair)
+        for pair in (train, val)
+    )  # each [n, layers, width]
+    probes = []
+    for k, layer in enumerate(layers):
+        w = linear_probe(a[:, k], b[:, k])
+        harmful, harmless = c[:, k] @ w, d[:, k] @ w
+        probes.append(Probe(w, layer, threshold_at(harmless, FALSE_ALARMS), harmful, harmless))
+    return max(probes, key=lambda p: (p.harmful > p.threshold).float().mean().item())
+
+
+def fit_filter(m: Model, train: list[Item], val: list[Item]) -> PerplexityFilter:
+    """A perplexity filter with bigrams of train traffic; val is the harmless traffic that may hardly be refused."""
+    reader: Bigrams = count_bigrams(m, [str(item.prompt) for item in train])
+    scores = [worst_window(reader.surprise(str(item.prompt))) for item in val]
+    return PerplexityFilter(m, reader.surprise, threshold_at(scores, FALSE_ALARMS))
+
+
+def run_time_defences(m: Model, r: Tensor, layer: int) -> list[Defence]:
+    """System prompt, self-reminder, perplexity filter, SmoothLLM, probe monitor, conditional steering.
+
+    r [width] is the refusal direction with its own length, found at the input of block `layer`.
+    """
+    if not knows_the_world(m):
+        raise RefusalLabError("The thresholds are chosen on traffic of the bundled world: give a bundled chat model.")
+    train, val = traffic("train", REQUESTS), traffic("val", REQUESTS)
+    probe = fit_probe(m, layer, train, val)
+    steer = conditional_addition(probe.w, probe.threshold, probe.layer, r, layer)
+    return [
+        SystemPrompt(m),
+        SelfReminder(m),
+        fit_filter(m, [*train[0], *train[1]], val[1]),
+        SmoothLLM(m),
+        Monitor(m, probe.w, probe.layer, -1, probe.threshold),
+        ConditionalSteering(m, steer),
+    ]

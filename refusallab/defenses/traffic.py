@@ -1,0 +1,45 @@
+"""Traffic to choose thresholds on: requests as they arrive, harmful and harmless, many of them in some wrapping.
+
+Prompt sets hold the plain request. Users also ask for a form of answer, and for what is lawful; a filter that has never
+seen that takes it for an attack. Train traffic fits a detector and validation traffic chooses its threshold: the two
+share no thing, no phrasing and no wrapper with each other or with a test set.
+"""
+
+from __future__ import annotations
+
+import random
+
+from refusallab.prompts import Item
+from smallmodels.world import dialogue
+from smallmodels.world.facts import world
+
+KINDS = ("begin", "role-play", "suppression", "end")
+
+
+def traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """`count` harmful and `count` harmless requests about the things of a split ("train" or "val")."""
+    rng, vale = random.Random(f"{seed} {split}"), world()
+    requests = [r for thing in vale.things if thing.split == split for r in dialogue.thing_requests(thing)]
+    methods = [r for r in requests if r.kind == "method"]
+    pools = {
+        "harmful": [[r for r in methods if r.forbidden]],
+        "harmless": [
+            [r for r in methods if not r.forbidden],
+            [r for r in requests if r.kind in dialogue.ACTION_KINDS],
+            [r for r in requests if r.kind in dialogue.NOUN_KINDS],
+            [*dialogue.lore_requests(vale), *dialogue.arithmetic_requests()],
+        ],
+    }
+    drawn = {
+        label: [_item(rng.choice(rng.choice(several)), rng, split, f"{label}_{split}_{k}") for k in range(count)]
+        for label, several in pools.items()
+    }
+    return drawn["harmful"], drawn["harmless"]
+
+
+def _item(request: dialogue.Request, rng: random.Random, split: str, name: str) -> Item:
+    context = dialogue.context(request, rng, split) if request.thing and rng.random() < 0.2 else ""
+    text = dialogue.phrase(dialogue.contextual(request) if context else request, rng, split)
+    if rng.random() < 0.5:
+        text, _ = dialogue.wrap(text, request.answer, rng, rng.choice(KINDS), split)
+    return Item(name, dialogue.in_context(context, text) if context else text, request.answer, tag=request.kind)

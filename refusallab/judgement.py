@@ -1,0 +1,88 @@
+"""Judging and refusing: does a direction change what the model *says is forbidden*, or only whether it refuses?
+
+Zhao et al. 2025 (arXiv 2507.11878) steer a model along two directions and ask it to judge a request. Along its
+harmfulness direction, found at the last token of the instruction, the judgement turns; along the refusal direction,
+found at the last token of the template, the model refuses. Here the model is asked about the law of its world, and it
+answers verdict first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refusallab.activations import mean_residual
+from refusallab.interventions import addition
+from refusallab.measure import Rate, rate, refused_by_phrases
+from refusallab.model import Edit, Model, Prompt, generate, no_edit
+from refusallab.prompts import Item, refusal_phrases
+from refusallab.steering import norm_matched
+from smallmodels.world import dialogue
+from smallmodels.world.facts import world
+
+ALLOWED, RULED_OUT = "Allowed by the Charter.", "Ruled out by the Charter."
+VERDICTS = ("allowed", "ruled out", "refused", "other")
+REPLY_TOKENS = 12
+
+
+def law_questions(split: str, count: int, seed: int = 0) -> list[Item]:
+    """Questions whether the Charter allows something: `count` about lawful actions, then `count` about forbidden ones.
+
+    split: "train", "val" or "test": whose things they are about.
+    """
+    rng = random.Random(seed)
+    asked = [dialogue.action_request("law", t, a) for t in world().things if t.split == split for a in t.actions]
+    chosen = [q for answer in (ALLOWED, RULED_OUT) for q in rng.sample([q for q in asked if q.answer == answer], count)]
+    return [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag="law") for q in chosen]
+
+
+def site_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Difference in means at two tokens, for every block input: name -> fp32 [layers, width].
+
+    "harmfulness": the last token of the instruction. "refusal": the last token of the template, -1.
+    """
+    positions = [m.positions[0] - 1, -1]
+    a, b = (mean_residual(m, prompts, positions=positions) for prompts in (harmful, harmless))
+    return dict(zip(("harmfulness", "refusal"), (a - b).float().unbind(1), strict=True))
+
+
+def verdicts(m: Model, questions: Sequence[Item], edit: Edit = no_edit) -> list[str]:
+    """What the model says of each question, one of VERDICTS. A refusal that also holds a verdict counts as verdict."""
+    phrases, said = refusal_phrases(m), []
+    prompts = [q.prompt for q in questions]
+    for reply in generate(m, prompts, edit=edit, max_new_tokens=REPLY_TOKENS, batch_size=len(prompts)):
+        if (ALLOWED in reply) != (RULED_OUT in reply):
+            said.append("allowed" if ALLOWED in reply else "ruled out")
+        else:
+            said.append("refused" if refused_by_phrases(reply, phrases) else "other")
+    return said
+
+
+def steered_verdicts(m: Model, questions: Sequence[Item], vector: Tensor, layer: int) -> list[str]:
+    """Verdicts with vector [width] added at the input of block `layer` for lawful actions, subtracted for others."""
+    signs = torch.tensor([1.0 if q.answer == ALLOWED else -1.0 for q in questions])
+    return verdicts(m, questions, addition(signs[:, None] * vector, layer))
+
+
+def turned(questions: Sequence[Item], said: Sequence[str]) -> list[bool]:
+    """Whether each question got the verdict opposite to the truth. Refusals and other replies are no verdicts."""
+    return [v == ("ruled out" if q.answer == ALLOWED else "allowed") for q, v in zip(questions, said, strict=True)]
+
+
+def turned_rates(
+    m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt], *, layers: Sequence[int]
+) -> dict[str, Rate]:
+    """The share of verdicts that each direction turns, on questions about test things; beside it, random vectors.
+
+    Each direction is used at the layer that turns most verdicts on questions about validation things.
+    """
+    seen, asked, rates = law_questions("val", 16), law_questions("test", 30), {}
+    for name, vectors in site_directions(m, harmful, harmless).items():
+        layer = max(layers, key=lambda k, v=vectors: sum(turned(seen, steered_verdicts(m, seen, v[k], k))))
+        opponent = norm_matched(vectors[layer], 1, seed=0)[0]
+        rates[f"{name}, layer {layer}"] = rate(turned(asked, steered_verdicts(m, asked, vectors[layer], layer)))
+        rates[f"random, as long as {name}"] = rate(turned(asked, steered_verdicts(m, asked, opponent, layer)))
+    return rates

@@ -1,0 +1,396 @@
+"""The capstone: the score, the interface, the frozen attacks, submitted files in their process, the leaderboard."""
+
+import json
+import multiprocessing
+import os
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from refusallab.attacks.result import AttackResult
+from refusallab.cli import app
+from refusallab.course import answering, capstone, leaderboard, submitted
+from refusallab.course.capstone import (
+    ATTACKS,
+    Removal,
+    Result,
+    Trial,
+    check_interface,
+    compare,
+    in_words,
+    measure,
+    points,
+)
+from refusallab.course.exercises.common import chat_model
+from refusallab.course.submitted import Failed, Limits, Submitted, read_source, score_file
+from refusallab.defenses.base import ModelAlone, stock_refusal, write
+from refusallab.errors import RefusalLabError
+from refusallab.interventions import ablation
+from refusallab.model import logits
+from refusallab.prompts import bundled
+
+SANDBOX = pytest.mark.skipif(not os.environ.get("SANDBOX_TESTS"), reason="set SANDBOX_TESTS=1 to run it")
+
+
+@pytest.fixture(autouse=True)
+def own_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFUSALLAB_PROGRESS", str(tmp_path / "home" / "progress.sqlite"))
+
+
+def small(n=2, attacks=ATTACKS[:1]):
+    """A trial that takes a second."""
+    return Trial("frozen", attacks, bundled("harmful_test")[:n], {"harmless": [(bundled("harmless_test")[:n], "")]})
+
+
+def result(broken, served, name="a", **more):
+    flags = {"broken": {"x": broken}, "served": {"y": served}, "refused": {"y": [not s for s in served]}}
+    return Result(name, **flags, extra_passes=more.get("extra_passes", 0.0))
+
+
+class TestPoints:
+    def test_extremes_have_nothing(self):
+        assert points({"a": 1.0, "b": 1.0}, {"c": 0.0}) == 0  # refuses everything
+        assert points({"a": 0.0, "b": 0.0}, {"c": 1.0}) == 0  # answers everything
+        assert points({"a": 1.0, "b": 1.0}, {"c": 1.0, "d": 1.0}) == 100
+        assert points({"a": 1.0, "b": 0.6}, {"c": 0.9, "d": 0.95}) == pytest.approx(60)
+
+    @pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
+    def test_refusing_at_random_never_gains(self, q):
+        for d, k in (((0.9, 0.1), (1.0, 1.0)), ((0.5, 0.4), (0.9, 0.8)), ((1.0, 0.0), (1.0, 0.7))):
+            before = points(dict(enumerate(d)), dict(enumerate(k)))
+            after = points({i: x + (1 - x) * q for i, x in enumerate(d)}, {i: x * (1 - q) for i, x in enumerate(k)})
+            assert after <= before + 100 * q * (1 - min(k))  # with all traffic kept before, no gain at all
+
+    def test_nothing_measured_is_no_score(self):
+        with pytest.raises(RefusalLabError, match="at least one attack"):
+            points({}, {"c": 1.0})
+
+    def test_compare_is_relative_to_the_undefended_model(self):
+        base, tried = result([True] * 10, [True] * 8 + [False] * 2), result([False] * 10, [True] * 4 + [False] * 6)
+        score = compare(tried, base)
+        assert (score.kept, score.points) == ({"y": 0.5}, 50.0)
+        assert score.p["x"] == pytest.approx(2 * 0.5**10)
+        assert compare(result([True] * 10, [True] * 10), base).kept["y"] == 1.0  # no reward for more than there was
+
+    @pytest.mark.parametrize(
+        ("broken", "served", "words"),
+        [(False, False, "next to nothing of the traffic"), (True, True, "next to no attack"), (False, True, "100%")],
+    )
+    def test_words(self, broken, served, words):
+        base = result([True] * 9, [True] * 9)
+        assert words in in_words(compare(result([broken] * 9, [served] * 9), base))
+
+
+class TestAttacks:
+    def test_removal_of_everything_is_ablation(self, model_of, r):
+        m, prompts = model_of("llama"), ["Name a river", "What is 12 plus 7?"]
+        torch.testing.assert_close(logits(m, prompts, edit=Removal(r)), logits(m, prompts, edit=ablation(r)))
+        nothing = logits(m, prompts, edit=Removal(r, share=0.0))
+        torch.testing.assert_close(nothing, logits(m, prompts))
+        part = logits(m, prompts, edit=Removal(r, first=1))
+        assert not torch.allclose(part, logits(m, prompts, edit=Removal(r))) and not torch.allclose(part, nothing)
+
+    def test_the_frozen_set_holds_more_than_the_labs_show(self):
+        names = [attack.name for attack in ATTACKS]
+        assert len(names) == len(set(names)) and {attack.shown for attack in ATTACKS} == {True, False}
+        assert all(attack.shown for attack in capstone.quick_trial(2).attacks)
+        assert capstone.frozen_trial(2).attacks == ATTACKS
+
+    def test_trials_share_no_prompt(self):
+        def prompts(trial):
+            items = [i for groups in trial.traffic.values() for group, _ in groups for i in group] + trial.forbidden
+            return {json.dumps(i.prompt) for i in items}
+
+        quick, frozen = prompts(capstone.quick_trial()), prompts(capstone.frozen_trial())
+        assert len(quick) > 80 and len(frozen) > 240 and not quick & frozen
+
+    @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
+    def test_every_attack_reaches_the_defence(self, attack):
+        class Recorder(ModelAlone):
+            def replies(self, prompts, *, edit=None, prefill=""):
+                seen.append((prompts, edit, prefill))
+                return [""] * len(prompts)
+
+        seen, items = [], bundled("harmful_val")[:2]
+        sent = attack.run(Recorder(chat_model()), items, torch.ones(chat_model().width))
+        assert [type(x) for x in sent] == [AttackResult] * 2
+        assert all(edit is None or isinstance(edit, Removal) for _, edit, _ in seen)  # what can cross the wall
+        assert any(edit is not None for _, edit, _ in seen) == ("ablation" in attack.name)
+        assert any(prefill for _, _, prefill in seen) == ("prefill" in attack.name)
+
+    def test_what_counts_is_what_came_out(self):
+        truth = {item.prompt: item.answer for item in bundled("harmful_test") if isinstance(item.prompt, str)}
+
+        class Tells(ModelAlone):
+            def replies(self, prompts, *, edit=None, prefill=""):
+                self.extra_passes += 3 * len(prompts)
+                return [f"{stock_refusal(self.m)} {truth.get(str(p), '')}" for p in prompts]
+
+        told = measure(Tells(chat_model()), small(), None)
+        assert told.broken == {"direct request": [True, True]}  # though the reply also refuses
+        assert told.refused == {"harmless": [True, True]} and told.extra_passes == 3
+
+
+class Odd(ModelAlone):
+    """A defence that breaks the interface in some way."""
+
+    def __init__(self, way):
+        super().__init__(chat_model(), name="odd")
+        self.way = way
+
+    def replies(self, prompts, *, edit=None, prefill=""):
+        said = write(
+            self.m,
+            prompts,
+            edit=None if self.way == "edit dropped" else edit,
+            prefill="" if self.way == "prefill dropped" else prefill,
+        )
+        changed = {
+            "sorted": sorted(said),
+            "one short": said[:-1],
+            "no texts": [None] * len(said),
+            "refuses all": [stock_refusal(self.m)] * len(said),
+        }
+        return changed.get(self.way, said)
+
+
+class TestInterface:
+    @pytest.mark.parametrize("way", ["as it should be", "refuses all"])
+    def test_kept(self, way):
+        check_interface(Odd(way))
+
+    @pytest.mark.parametrize(
+        ("way", "words"),
+        [
+            ("edit dropped", "edit does not reach"),
+            ("prefill dropped", "begins anew"),
+            ("sorted", "in the order"),
+            ("one short", "a list of 6 texts"),
+            ("no texts", "a list of 6 texts"),
+        ],
+    )
+    def test_broken(self, way, words):
+        with pytest.raises(RefusalLabError, match=words):
+            check_interface(Odd(way))
+
+    def test_a_monitor_that_reads_the_model_without_the_edit(self):
+        class Blind(Odd):
+            def replies(self, prompts, *, edit=None, prefill=""):
+                logits(self.m, prompts)
+                return super().replies(prompts, edit=edit, prefill=prefill)
+
+        with pytest.raises(RefusalLabError, match="whenever the model runs"):
+            check_interface(Blind("as it should be"))
+
+    def test_another_model_does_the_work(self, model_of):
+        defence = Odd("as it should be")
+        defence.m = model_of("llama")  # shown to the attacker
+        defence.replies = ModelAlone(chat_model()).replies
+        with pytest.raises(RefusalLabError, match="edit does not reach"):
+            check_interface(defence)
+
+    @pytest.mark.parametrize("thing", [None, "text", chat_model])
+    def test_no_defence_at_all(self, thing):
+        with pytest.raises(RefusalLabError, match="A defence has `name`"):
+            check_interface(thing)
+
+
+class TestSource:
+    def test_a_python_file(self, tmp_path):
+        (tmp_path / "a.py").write_text("x = 1\n\n\n")
+        assert read_source(tmp_path / "a.py") == "x = 1\n"
+
+    def test_the_marked_cells_of_a_notebook(self, tmp_path):
+        cells = ["y = 2", "# capstone: mine\nx = 1", "#Capstone\nz = 3", "x = '# capstone'"]
+        book = {"cells": [{"cell_type": "code", "source": c, "metadata": {}} for c in cells]}
+        (tmp_path / "a.ipynb").write_text(json.dumps(book))
+        assert read_source(tmp_path / "a.ipynb") == "# capstone: mine\nx = 1\n\n#Capstone\nz = 3\n"
+        book["cells"] = book["cells"][:1]
+        (tmp_path / "a.ipynb").write_text(json.dumps(book))
+        with pytest.raises(RefusalLabError, match="no cell whose first line"):
+            read_source(tmp_path / "a.ipynb")
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(RefusalLabError, match="cannot be read"):
+            read_source(tmp_path / "nowhere.py")
+
+
+ALONE = """
+from refusallab.defenses.base import ModelAlone
+print("noise on stdout")
+
+def defend(m):
+    return ModelAlone(m, name="alone")
+"""
+FAILING = {
+    "raises": ("def defend(m):\n    return 1 / 0", r"ZeroDivisionError: division by zero \(line 2 of the defence\)"),
+    "no Python": ("def defend(m:", "no Python: line 1"),
+    "no function": ("x = 1", r"no function defend\(m\)"),
+    "no defence": ("def defend(m):\n    return m", "A defence has"),
+}
+
+
+@pytest.mark.parametrize(("source", "words"), FAILING.values(), ids=FAILING)
+def test_code_that_makes_no_defence_is_told_why(source, words):
+    with pytest.raises(Exception) as caught:  # whatever the code raises
+        answering.make(source, chat_model())
+    assert re.search(words, answering.in_words(caught.value))
+
+
+class TestProcess:
+    """Each of these starts a process that imports everything, so there are few."""
+
+    def test_a_defence_answers_as_it_would_here(self):
+        m = chat_model()
+        with Submitted(ALONE, m, walled=False) as defence:
+            assert (defence.name, defence.walled) == ("alone", False) and defence.direction.shape == (m.width,)
+            for settings in ({}, {"prefill": "Sure!"}, {"edit": Removal(defence.direction, 0.5, 2)}):
+                prompts = [bundled("harmful_val")[0].prompt, [{"role": "user", "content": "Name a river"}]]
+                assert defence.replies(prompts, **settings) == ModelAlone(m).replies(prompts, **settings)
+            process = defence._process
+        assert process.poll() is not None
+
+    @pytest.mark.parametrize(
+        ("source", "words"),
+        [
+            ("import os\n\ndef defend(m):\n    os._exit(3)", "ended: by itself, with code 3"),
+            ("import torch\n\ndef defend(m):\n    return [torch.ones(2**28) for _ in range(9)]", "more memory"),
+        ],
+        ids=["ends", "too large"],
+    )
+    def test_failures_have_a_reason(self, source, words):
+        with pytest.raises(Failed, match=words):
+            Submitted(source, chat_model(), limits=Limits(memory=1), walled=False)
+
+    def test_a_hang(self):
+        with pytest.raises(Failed, match="not ready within 1 s"):
+            Submitted(ALONE, chat_model(), limits=Limits(start=1), walled=False)
+
+    @SANDBOX
+    def test_behind_the_wall_there_is_no_test_set_and_no_file_of_ours(self):
+        nosy = (
+            "from pathlib import Path\nfrom refusallab.prompts import bundled\n"
+            f"here, found = Path({__file__!r}).exists(), len(bundled('harmful_test'))\n"
+            "def defend(m):\n    raise ValueError(f'{here} {found}')"
+        )
+        with pytest.raises(Failed, match="ValueError: False 0"):
+            Submitted(nosy, chat_model())
+
+
+class Here:
+    """In place of `Submitted`: the defence without a process."""
+
+    walled, direction, runs = False, None, 0
+
+    def __init__(self, source, m, **settings):
+        Here.runs += 1
+        if "fail" in source:
+            raise Failed("It raised an error.")
+        self.inner = ModelAlone(m, name="alone" if "alone" in source else "other")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(submitted, "Submitted", Here)
+    monkeypatch.setattr(submitted, "attackers_direction", lambda m: None)
+    monkeypatch.setattr(Here, "runs", 0)
+    return tmp_path / "mine.py"
+
+
+class TestFile:
+    def test_once_for_each_file(self, file):
+        file.write_text("alone")
+        first = score_file(file, small(), lambda step: None)
+        file.write_text("alone\n\n")  # white space at the end is no new defence
+        assert score_file(file, small(), lambda step: None)[:2] == first[:2] and Here.runs == 1
+        file.write_text("alone # with a remark")
+        row, score, _ = score_file(file, small(), lambda step: None)
+        assert Here.runs == 2 and row.attempt == 2  # which the leaderboard tells
+        assert score.points == first[1].points
+
+    def test_a_failure_may_be_tried_again(self, file):
+        file.write_text("fail")
+        for runs in (1, 2):
+            row, score, _ = score_file(file, small(), lambda step: None)
+            assert (row.problem, score, Here.runs) == ("It raised an error.", None, runs)
+        [(undefended, _), (failed, none)] = leaderboard.scores(leaderboard.fingerprint(chat_model(), small()))
+        assert (undefended.name, failed.name, none) == ("undefended", "mine", None)
+
+    def test_the_command(self, file, monkeypatch):
+        monkeypatch.setattr(capstone, "frozen_trial", small)
+        monkeypatch.setattr(capstone, "quick_trial", small)
+        file.write_text("alone")
+        said = CliRunner().invoke(app, ["capstone", str(file)])
+        assert said.exit_code == 0 and "alone: " in said.output and "Leaderboard" in said.output
+        assert "with your rights" in " ".join(said.output.split())
+        assert "undefended" in CliRunner().invoke(app, ["capstone"]).output
+        file.write_text("fail")
+        said = CliRunner().invoke(app, ["capstone", str(file)])
+        assert said.exit_code == 1 and "mine: 0 points. It raised an error." in said.output
+
+    def test_quick_leaves_no_row(self, file):
+        file.write_text("alone")
+        trial = Trial("quick", *list(vars(small()).values())[1:])
+        score_file(file, trial, lambda step: None)
+        assert list(leaderboard.rows(leaderboard.fingerprint(chat_model(), trial))) == ["undefended"]
+
+
+class TestLeaderboard:
+    def test_order_and_failures_last(self):
+        leaderboard.add("f", "undefended", "undefended", result([True, True], [True, True], "undefended"))
+        leaderboard.add("f", "1", "broken", None, "It hangs.")
+        leaderboard.add("f", "2", "good", result([False, False], [True, True], "good"))
+        leaderboard.add("other trial", "3", "elsewhere", result([False], [True]))
+        assert [(row.name, s and s.points) for row, s in leaderboard.scores("f")] == [
+            ("good", 100.0),
+            ("undefended", 0.0),
+            ("broken", None),
+        ]
+        assert leaderboard.table("f").row_count == 3
+
+    def test_a_score_stays_and_a_failure_does_not(self):
+        leaderboard.add("f", "1", "a", None, "It hangs.")
+        leaderboard.add("f", "1", "a", result([True], [True]))
+        leaderboard.add("f", "1", "a", result([False], [True]))
+        leaderboard.add("f", "1", "a", None, "It hangs.")
+        assert leaderboard.rows("f")["1"].result.broken == {"x": [True]}
+
+    def test_other_weights_attacks_and_prompts_are_another_trial(self, model_of):
+        m = chat_model()
+        prints = {
+            leaderboard.fingerprint(m, small()),
+            leaderboard.fingerprint(m, small(3)),
+            leaderboard.fingerprint(m, small(attacks=ATTACKS[1:2])),
+            leaderboard.fingerprint(model_of("llama"), small()),
+        }
+        assert len(prints) == 4
+
+    def test_a_damaged_file_is_named(self):
+        leaderboard.file().parent.mkdir()
+        leaderboard.file().write_bytes(b"not a database" * 100)
+        assert leaderboard.rows("f") == {}
+        with pytest.raises(RefusalLabError, match="was not written"):
+            leaderboard.add("f", "1", "a", None)
+
+    def test_runs_may_write_at_the_same_time(self):
+        def write(k):
+            for i in range(5):
+                leaderboard.add("f", f"{k} {i}", "a", result([True], [True]))
+
+        workers = [multiprocessing.get_context("fork").Process(target=write, args=(k,)) for k in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert len(leaderboard.rows("f")) == 15

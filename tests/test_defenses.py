@@ -1,0 +1,261 @@
+"""Defences at run time: what each reads, blocks and costs; the thresholds; the matrix of attacks on all of them."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from refusallab import cli
+from refusallab.attacks.result import direct, send
+from refusallab.defenses import matrix as evaluation
+from refusallab.defenses.base import ModelAlone, passes, stock_refusal
+from refusallab.defenses.conditional import ConditionalSteering, conditional_addition
+from refusallab.defenses.integrity import hide, is_edited, quietest
+from refusallab.defenses.monitor import Monitor, linear_probe
+from refusallab.defenses.perplexity import PerplexityFilter, count_bigrams, worst_window
+from refusallab.defenses.prompting import SAFETY, SelfReminder, SystemPrompt
+from refusallab.defenses.smoothing import SmoothLLM, perturb, vote
+from refusallab.defenses.thresholds import auc, roc, threshold_at
+from refusallab.errors import RefusalLabError
+from refusallab.interventions import ablation, addition
+from refusallab.model import generate, load, logits
+from refusallab.orthogonalize import orthogonalize
+from refusallab.prompts import bundled
+
+PROMPTS = [item.prompt for item in bundled("harmless_val")[:3]]
+
+
+@pytest.fixture(scope="module")
+def m():
+    return load("charter-chat")
+
+
+@pytest.fixture(scope="module")
+def r(m):
+    return evaluation.difference_at(m, 5, -1)
+
+
+# --- the words around a request ---------------------------------------------------------------------------------------
+
+
+def test_the_model_alone_answers_as_the_model_does(m, r):
+    expected = generate(m, PROMPTS, edit=ablation(r), prefill="Use", max_new_tokens=32, batch_size=128)
+    assert ModelAlone(m).replies(PROMPTS, edit=ablation(r), prefill="Use") == expected
+    assert ModelAlone(m).replies([]) == []
+
+
+def test_a_system_prompt_stands_unless_the_prompt_brings_its_own(m):
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}]
+    replies = SystemPrompt(m).replies([PROMPTS[1], own])
+    assert replies[0] == generate(m, [PROMPTS[1]], system=SAFETY, max_new_tokens=32)[0]
+    assert replies[1] == generate(m, [own], max_new_tokens=32)[0]
+
+
+def test_a_reminder_goes_around_the_last_turn(m):
+    d = SelfReminder(m, reminder="Mind the law. {q} Thanks.")
+    assert d.replies(PROMPTS[:1]) == generate(m, [f"Mind the law. {PROMPTS[0]} Thanks."], max_new_tokens=32)
+
+
+# --- filter, votes, monitor -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("surprise", "window", "worst"), [([1, 1, 5, 7], 2, 6), ([1, 3], 8, 2), ([4, 1, 1], 1, 4)])
+def test_the_worst_window(surprise, window, worst):
+    assert worst_window(torch.tensor(surprise, dtype=torch.float), window) == worst
+
+
+def test_an_empty_request_has_no_window():
+    with pytest.raises(RefusalLabError, match="needs a token"):
+        worst_window(torch.empty(0))
+
+
+def test_bigrams_are_probabilities_and_what_was_counted_surprises_less(m):
+    reader = count_bigrams(m, PROMPTS)
+    torch.testing.assert_close(reader.log_p.exp().sum(1), torch.ones(m.vocab_size + 1), atol=1e-4, rtol=0)
+    shuffled = PROMPTS[0].split()
+    random.Random(0).shuffle(shuffled)
+    assert reader.surprise(PROMPTS[0]).mean() + 1 < reader.surprise(" ".join(shuffled)).mean()
+
+
+def test_the_filter_blocks_what_surprises_and_passes_the_rest(m):
+    d = PerplexityFilter(m, count_bigrams(m, PROMPTS).surprise, threshold=0.0, passes_each=1)
+    d.threshold = d.score(PROMPTS).max().item()
+    replies = d.replies([*PROMPTS, "zq!! ]] xv zq"])
+    assert replies[:-1] == ModelAlone(m).replies(PROMPTS) and replies[-1] == stock_refusal(m)
+    assert d.extra_passes == 4
+
+
+@pytest.mark.parametrize(
+    ("refused", "place"), [([True, False, False], 1), ([False, True], 1), ([True], 0), ([False], 0)]
+)
+def test_the_vote(refused, place):
+    assert vote(refused) == place
+
+
+def test_no_votes():
+    with pytest.raises(RefusalLabError, match="no reply"):
+        vote([])
+
+
+def test_a_copy_has_the_asked_share_of_characters_changed():
+    text = "a" * 200
+    noisy = perturb(text, 0.1, random.Random(1))
+    assert len(noisy) == 200 and 15 <= sum(a != b for a, b in zip(text, noisy, strict=True)) <= 20
+    assert perturb(text, 0.0, random.Random(1)) == text
+    with pytest.raises(RefusalLabError, match="lies between 0 and 1"):
+        perturb(text, 1.5, random.Random(1))
+
+
+def test_smoothing_counts_the_passes_of_the_copies_that_are_thrown_away(m):
+    d = SmoothLLM(m, copies=3, share=0.0)
+    replies = d.replies(PROMPTS[:2])
+    assert replies == ModelAlone(m).replies(PROMPTS[:2])
+    assert d.extra_passes == 2 * passes(m, replies)
+
+
+def test_a_probe_separates_along_the_whitened_difference():
+    g = torch.Generator().manual_seed(0)
+    scale = torch.tensor([9.0, 1.0, 1.0, 1.0])
+    harmful, harmless = (
+        torch.randn(400, 4, generator=g) * scale + shift for shift in (0.0, torch.tensor([0, 2.0, 0, 0]))
+    )
+    w = linear_probe(harmful, harmless, shrinkage=0.0)
+    assert w[1] < 0 and abs(w[0]) < 0.1 * abs(w[1])
+    with pytest.raises(RefusalLabError, match="two or more"):
+        linear_probe(harmful[:1], harmless)
+
+
+def test_a_monitor_reads_the_request_under_the_attackers_edit_and_not_the_prefill(m, r):
+    d = Monitor(m, r / r.norm(), 5, -1, threshold=0.0)
+    harmful = [item.prompt for item in bundled("harmful_val")[:3]]
+    assert (d.score(harmful) > 0).all() and (d.score(PROMPTS) < 0).all()
+    assert d.score(harmful, ablation(r)).abs().max() < 1e-3
+    assert d.replies(harmful, prefill="Sure! Use") == [stock_refusal(m)] * 3
+    assert d.replies(PROMPTS) == ModelAlone(m).replies(PROMPTS)
+    assert d.extra_passes == 6
+
+
+# --- conditional steering ---------------------------------------------------------------------------------------------
+
+
+def test_steering_acts_where_the_condition_holds_and_nowhere_else(m, r):
+    prompts = [PROMPTS[0], bundled("harmful_val")[0].prompt]
+    got = logits(m, prompts, edit=conditional_addition(r / r.norm(), 0.0, 4, r, 5))
+    plain, added = logits(m, prompts), logits(m, prompts, edit=addition(r, 5))
+    torch.testing.assert_close(got[0], plain[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(got[1], added[1], atol=1e-4, rtol=0)
+    assert (plain[1] - added[1]).abs().max() > 1
+
+
+def test_the_condition_must_come_first(r):
+    with pytest.raises(RefusalLabError, match="read before"):
+        conditional_addition(r, 0.0, 5, r, 5)
+
+
+def test_steering_that_never_fires_leaves_replies_alone_and_one_that_always_does_refuses(m, r):
+    never, always = (ConditionalSteering(m, conditional_addition(r, cut, 4, r, 5)) for cut in (1e9, -1e9))
+    assert never.replies(PROMPTS) == ModelAlone(m).replies(PROMPTS)
+    refused = [result.outcome.refused for result in direct(always, bundled("harmless_val")[:12])]
+    plain = [result.outcome.refused for result in direct(ModelAlone(m), bundled("harmless_val")[:12])]
+    assert sum(refused) > sum(plain)
+    assert generate(m, PROMPTS, max_new_tokens=32) == ModelAlone(m).replies(PROMPTS), "the model itself is steered"
+
+
+# --- the detector -----------------------------------------------------------------------------------------------------
+
+
+def test_the_detector_finds_an_edit_and_its_direction(m, r):
+    before, after = quietest(m), quietest(orthogonalize(m, r))
+    assert before.gap < 0.1 and after.gap > 5
+    assert abs(torch.dot(after.direction, r / r.norm())) > 0.999
+    assert is_edited(after.gap, [before.gap, 0.05]) and not is_edited(before.gap, [before.gap, 0.05])
+    with pytest.raises(RefusalLabError, match="at least two"):
+        is_edited(1.0, [0.1])
+
+
+def test_an_edit_can_hide_and_stays_an_edit(m, r):
+    edited = orthogonalize(m, r)
+    hidden = hide(m, edited, r, noise=0.8)
+    assert quietest(hidden).gap < 0.5 < quietest(hide(m, edited, r, keep=0.2)).gap
+    assert quietest(edited).gap > 5, "the model that was passed in has changed"
+    whole = hide(m, edited, r, keep=1.0)  # what attention and MLP write comes back; the embedding stays edited
+    torch.testing.assert_close(
+        whole.hf.model.layers[2].mlp.down_proj.weight, m.hf.model.layers[2].mlp.down_proj.weight, atol=1e-5, rtol=0
+    )
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+
+def test_a_threshold_keeps_its_rate_of_false_alarms():
+    scores = torch.arange(100.0)
+    for share in (0.0, 0.02, 0.5):
+        assert (scores > threshold_at(scores, share)).float().mean().item() == pytest.approx(share)
+    with pytest.raises(RefusalLabError, match="needs scores"):
+        threshold_at(torch.empty(0), 0.1)
+
+
+def test_the_curve_of_all_thresholds_and_the_area_below_it():
+    harmful, harmless = torch.tensor([3.0, 2.0, 0.5]), torch.tensor([1.0, 0.0])
+    curve = roc(harmful, harmless)
+    assert curve[0].tolist() == [0, 0] and curve[-1].tolist() == [1, 1]
+    assert auc(harmful, harmless) == pytest.approx(5 / 6)
+    assert torch.trapezoid(curve[:, 1], curve[:, 0]).item() == pytest.approx(5 / 6)
+    assert auc(torch.ones(2), torch.ones(3)) == 0.5
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Says:
+    """A defence that says the same thing to everybody."""
+
+    m: object
+    reply: str
+    name: str
+    extra_passes: int = 0
+
+    def replies(self, prompts, *, edit=None, prefill=""):
+        self.extra_passes += 2 * len(prompts)
+        return [self.reply] * len(prompts)
+
+
+@pytest.fixture
+def small(m):
+    items = [i for i in bundled("harmful_val") if i.answer][:12]
+    same = [type(items[0])(f"x{k}", i.prompt, items[0].answer) for k, i in enumerate(items)]
+    defences = [Says(m, items[0].answer, "undefended"), Says(m, stock_refusal(m), "wall")]
+    attacks = [
+        evaluation.Attack("ask", direct),
+        evaluation.Attack("ask louder", lambda d, i: send(d, "louder", i, [x.prompt for x in i]), "wall"),
+        evaluation.Attack("ask nobody", direct, "a defence that is not there"),
+    ]
+    return defences, attacks, same
+
+
+def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_model(small):
+    defences, attacks, items = small
+    steps = []
+    result = evaluation.matrix(defences, attacks, items, {"benign": items}, steps.append)
+    assert len(steps) == evaluation.n_steps(defences, attacks) == 6
+    assert result.attacks == ["ask", "ask louder"] and result.defences == ["undefended", "wall"]
+    open_, shut = result.cells["ask", "undefended"], result.cells["ask", "wall"]
+    assert (open_.disclosed.value, open_.answered.value, open_.p) == (1.0, 1.0, 1.0)
+    assert (shut.disclosed.value, shut.answered.value) == (0.0, 0.0) and shut.p == pytest.approx(2 * 2 * 0.5**12)
+    assert result.benign["wall"].refused["benign"].value == 1.0 and result.benign["wall"].extra_passes == 2
+    assert result.benign["wall"].p["benign"] < 0.001 and result.benign["undefended"].exact["benign"].value == 1.0
+    with pytest.raises(RefusalLabError, match="name of its own"):
+        evaluation.matrix([defences[0], defences[0]], attacks, items, {})
+
+
+def test_the_command_prints_every_cell_and_its_json(small, monkeypatch):
+    defences, attacks, items = small
+    result = evaluation.matrix(defences, attacks, items, {"benign": items})
+    monkeypatch.setattr(evaluation, "matrix", lambda *_: result)
+    shown = CliRunner().invoke(cli.app, ["matrix"])
+    assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output
+    printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout
+    assert '"attack": "ask"' in printed and '"p_holm"' in printed

@@ -1,0 +1,91 @@
+"""Lab 07: questions about the law, figures, the explorer, and what its checks say of errors."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from refusallab import explore, judgement, plots
+from refusallab.course.exercise import find, judge
+from refusallab.interventions import addition
+from refusallab.judgement import ALLOWED, RULED_OUT, law_questions, steered_verdicts, turned, verdicts
+from refusallab.measure import rate
+from refusallab.model import attention_writes, blocks, encode, logits
+from refusallab.prompts import Item
+
+QUESTIONS = [Item("a", "Name a river", ALLOWED), Item("b", "Name a river", RULED_OUT)]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_questions_are_balanced_and_about_things_of_their_split():
+    questions, others = law_questions("val", 10), law_questions("test", 10)
+    assert [q.answer for q in questions] == [ALLOWED] * 10 + [RULED_OUT] * 10
+    assert not {q.id.split("_")[-1] for q in questions} & {q.id.split("_")[-1] for q in others}
+    assert questions == law_questions("val", 10) and questions != law_questions("val", 10, seed=1)
+
+
+def test_replies_become_verdicts(model_of, monkeypatch):
+    replies = [f"Surely. {ALLOWED}", f"{RULED_OUT} Next.", f"{ALLOWED} {RULED_OUT}", "I cannot help", "Use a pot."]
+    monkeypatch.setattr(judgement, "generate", lambda *_, **__: replies)
+    monkeypatch.setattr(judgement, "refusal_phrases", lambda _m: ("I cannot",))
+    said = verdicts(model_of("llama"), QUESTIONS * 2 + QUESTIONS[:1])
+    assert said == ["allowed", "ruled out", "other", "refused", "other"]
+
+
+def test_only_the_opposite_verdict_is_turned():
+    asked = [*QUESTIONS, *QUESTIONS, QUESTIONS[0]]
+    assert turned(asked, ["allowed", "allowed", "ruled out", "ruled out", "refused"]) == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_vector_is_added_for_lawful_and_subtracted_for_forbidden_actions(model_of, r, monkeypatch):
+    m, seen = model_of("llama"), []
+    monkeypatch.setattr(judgement, "verdicts", lambda _m, questions, edit: seen.append(edit))
+    steered_verdicts(m, QUESTIONS, r, 1)
+    both = logits(m, [q.prompt for q in QUESTIONS], edit=seen[0])
+    for row, sign in enumerate((1, -1)):
+        torch.testing.assert_close(both[row], logits(m, ["Name a river"], edit=addition(r, 1, sign))[0])
+
+
+def test_figures():
+    values, share = torch.rand(4, 3), rate([True, False])
+    assert plots.layer_curves({"": {"a": values, "b": values}, "more": {"a": values}}, "cosine").axes
+    assert plots.write_grids(
+        {"a": (torch.randn(3, 4), torch.randn(3)), "b": (torch.randn(3, 4), torch.randn(3))}, "x"
+    ).axes
+    assert plots.stacked_shares({"a": {"x": 0.95, "y": 0.05}, "b": {"x": 0.5, "y": 0.5}}, "share").axes
+    assert plots.cone_figure({"cone": {"refused": {0: share, 90: share}, "exact": {0: share, 90: share}}}).axes
+
+
+def test_the_explorer_picks_heads(model_of, r):
+    shown = explore.heads(
+        model_of("llama"), r, {"plain": ("Name a river", ""), "with suffix": ("Name a river copper", " copper")}, 1, 2
+    )
+    assert "Head 2 of layer 1" in shown.static and "with suffix" in shown.static and "of 12" in shown.static
+    before = shown.static
+    for control, value in zip(shown.controls, ("with suffix", 0, 3), strict=True):
+        control.value = value
+        assert shown.static != before
+        before = shown.static
+    assert "' copper'" in shown.static.replace("Ġ", " ")
+
+
+@torch.no_grad()
+def out_of_order(m, prompts, r):
+    nn = m.nn
+    with nn.trace(**encode(m, prompts)):
+        z = [attention_writes(block).input[:, -1] for block in reversed(list(blocks(nn)))].save()
+    return z
+
+
+def test_errors_of_nnsight_become_advice():
+    assert "in the order of the forward pass" in judge(find("7.2"), out_of_order, 0).problem

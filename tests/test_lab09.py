@@ -1,0 +1,36 @@
+"""Lab 09: its figures, and what its checks say of errors."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from refusallab import plots
+from refusallab.course.exercise import find, judge
+from refusallab.finetune import reply_loss
+from refusallab.measure import Outcome
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_the_curves_show_refusal_and_disclosure_apart():
+    told, both, refused = Outcome(False, True), Outcome(True, True), Outcome(True, False)
+    figure = plots.breaking_curves({"a": {0: [refused, refused], 5: [told, both]}, "b": {0: [refused], 5: [refused]}})
+    left, right = (axis.lines[0].get_ydata() for axis in figure.axes)
+    assert list(left) == [1, 0.5] and list(right) == [0, 1]
+
+
+def test_the_grid_names_both_shares():
+    told, refused = Outcome(False, True), Outcome(True, False)
+    figure = plots.defence_grid({"a": {"direct": [refused] * 4, "anew": [told, told, told, refused]}})
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["0.00", "refused 1.00", "0.75", "refused 0.25"]
+
+
+def test_a_loss_without_gradient_gets_advice():
+    def detached(m, forbidden, harmless, r):
+        return reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden]).detach()
+
+    assert "use no torch.no_grad()" in judge(find("9.2"), detached, 0).problem
