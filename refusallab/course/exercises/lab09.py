@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -27,13 +28,27 @@ from refusallab.model import Model, no_edit, unembedding, wrap
 # --- 9.1 -----------------------------------------------------------------------------------------------------------
 
 
+def _plain(some: list[Lesson]) -> list[dict[str, Any]]:
+    """Lessons as plain data: inputs cross the wall of the grader's sandbox."""
+    return [asdict(x) for x in some]
+
+
+def _with_lessons(function: Any, inputs: dict[str, Any]) -> Any:
+    """What the function returns for inputs whose lessons came as plain data."""
+    return function(**{name: _read(value) for name, value in inputs.items()})
+
+
+def _read(value: Any) -> Any:
+    return [Lesson(**x) for x in value] if isinstance(value, list) else value
+
+
 def _lessons(seed: int) -> list[Case]:
     return [
-        Case("4 forbidden requests", {"lessons": lessons(4, 500 + seed, forbidden=True)}),
-        Case("4 harmless requests", {"lessons": lessons(4, 600 + seed, forbidden=False)}),
+        Case("4 forbidden requests", {"lessons": _plain(lessons(4, 500 + seed, forbidden=True))}),
+        Case("4 harmless requests", {"lessons": _plain(lessons(4, 600 + seed, forbidden=False))}),
         Case(
             "forbidden and harmless ones in turn",
-            {"lessons": [lessons(3, 700 + seed, forbidden=kind)[k] for k in range(3) for kind in (True, False)]},
+            {"lessons": _plain([lessons(3, 700 + seed, forbidden=x)[k] for k in range(3) for x in (True, False)])},
         ),
     ]
 
@@ -54,6 +69,7 @@ EXTEND = Exercise(
     points=2,
     function="extended_replies",
     reference=extend,
+    observe=_with_lessons,
     cases=_lessons,
     mistakes=(
         Mistake(
@@ -108,7 +124,7 @@ def _student() -> Model:
 def _loss_seen(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A loss and its gradient with respect to the weights of the head and of one attention."""
     m = _student()
-    loss = function(m, **inputs)
+    loss = function(m, **{name: _read(value) for name, value in inputs.items()})
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         return {"loss": loss}
     if not loss.requires_grad:
@@ -127,8 +143,8 @@ def _refat_cases(seed: int) -> list[Case]:
         Case(
             f"{n} forbidden and {n} harmless lessons, and a direction whose ablation changes much",
             {
-                "forbidden": lessons(n, 800 + seed, forbidden=True),
-                "harmless": lessons(n, 850 + seed, forbidden=False),
+                "forbidden": _plain(lessons(n, 800 + seed, forbidden=True)),
+                "harmless": _plain(lessons(n, 850 + seed, forbidden=False)),
                 "r": r[k],
             },
         )
@@ -347,7 +363,9 @@ DESCEND = Exercise(
 # --- 9.5 -----------------------------------------------------------------------------------------------------------
 
 
-def _curve(rng: random.Random, shares: dict[int, tuple[float, float, float]], n: int) -> dict[int, list[Outcome]]:
+def _curve(
+    rng: random.Random, shares: dict[int, tuple[float, float, float]], n: int
+) -> dict[int, list[tuple[bool, bool]]]:
     """Outcomes with given shares of (answered and correct, refused yet correct, answered and wrong)."""
     curve = {}
     for steps, (told, both, wrong) in shares.items():
@@ -357,8 +375,14 @@ def _curve(rng: random.Random, shares: dict[int, tuple[float, float, float]], n:
         )
         row += [Outcome(True, False)] * (n - len(row))
         rng.shuffle(row)
-        curve[steps] = row
+        curve[steps] = [(o.refused, o.correct) for o in row]  # plain data, as the grader's sandbox needs it
     return curve
+
+
+def _with_outcomes(function: Any, inputs: dict[str, Any]) -> Any:
+    """What the function returns for a curve whose outcomes came as plain data."""
+    curve = {steps: [Outcome(*pair) for pair in row] for steps, row in inputs["curve"].items()}
+    return function(curve, inputs["share"])
 
 
 def _curves(seed: int) -> list[Case]:
@@ -400,6 +424,7 @@ BROKEN = Exercise(
     points=2,
     function="steps_needed",
     reference=broken_at,
+    observe=_with_outcomes,
     cases=_curves,
     mistakes=(
         Mistake(
