@@ -22,7 +22,7 @@ from refusallab.finetune import reply_loss, shuffled
 from refusallab.headline import outcomes
 from refusallab.interventions import ablation, addition, unit
 from refusallab.measure import Rate, kl_divergence, learn_refusal_tokens, rate, refusal_metric
-from refusallab.model import Edit, Model, Prompt, encode, logits, no_edit
+from refusallab.model import Model, Prompt, encode, logits, no_edit, trace_logits
 from refusallab.prompts import Item, prompt_set
 
 INDUCE_WEIGHT = 0.2  # of the addition loss, beside 1 for the other two
@@ -122,20 +122,11 @@ def direction_loss(
     """
     freed = reply_loss(m, [i.prompt for i in harmful], [i.answer for i in harmful], ablation(v))
     batch = encode(m, [i.prompt for i in harmless])
-    induced = softplus(-refusal_metric(_last_logits(m, batch, addition(length * v, layer)), tokens)).mean()
+    induced = softplus(-refusal_metric(trace_logits(m, batch, addition(length * v, layer)), tokens)).mean()
     with torch.no_grad():
-        base = _last_logits(m, batch, no_edit)
-    kept = kl_divergence(base, _last_logits(m, batch, ablation(v))).mean()
+        base = trace_logits(m, batch, no_edit)
+    kept = kl_divergence(base, trace_logits(m, batch, ablation(v))).mean()
     return freed + INDUCE_WEIGHT * induced + kept
-
-
-def _last_logits(m: Model, batch: dict[str, Tensor], edit: Edit) -> Tensor:
-    """Next-token logits at the last position [n, vocab], with their graph."""
-    nn = m.nn
-    with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
-        edit(nn)
-        last = nn.output.logits[:, -1].save()
-    return last
 
 
 @dataclass(frozen=True)

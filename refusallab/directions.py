@@ -102,6 +102,7 @@ def candidate_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence
     return torch.where(difference.norm(dim=-1, keepdim=True) <= noise, 0.0, difference).float()
 
 
+@torch.no_grad()
 def score_candidates(
     m: Model,
     vectors: Tensor,

@@ -36,20 +36,21 @@ def project_out(x: Tensor, r: Tensor) -> Tensor:
     return _remove(x, unit(r))
 
 
-def ablation(r: Tensor) -> Edit:
+def ablation(r: Tensor, *, share: float = 1.0, first: int = 0) -> Edit:
     """Directional ablation: no component along r anywhere (arXiv 2406.11717, section 2.4).
 
     Projects r out of the input of every block, every attention output and every MLP output, at all positions.
-    r is [width] or [batch, width].
+    r is [width] or [batch, width]. A smaller `share` takes away that part of the component only, and `first` leaves the
+    blocks before it alone: what an attacker does who wants to be noticed less.
     """
     direction = unit(r)
 
     def edit(nn: Any) -> None:
-        for block in blocks(nn):
-            block.input = _remove(block.input, direction)
+        for block in blocks(nn)[first:]:
+            block.input = _remove(block.input, direction, share)
             output = attention(block).output
-            attention(block).output = (_remove(output[0], direction), *output[1:])
-            mlp(block).output = _remove(mlp(block).output, direction)
+            attention(block).output = (_remove(output[0], direction, share), *output[1:])
+            mlp(block).output = _remove(mlp(block).output, direction, share)
 
     return edit
 
@@ -111,9 +112,9 @@ def _finite(r: Tensor) -> Tensor:
     return r
 
 
-def _remove(x: Tensor, direction: Tensor) -> Tensor:
+def _remove(x: Tensor, direction: Tensor, share: float = 1.0) -> Tensor:
     direction = _fit(direction, x)
-    return x - (x * direction).sum(-1, keepdim=True) * direction
+    return x - share * (x * direction).sum(-1, keepdim=True) * direction
 
 
 def _fit(r: Tensor, x: Tensor) -> Tensor:

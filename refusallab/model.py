@@ -581,6 +581,7 @@ def batches(
 # Running
 
 
+@torch.no_grad()
 def logits(
     m: Model,
     prompts: Sequence[Prompt],
@@ -640,9 +641,11 @@ def no_edit(nn: Any) -> None:
     """The edit that changes nothing."""
 
 
-@torch.no_grad()
 def trace_logits(m: Model, batch: dict[str, Tensor], edit: Edit) -> Tensor:
-    """Next-token logits of an encoded batch under an edit: fp32 [batch, vocab], on the model's device."""
+    """Next-token logits of an encoded batch under an edit: fp32 [batch, vocab], on the model's device.
+
+    Gradients flow through it, where they are enabled and something wants them.
+    """
     nn = m.nn  # a trace ships every name that it reads: keep m out of it
     with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
         edit(nn)

@@ -27,9 +27,9 @@ from refusallab.attacks.templates import PAYLOAD_SPLITTING, rewritings
 from refusallab.attacks.white_box import re_extract
 from refusallab.defenses.base import Defence
 from refusallab.errors import RefusalLabError
-from refusallab.interventions import unit
+from refusallab.interventions import ablation
 from refusallab.measure import Outcome, Rate, holm, mcnemar, rate
-from refusallab.model import Edit, Model, Prompt, attention, blocks, messages, mlp
+from refusallab.model import Edit, Model, Prompt, blocks, messages
 from refusallab.prompts import Item, bundled
 
 # --- the attacks ---------------------------------------------------------------------------------------------------
@@ -43,26 +43,14 @@ NOISE = 0.01  # its strength: with more, the model cannot read the names of the 
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """An edit as plain data: takes away a share of what lies along a direction [width], from block `first` on.
-
-    With share 1 and first 0 it does what `refusallab.interventions.ablation` does.
-    """
+    """Directional ablation as plain data, so that it can be sent to the process of a submitted defence."""
 
     vector: Tensor
     share: float = 1.0
     first: int = 0
 
     def __call__(self, nn: Any) -> None:
-        u = unit(self.vector)
-
-        def less(x: Tensor) -> Tensor:
-            return x - self.share * (x @ u.to(x))[..., None] * u.to(x)
-
-        for block in list(blocks(nn))[self.first :]:
-            block.input = less(block.input)
-            output = attention(block).output
-            attention(block).output = (less(output[0]), *output[1:])
-            mlp(block).output = less(mlp(block).output)
+        ablation(self.vector, share=self.share, first=self.first)(nn)
 
 
 Run = Callable[[Defence, Sequence[Item], Tensor | None], list[AttackResult]]
