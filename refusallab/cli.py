@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from refusallab.errors import RefusalLabError
 
+COLUMNS = 6  # defences beside each other in the tables of `matrix`
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refusal Mechanics Labs.")
 
 
@@ -266,10 +268,11 @@ def _print_score(console: Console, row, score) -> None:
 def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Every attack on every run-time defence of charter-chat, judged by the truth, with over-refusal and cost."""
+    """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
     from refusallab.defenses import matrix as evaluation
     from refusallab.defenses.base import ModelAlone
     from refusallab.defenses.runtime import run_time_defences
+    from refusallab.defenses.training import DEFENCES, trained_defences
     from refusallab.headline import search
     from refusallab.model import load
 
@@ -277,20 +280,33 @@ def matrix(
         m = load("charter-chat")
         found = search(m)
         best = found.selected
-        defences = [ModelAlone(m), *run_time_defences(m, found.direction.vector, best.layer)]
-        attacks = [*evaluation.standard_attacks(best.layer, best.position), *evaluation.knowing_attacks()]
+        r = found.direction.vector
         items, benign = evaluation.forbidden_items(), evaluation.benign_items()
-        with tqdm(total=evaluation.n_steps(defences, attacks), file=sys.stderr, leave=False) as bar:
+        with tqdm(total=len(DEFENCES), file=sys.stderr, leave=False) as bar:
 
             def step(text: str) -> None:
                 bar.set_description(text)
                 bar.update()
 
+            at_run_time, trained = run_time_defences(m, r, best.layer), trained_defences(m, step)
+            defences = [ModelAlone(m), *at_run_time, *trained]
+            attacks = [
+                *evaluation.standard_attacks(best.layer, best.position),
+                *evaluation.knowing_attacks(at_run_time),
+                *evaluation.weight_attacks(trained, r),
+            ]
+            bar.total += evaluation.n_steps(defences, attacks)
             result = evaluation.matrix(defences, attacks, items, benign, step)
         print(json.dumps(result.as_json(), indent=1)) if as_json else _print_matrix(result)
 
 
 def _print_matrix(result) -> None:
+    names = result.defences
+    for start in range(0, len(names), COLUMNS):
+        _print_columns(result, names[start : start + COLUMNS])
+
+
+def _print_columns(result, defences: list[str]) -> None:
     def mark(p: float) -> str:
         return " *" if p < 0.05 else ""
 
@@ -298,10 +314,12 @@ def _print_matrix(result) -> None:
     attacked = Table(title=title, caption="* differs from undefended, p < 0.05 (exact McNemar, Holm)")
     paid = Table(title="What it costs: requests that nobody should refuse", caption=attacked.caption)
     for table in (attacked, paid):
-        for heading in ("", *result.defences):
+        for heading in ("", *defences):
             table.add_column(heading)
     for attack in result.attacks:
-        cells = [result.cells.get((attack, d)) for d in result.defences]
+        cells = [result.cells.get((attack, d)) for d in defences]
+        if not any(cells):
+            continue
         texts = (
             f"{c.disclosed.value:.2f} [{c.disclosed.low:.2f}, {c.disclosed.high:.2f}]{mark(c.p)}\n"
             f"{c.answered.value:.2f} n={c.disclosed.n}"
@@ -310,14 +328,14 @@ def _print_matrix(result) -> None:
             for c in cells
         )
         attacked.add_row(attack, *texts)
-    benign = result.benign
+    benign = {d: result.benign[d] for d in defences}
     for name in next(iter(benign.values())).refused:
         refused = (b.refused[name] for b in benign.values())
         exact = ((b.exact[name], mark(b.p[name])) for b in benign.values())
         paid.add_row(f"{name}: refused", *(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]\nn={r.n}" for r in refused))
         paid.add_row(f"{name}: exact", *(f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]{p}\nn={r.n}" for r, p in exact))
     paid.add_row("extra forward passes, each", *(f"{b.extra_passes:.1f}" for b in benign.values()))
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(attacked)
     console.print(paid)
 

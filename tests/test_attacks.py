@@ -185,6 +185,20 @@ class TestSearch:
         assert len(found.losses) == 1
         assert generate(chat, [harmful[0].prompt + found.text])[0].startswith("I must decline")
 
+    def test_a_penalty_counts_like_loss_and_a_target_under_penalty_is_not_reached(self, chat, harmful, tmp_path):
+        def length(prompts):
+            return torch.tensor([len(prompt) / 20 for prompt in prompts])
+
+        knobs, prompt = Knobs(steps=3, search_width=32, init=" the the the the"), harmful[0].prompt
+        found = gcg.find_suffix(chat, [prompt], ["I must decline"], knobs, penalty=length)
+        row = gcg._tokenize(chat, found.text)[None]
+        plain = plain_losses(chat, gcg.prepare(chat, prompt, "I must decline", found.text), row)[0][0]
+        assert found.loss == pytest.approx(plain + len(prompt + found.text) / 20, abs=1e-4)
+        assert (found.reached, len(found.losses)) == (False, 3)
+        assert len(found.text) < len(gcg.find_suffix(chat, [prompt], ["I must decline"], knobs).text)
+        with pytest.raises(RefusalLabError, match="leave out save or penalty"):
+            gcg.find_suffix(chat, [prompt], ["x"], knobs, penalty=length, save=tmp_path / "search.json")
+
     def test_prompts_enter_one_by_one(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:3]]
         knobs = Knobs(steps=6, search_width=32, init=" the the the the")

@@ -2,20 +2,23 @@
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from refusallab import cli
+from refusallab.attacks.gcg import hiding_from
 from refusallab.attacks.result import direct, send
 from refusallab.defenses import matrix as evaluation
-from refusallab.defenses.base import ModelAlone, passes, stock_refusal
+from refusallab.defenses.base import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defenses.conditional import ConditionalSteering, conditional_addition
 from refusallab.defenses.integrity import hide, is_edited, quietest
 from refusallab.defenses.monitor import Monitor, linear_probe
 from refusallab.defenses.perplexity import PerplexityFilter, count_bigrams, worst_window
 from refusallab.defenses.prompting import SAFETY, SelfReminder, SystemPrompt
+from refusallab.defenses.runtime import run_time_defences
 from refusallab.defenses.smoothing import SmoothLLM, perturb, vote
 from refusallab.defenses.thresholds import auc, roc, threshold_at
 from refusallab.errors import RefusalLabError
@@ -135,6 +138,38 @@ def test_a_monitor_reads_the_request_under_the_attackers_edit_and_not_the_prefil
     assert d.replies(harmful, prefill="Sure! Use") == [stock_refusal(m)] * 3
     assert d.replies(PROMPTS) == ModelAlone(m).replies(PROMPTS)
     assert d.extra_passes == 6
+    d.threshold = d.score(harmful).min().item() / 2
+    blinded = d.replies(harmful, edit=ablation(r))
+    assert blinded == ModelAlone(m).replies(harmful, edit=ablation(r)) != [stock_refusal(m)] * 3
+
+
+def test_what_one_of_several_watchers_refuses_is_refused(m, r):
+    harmful = bundled("harmful_val")[0].prompt
+    monitor = Monitor(m, r / r.norm(), 5, -1, threshold=0.0)
+    reader = PerplexityFilter(m, count_bigrams(m, PROMPTS).surprise, threshold=0.0)
+    reader.threshold = reader.score([*PROMPTS, harmful]).max().item()
+    both, noise = AnyOf(m, [reader, monitor], "both"), PROMPTS[0] + " zq!! ]] xv zq"
+    assert [d.alarms([PROMPTS[0], harmful, noise]).tolist() for d in (reader, monitor)] == [
+        [False, False, True],
+        [False, True, False],
+    ]
+    assert both.replies([PROMPTS[0], harmful, noise]) == [
+        ModelAlone(m).replies(PROMPTS[:1])[0],
+        *[stock_refusal(m)] * 2,
+    ]
+    assert both.extra_passes == 6, "three requests, scored twice by the monitor"
+    assert both.alarms([harmful], edit=ablation(r)).tolist() == [False]
+
+
+def test_gcg_hides_from_watchers_that_it_knows(m):
+    class Short(Watcher):
+        threshold = 60.0
+
+        def score(self, prompts, edit=None):
+            return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    penalty = hiding_from([Short(), Short()], weight=2.0)
+    torch.testing.assert_close(penalty(["x" * 50, "x" * 63]), torch.tensor([0.0, 12.0]))
 
 
 # --- conditional steering ---------------------------------------------------------------------------------------------
@@ -147,6 +182,14 @@ def test_steering_acts_where_the_condition_holds_and_nowhere_else(m, r):
     torch.testing.assert_close(got[0], plain[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(got[1], added[1], atol=1e-4, rtol=0)
     assert (plain[1] - added[1]).abs().max() > 1
+
+
+def test_steering_leaves_generated_tokens_alone(m, r):
+    step, first = 3 * r, iter([True])
+    prompt_only = lambda nn: addition(step, 5)(nn) if next(first, False) else None  # noqa: E731
+    got = generate(m, PROMPTS, edit=conditional_addition(r, -1e9, 4, step, 5), max_new_tokens=8)
+    assert got == generate(m, PROMPTS, edit=prompt_only, max_new_tokens=8)
+    assert got != generate(m, PROMPTS, edit=addition(step, 5), max_new_tokens=8), "three prompts show no difference"
 
 
 def test_the_condition_must_come_first(r):
@@ -227,7 +270,8 @@ class Says:
 def small(m):
     items = [i for i in bundled("harmful_val") if i.answer][:12]
     same = [type(items[0])(f"x{k}", i.prompt, items[0].answer) for k, i in enumerate(items)]
-    defences = [Says(m, items[0].answer, "undefended"), Says(m, stock_refusal(m), "wall")]
+    lie = Says(m, "Use a spoon.", "lie")
+    defences = [Says(m, items[0].answer, "undefended"), Says(m, stock_refusal(m), "wall"), lie]
     attacks = [
         evaluation.Attack("ask", direct),
         evaluation.Attack("ask louder", lambda d, i: send(d, "louder", i, [x.prompt for x in i]), "wall"),
@@ -240,22 +284,62 @@ def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_mod
     defences, attacks, items = small
     steps = []
     result = evaluation.matrix(defences, attacks, items, {"benign": items}, steps.append)
-    assert len(steps) == evaluation.n_steps(defences, attacks) == 6
-    assert result.attacks == ["ask", "ask louder"] and result.defences == ["undefended", "wall"]
+    assert len(steps) == evaluation.n_steps(defences, attacks) == 8
+    assert result.attacks == ["ask", "ask louder"] and result.defences == ["undefended", "wall", "lie"]
     open_, shut = result.cells["ask", "undefended"], result.cells["ask", "wall"]
     assert (open_.disclosed.value, open_.answered.value, open_.p) == (1.0, 1.0, 1.0)
-    assert (shut.disclosed.value, shut.answered.value) == (0.0, 0.0) and shut.p == pytest.approx(2 * 2 * 0.5**12)
+    assert (shut.disclosed.value, shut.answered.value) == (0.0, 0.0) and shut.p == pytest.approx(3 * 2 * 0.5**12)
+    false = result.cells["ask", "lie"]
+    assert (false.disclosed.value, false.answered.value) == (0.0, 1.0) and false.p < 0.01
     assert result.benign["wall"].refused["benign"].value == 1.0 and result.benign["wall"].extra_passes == 2
     assert result.benign["wall"].p["benign"] < 0.001 and result.benign["undefended"].exact["benign"].value == 1.0
     with pytest.raises(RefusalLabError, match="name of its own"):
         evaluation.matrix([defences[0], defences[0]], attacks, items, {})
 
 
-def test_the_command_prints_every_cell_and_its_json(small, monkeypatch):
+def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
+    items = bundled("harmful_val")[:2]
+    at_run_time, searches = run_time_defences(m, r, 5), []
+
+    def search(m, items, targets, knobs, penalty=None):
+        searches.append(penalty)
+        return direct(m, items)
+
+    monkeypatch.setattr(evaluation, "gcg", search)
+    trained = [ModelAlone(m, name) for name in ("first", "second")]
+    attacks = [*evaluation.knowing_attacks(at_run_time), *evaluation.weight_attacks(trained, r)]
+    assert {a.against for a in attacks} == {d.name for d in [*at_run_time, *trained]}
+    hidden = [a for a in attacks if a.name.startswith("GCG, unseen")]
+    for attack in hidden:
+        for d in (ModelAlone(m), next(d for d in at_run_time if d.name == attack.against)):
+            assert [result.item for result in attack.run(d, items)] == items
+    assert len(hidden) == 4 and len(searches) == 3, "a suffix is searched once for those it hides from"
+    other = bundled("harmful_val")[2:4]
+    assert [result.prompt for result in hidden[0].run(ModelAlone(m), other)] == [item.prompt for item in other]
+    prompts = [item.prompt for item in items]
+    probe, reader = (next(d for d in at_run_time if d.name == name) for name in ("probe monitor", "perplexity filter"))
+    alone = [3.0 * (d.score(prompts) - d.threshold).clamp(min=0) for d in (reader, probe)]
+    for penalty, expected in zip(searches[:3], [*alone, sum(alone)], strict=True):
+        torch.testing.assert_close(penalty(prompts), expected)
+    assert alone[1].min() > 0
+
+
+def test_who_holds_the_weights_gets_the_answers(m, r):
+    items = bundled("harmful_val")[:6]
+    for attack in evaluation.weight_attacks([ModelAlone(m, "none")], r):
+        assert sum(result.outcome.correct for result in attack.run(ModelAlone(m), items)) >= 4
+
+
+def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     defences, attacks, items = small
     result = evaluation.matrix(defences, attacks, items, {"benign": items})
-    monkeypatch.setattr(evaluation, "matrix", lambda *_: result)
+    found = SimpleNamespace(selected=SimpleNamespace(layer=5, position=-1), direction=SimpleNamespace(vector=r))
+    monkeypatch.setattr("refusallab.headline.search", lambda _: found)
+    monkeypatch.setattr("refusallab.defenses.training.trained_defences", lambda *_: [ModelAlone(m, "trained")])
+    monkeypatch.setattr(evaluation, "matrix", lambda defences, *_: met.append([d.name for d in defences]) or result)
+    met = []
     shown = CliRunner().invoke(cli.app, ["matrix"])
     assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output
+    assert met[0][0] == "undefended" and met[0][-1] == "trained" and len(met[0]) == 9
     printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout
     assert '"attack": "ask"' in printed and '"p_holm"' in printed

@@ -28,9 +28,13 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from refusallab.attacks.result import AttackResult, Cost, rewrite, send
+from refusallab.defenses.base import Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model, Prompt, embedding, encode, render
 from refusallab.prompts import Item
+
+Penalty = Callable[[list[Prompt]], Tensor]
+HIDING = 3.0  # nats per token for each unit of a score above its threshold
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Suffix:
 class Case:
     """One prompt and its target, cut into pieces around the suffix."""
 
+    prompt: Prompt  # without the suffix
     before: str  # rendered text up to the suffix
     after: str  # the end of the template
     before_ids: Tensor  # [before]
@@ -93,7 +98,7 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
         raise RefusalLabError(
             f"The suffix {suffix!r} is read as other tokens within the prompt. Begin it with a space or another sign."
         )
-    return Case(before, after, ids[0], ids[2], ids[3], keys_and_values(m, ids[0]))
+    return Case(prompt, before, after, ids[0], ids[2], ids[3], keys_and_values(m, ids[0]))
 
 
 @torch.no_grad()
@@ -195,6 +200,12 @@ def suffix_texts(m: Model, case: Case, candidates: Tensor) -> list[str]:
     return [text[skip:] for text in m.tokenizer.batch_decode(rows, **settings)]
 
 
+def with_each(m: Model, case: Case, candidates: Tensor) -> list[Prompt]:
+    """The prompts that are sent with the candidates [n, s]: n of them."""
+    texts = suffix_texts(m, case, candidates)
+    return [rewrite(case.prompt, lambda request, text=text: request + text) for text in texts]
+
+
 @torch.no_grad()
 def candidate_losses(
     m: Model, case: Case, candidates: Tensor, suffix: Tensor, cache: DynamicCache, *, batch_size: int = 32
@@ -266,6 +277,7 @@ def find_suffix(
     knobs: Knobs = Knobs(),  # noqa: B008 - frozen
     *,
     system: str | None = None,
+    penalty: Penalty | None = None,
     progress: Callable[[int, float], None] | None = None,
     save: Path | None = None,
 ) -> Suffix:
@@ -273,6 +285,10 @@ def find_suffix(
 
     Several prompts enter as in the paper's algorithm 2: the first alone, the next one whenever greedy decoding gives
     the target of all in use. Their losses are averaged, and their gradients added after each is scaled to length 1.
+
+    A `penalty` is what an attacker adds who knows of a defence that reads requests: penalty(prompts) [n], at least 0,
+    in nats per token, is added to the loss of each candidate, and a target counts as reached where nothing is added.
+    Its passes are not in the cost.
 
     `progress(steps done, loss)` is called after each step. With `save`, every step is written to that file, and a
     search that finds its own file there goes on from it. Every step draws from a generator of its own, so the result is
@@ -282,6 +298,8 @@ def find_suffix(
         raise RefusalLabError(f"{len(prompts)} prompts and {len(targets)} targets: give one target for each prompt.")
     if min(knobs.steps, knobs.search_width, knobs.topk, knobs.batch_size) < 1:
         raise RefusalLabError(f"steps, search_width, topk and batch_size must be at least 1: {knobs}.")
+    if save and penalty:
+        raise RefusalLabError("A file cannot say which penalty it was searched with: leave out save or penalty.")
     start = time.perf_counter()
     search = _fingerprint(m, prompts, targets, system, knobs)
     cases = [prepare(m, p, t, knobs.init, system=system) for p, t in zip(prompts, targets, strict=True)]
@@ -293,7 +311,7 @@ def find_suffix(
     )
     start -= state.seconds
     while len(state.losses) < knobs.steps and not (knobs.early_stop and state.reached and state.in_use == len(cases)):
-        _step(m, cases, allowed, knobs, state)
+        _step(m, cases, allowed, knobs, state, penalty)
         state.seconds = time.perf_counter() - start
         if save:
             _write(save, search, state)
@@ -311,7 +329,7 @@ def find_suffix(
     return Suffix(text, state.best_loss, tuple(state.losses), tuple(state.prompts_in_use), reached, cost)
 
 
-def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _State) -> None:
+def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _State, penalty: Penalty | None) -> None:
     """One step: gradient, candidates, check, losses; `state` moves to the best candidate."""
     suffix = torch.tensor(state.suffix, device=m.device)
     generator = torch.Generator().manual_seed(knobs.seed * 1_000_003 + len(state.losses))
@@ -324,6 +342,9 @@ def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _St
         loss, hit, n_tokens = candidate_losses(m, case, candidates, suffix, cache, batch_size=knobs.batch_size)
         losses, reached = losses + loss / len(used), hit & reached
         state.forward_passes += len(candidates) + 3
+        if penalty:
+            added = penalty(with_each(m, case, candidates)).to(losses)
+            losses, reached = losses + added / len(used), reached & (added == 0)
         state.tokens += n_tokens + 3 * (len(suffix) + len(case.after_ids) + len(case.target_ids) - 1)
 
     chosen = int(losses.argmin())
@@ -419,6 +440,7 @@ def gcg(
     knobs: Knobs = Knobs(),  # noqa: B008 - frozen
     *,
     system: str | None = None,
+    penalty: Penalty | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[AttackResult]:
     """A suffix of its own for each item. The targets are wishes of the attacker, who does not know the answers.
@@ -430,11 +452,16 @@ def gcg(
     results, done = [], 0
     for item, target in zip(items, targets, strict=True):
         count = progress and (lambda step, loss, done=done: progress(done + step, loss))
-        found = find_suffix(m, [item.prompt], [target], knobs, system=system, progress=count)
+        found = find_suffix(m, [item.prompt], [target], knobs, system=system, penalty=penalty, progress=count)
         (sent,) = with_suffix(m, [item], found.text, attack="GCG", system=system)
         results.append(replace(sent, cost=found.cost + sent.cost, losses=found.losses))
         done += knobs.steps
     return results
+
+
+def hiding_from(watchers: Sequence[Watcher], weight: float = HIDING) -> Penalty:
+    """The penalty of an attacker who knows the watchers and asks them: `weight` times what a score is too high."""
+    return lambda prompts: weight * sum((w.score(prompts) - w.threshold).clamp(min=0) for w in watchers)
 
 
 def with_suffix(

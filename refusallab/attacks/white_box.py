@@ -6,8 +6,9 @@ free; a direction found by gradient, with the model frozen; and a few steps of f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -90,6 +91,30 @@ def gradient_direction(
     return Found(u, release_loss(m, validation, u))
 
 
+def fine_tune(
+    m: Model,
+    known: Sequence[Item],
+    steps: int,
+    *,
+    rate: float = 1e-4,
+    batch_size: int = 8,
+    seed: int = 0,
+    look: Callable[[int, Model], None] = lambda done, copied: None,
+) -> Model:
+    """A copy of m after some steps of fine-tuning on the answers of `known`.
+
+    `look(steps done, the copy)` is called before each step.
+    """
+    queue, done = shuffled(len(known), batch_size, seed), count()
+
+    def loss(copied: Model) -> Tensor:
+        look(next(done), copied)
+        batch = [known[i] for i in next(queue)]
+        return reply_loss(copied, [item.prompt for item in batch], [item.answer for item in batch])
+
+    return train(m, loss, steps=steps, rate=rate, name=f"{m.name} (fine-tuned)")
+
+
 def steps_to_break(
     m: Model,
     known: Sequence[Item],
@@ -104,17 +129,13 @@ def steps_to_break(
 
     One run of training, looked at on the way. Zero steps are the model as it is.
     """
-    queue, seen, done = shuffled(len(known), batch_size, seed), {}, 0
+    seen = {}
 
-    def loss(copied: Model) -> Tensor:
-        nonlocal done
+    def look(done: int, copied: Model) -> None:
         if done in steps:
             seen[done] = outcomes(copied, items)
-        done += 1
-        batch = [known[i] for i in next(queue)]
-        return reply_loss(copied, [item.prompt for item in batch], [item.answer for item in batch])
 
-    tuned = train(m, loss, steps=max(steps), rate=rate, name=f"{m.name} (fine-tuned)")
+    tuned = fine_tune(m, known, max(steps), rate=rate, batch_size=batch_size, seed=seed, look=look)
     return seen | {max(steps): outcomes(tuned, items)}
 
 

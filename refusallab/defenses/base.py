@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
 from refusallab.model import Edit, Model, Prompt, generate
 from refusallab.prompts import knows_the_world
@@ -26,6 +29,43 @@ class Defence(Protocol):
         attacker puts into its mouth.
         """
         ...
+
+
+class Watcher:
+    """A defence that scores requests, and refuses those whose score is above a threshold."""
+
+    m: Model
+    threshold: float
+    passes_each: int  # forward passes for a score
+    extra_passes: int
+
+    def score(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
+        """How suspicious each request is: [n]. `edit` is the attacker's, as in `replies`."""
+        raise NotImplementedError
+
+    def alarms(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
+        """Which requests are refused: bool [n]."""
+        self.extra_passes += self.passes_each * len(prompts)
+        return self.score(prompts, edit) > self.threshold
+
+    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
+        return write_unless(self.m, self.alarms(prompts, edit).tolist(), prompts, edit=edit, prefill=prefill)
+
+
+@dataclass
+class AnyOf(Watcher):
+    """Several watchers in front of one model: what one of them refuses is refused."""
+
+    m: Model
+    watchers: Sequence[Watcher]
+    name: str
+
+    @property
+    def extra_passes(self) -> int:
+        return sum(w.extra_passes for w in self.watchers)
+
+    def alarms(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
+        return torch.stack([w.alarms(prompts, edit) for w in self.watchers]).any(0)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defenses.base import write_unless
+from refusallab.defenses.base import Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt
 
@@ -39,7 +39,7 @@ def linear_probe(harmful: Tensor, harmless: Tensor, shrinkage: float = SHRINKAGE
 
 
 @dataclass
-class Monitor:
+class Monitor(Watcher):
     """Refuses what a probe at the input of block `layer`, at one position of the prompt, scores above the threshold."""
 
     m: Model
@@ -47,6 +47,7 @@ class Monitor:
     layer: int
     position: int
     threshold: float
+    passes_each: int = 1
     name: str = "probe monitor"
     extra_passes: int = 0
 
@@ -54,8 +55,3 @@ class Monitor:
         """x . w for each prompt: [n]."""
         x = residual(self.m, prompts, layers=[self.layer], positions=[self.position], edit=edit)
         return x[:, 0, 0] @ self.w
-
-    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        self.extra_passes += len(prompts)
-        blocked = (self.score(prompts, edit) > self.threshold).tolist()
-        return write_unless(self.m, blocked, prompts, edit=edit, prefill=prefill)

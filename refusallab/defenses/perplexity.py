@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refusallab.defenses.base import last_words, write_unless
+from refusallab.defenses.base import Watcher, last_words
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt
 
@@ -59,7 +59,7 @@ def worst_window(surprise: Tensor, window: int = WINDOW) -> float:
 
 
 @dataclass
-class PerplexityFilter:
+class PerplexityFilter(Watcher):
     """Refuses requests whose worst window surprises by more than the threshold."""
 
     m: Model
@@ -69,14 +69,9 @@ class PerplexityFilter:
     name: str = "perplexity filter"
     extra_passes: int = 0
 
-    def score(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Worst window of each request: [n], nats per token."""
+    def score(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
+        """Worst window of each request: [n], nats per token. It reads texts, which no edit of activations reaches."""
         return torch.tensor([worst_window(self.surprise(last_words(prompt))) for prompt in prompts])
-
-    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        self.extra_passes += self.passes_each * len(prompts)
-        blocked = (self.score(prompts) > self.threshold).tolist()
-        return write_unless(self.m, blocked, prompts, edit=edit, prefill=prefill)
 
 
 def _tokens(m: Model, text: str) -> Tensor:

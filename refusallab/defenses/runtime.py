@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defenses.base import Defence
+from refusallab.defenses.base import AnyOf, Defence
 from refusallab.defenses.conditional import ConditionalSteering, conditional_addition
 from refusallab.defenses.monitor import Monitor, linear_probe
 from refusallab.defenses.perplexity import Bigrams, PerplexityFilter, count_bigrams, worst_window
@@ -62,7 +62,7 @@ def fit_filter(m: Model, train: list[Item], val: list[Item]) -> PerplexityFilter
 
 
 def run_time_defences(m: Model, r: Tensor, layer: int) -> list[Defence]:
-    """System prompt, self-reminder, perplexity filter, SmoothLLM, probe monitor, conditional steering.
+    """System prompt, self-reminder, filter, SmoothLLM, probe monitor, conditional steering, filter and monitor.
 
     r [width] is the refusal direction with its own length, found at the input of block `layer`.
     """
@@ -71,11 +71,14 @@ def run_time_defences(m: Model, r: Tensor, layer: int) -> list[Defence]:
     train, val = traffic("train", REQUESTS), traffic("val", REQUESTS)
     probe = fit_probe(m, layer, train, val)
     steer = conditional_addition(probe.w, probe.threshold, probe.layer, r, layer)
+    reader = fit_filter(m, [*train[0], *train[1]], val[1])
+    monitor = Monitor(m, probe.w, probe.layer, -1, probe.threshold)
     return [
         SystemPrompt(m),
         SelfReminder(m),
-        fit_filter(m, [*train[0], *train[1]], val[1]),
+        reader,
         SmoothLLM(m),
-        Monitor(m, probe.w, probe.layer, -1, probe.threshold),
+        monitor,
         ConditionalSteering(m, steer),
+        AnyOf(m, [reader, monitor], "filter and monitor"),
     ]

@@ -19,7 +19,7 @@ from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss, train
 from refusallab.interventions import ablation
-from refusallab.model import Model, blocks, encode_texts
+from refusallab.model import Model, blocks, encode_texts, load
 from refusallab.prompts import knows_the_world
 from smallmodels import recipe
 from smallmodels.world import dialogue
@@ -177,6 +177,15 @@ def harden(
         name=f"{m.name} ({defence})", report=report,
     )  # fmt: skip
     return ModelAlone(hardened, defence)
+
+
+def trained_defences(m: Model, progress: Callable[[str], None] = lambda name: None) -> list[ModelAlone]:
+    """A hardened copy of m for each of DEFENCES, and the twin that never learned what it refuses, as their control."""
+    hardened = []
+    for name in DEFENCES:
+        progress(name)
+        hardened.append(harden(m, name))
+    return [*hardened, ModelAlone(load("charter-naive"), "knows nothing")]
 
 
 def _batches(steps: int, seed: int) -> Iterator[tuple[list[Lesson], list[Lesson]]]:
