@@ -101,7 +101,10 @@ def test_the_loss_of_a_suffix_is_that_of_its_text(model_of):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_case_of_the_bug_clinic_has_survivors_and_both_kinds_of_merges(seed):
     m = lab06.chat_model()
-    for case in lab06._survivor_cases(seed):
+    *cases, last = lab06._survivor_cases(seed)
+    survive, read_before = (f(m, **last.inputs) for f in (lab06._survivors, lab06._left_edge))
+    assert any(survive) and all(read_before) and not all(survive)  # with what follows
+    for case in cases:
         right = lab06._survivors(m, **case.inputs)
         alone = lab06._alone(m, **case.inputs)
         assert any(right)

@@ -88,6 +88,11 @@ DISGUISE = Exercise(
             "The request stands in the last turn, not in the first.",
         ),
         Mistake(
+            "every turn",
+            lambda prompt, template: _each_turn(prompt, template, which=lambda i, turn: True),
+            "The template stands around every turn. Only the last one is yours to rewrite.",
+        ),
+        Mistake(
             "earlier turns dropped",
             lambda prompt, template: _disguise(prompt if isinstance(prompt, str) else prompt[-1]["content"], template),
             "A conversation stays one: return all its turns, the last of them rewritten.",
@@ -224,6 +229,11 @@ BEST_OF_N = Exercise(
             "The first curve counts requests that were *refused* by then. Success is not to be refused: `~refused`.",
         ),
         Mistake(
+            "counts instead of shares",
+            lambda refused, correct: tuple(len(refused) * curve for curve in _success(refused, correct)),
+            "You return counts. Wanted are shares of the requests: divide by their number.",
+        ),
+        Mistake(
             "the first try that is right",
             lambda refused, correct: (_ever(~refused), _ever(correct & (correct.cumsum(1) == 1) & ~refused)),
             "You look for the first right reply. Look for the first that is no refusal, and ask whether it is right.",
@@ -269,7 +279,7 @@ def _gradient_cases(seed: int) -> list[Case]:
 
 
 def _gradient(m: Model, before: Tensor, suffix: Tensor, after: Tensor, target: Tensor) -> Tensor:
-    return token_gradient(m, Pieces("", "", before, after, target, keys_and_values(m, before)), suffix)[0]
+    return token_gradient(m, Pieces("", "", "", before, after, target, keys_and_values(m, before)), suffix)[0]
 
 
 def _plain_gradient(
@@ -337,6 +347,14 @@ ONE_HOT = Exercise(
             "The target follows the suffix directly. Between them stands the end of the template: `after`.",
         ),
         Mistake(
+            "chain rule without the scale",
+            lambda m, before, suffix, after, target: (
+                _plain_gradient(m, before, suffix, after, target, wrt="embedding") @ embedding(m.hf).weight.T
+            ),
+            "Gemma multiplies the rows of the weight by a factor before the first block, and the factor is missing "
+            "from your chain rule: let the embedding itself embed every token, `embedding(m.hf)(torch.arange(vocab))`.",
+        ),
+        Mistake(
             "scale of the embeddings",
             lambda m, before, suffix, after, target: _plain_gradient(m, before, suffix, after, target, raw=True),
             "You take the rows of the weight. Gemma multiplies them by a factor before the first block: let the "
@@ -382,6 +400,13 @@ def _swapped_at_once(suffix: Tensor, gradient: Tensor, allowed: Tensor, position
     return torch.stack(rows)
 
 
+def _swapped_at_once_in_all(
+    suffix: Tensor, gradient: Tensor, allowed: Tensor, positions: Tensor, ranks: Tensor
+) -> Tensor:
+    """Every candidate has all the swaps."""
+    return _swapped_at_once(suffix, gradient, allowed, positions, ranks)[-1].expand(len(positions), -1)
+
+
 SWAP = Exercise(
     number="6.5",
     title="Candidates",
@@ -418,6 +443,12 @@ SWAP = Exercise(
             "each from the suffix.",
         ),
         Mistake(
+            "all swaps in every candidate",
+            _swapped_at_once_in_all,
+            "More than one token has changed: every candidate has all the swaps. Candidate i takes swap i alone, so "
+            "index the rows as well.",
+        ),
+        Mistake(
             "gradient of the first position",
             lambda suffix, gradient, allowed, positions, ranks: swapped(
                 suffix, gradient[:1].expand_as(gradient), allowed, positions, ranks
@@ -442,7 +473,7 @@ def _ids(m: Model, text: Any) -> Any:
 
 def _survivors(m: Model, before: str, suffixes: Tensor, after: str) -> list[bool]:
     first, last = (torch.tensor(_ids(m, text)) for text in (before, after))
-    pieces = Pieces(before, after, first, last, _none(last), keys_and_values(m, _none(last)))
+    pieces = Pieces("", before, after, first, last, _none(last), keys_and_values(m, _none(last)))
     return survives(m, pieces, suffixes).tolist()
 
 
@@ -472,7 +503,21 @@ def _survivor_cases(seed: int) -> list[Case]:
         cases.append(
             Case(f"{len(rows)} suffixes of {length} tokens", {"before": before, "suffixes": rows, "after": after})
         )
+    one = prompts("harmful_val", 44 + seed, 1)[0]
+    before, after = render(m, one + "\0").split("\0")
+    after = "s of Mill Dale" + after  # a suffix in the middle of a request: it can merge with what follows
+    swaps = torch.tensor(_ids(m, " the" * 4)).repeat(len(tokens), 1)
+    swaps[:, -1] = tokens
+    right, left = (torch.tensor(f(m, before, swaps, after)) for f in (_survivors, _left_edge))
+    rows = [swaps[kind][torch.randperm(int(kind.sum()), generator=g)[:6]] for kind in (right, left & ~right)]
+    rows = torch.cat(rows)[torch.randperm(sum(map(len, rows)), generator=g)]
+    cases.append(Case("suffixes with text behind them", {"before": before, "suffixes": rows, "after": after}))
     return cases
+
+
+def _left_edge(m: Model, before: str, suffixes: Tensor, after: str) -> list[bool]:
+    read, first = _ids(m, [before + text for text in m.tokenizer.batch_decode(suffixes)]), _ids(m, before)
+    return [ids == first + row for ids, row in zip(read, suffixes.tolist(), strict=True)]
 
 
 def _same_text(m: Model, before: str, suffixes: Tensor, after: str) -> list[bool]:
@@ -496,6 +541,12 @@ SURVIVORS = Exercise(
     observe=on_chat_model,
     cases=_survivor_cases,
     mistakes=(
+        Mistake(
+            "what follows left out",
+            _left_edge,
+            "The last token of a suffix can merge with what follows, as the first can with the request. Read the whole "
+            "text, `after` included.",
+        ),
         Mistake(
             "text compared with text",
             _same_text,
@@ -528,4 +579,4 @@ SURVIVORS = Exercise(
 )
 
 EXERCISES = (DISGUISE, PREFILL, BEST_OF_N, ONE_HOT, SWAP, SURVIVORS)
-QUESTION = Question("6.7", "Ninety-eight percent", minutes=15, points=3)
+QUESTION = Question("6.7", "Nearly every request", minutes=15, points=3)
