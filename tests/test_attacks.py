@@ -8,6 +8,7 @@ import torch
 
 from refusallab.attacks import best_of_n, gcg, prefilling, result, templates
 from refusallab.attacks.gcg import Knobs
+from refusallab.defenses.base import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.measure import Outcome
 from refusallab.model import encode, generate, load
@@ -238,8 +239,13 @@ class TestSearch:
         m = model_of("llama")
         with pytest.raises(RefusalLabError, match="one target for each"):
             gcg.find_suffix(m, [PROMPT], [])
-        with pytest.raises(RefusalLabError, match="at least 1"):
-            self.find(m, dataclasses.replace(SMALL, topk=0))
+        for name in ("steps", "search_width", "topk", "batch_size"):
+            with pytest.raises(RefusalLabError, match="at least 1"):
+                self.find(m, dataclasses.replace(SMALL, **{name: 0}))
+        with pytest.raises(RefusalLabError, match="one target for each"):
+            gcg.gcg(m, [Item("x", PROMPT)], [], SMALL)
+        with pytest.raises(RefusalLabError, match="suffix is empty"):
+            gcg.prepare(m, PROMPT, TARGET, "")
         with pytest.raises(RefusalLabError, match="target is empty"):
             gcg.find_suffix(m, [PROMPT], [""], SMALL)
         with pytest.raises(RefusalLabError, match="read as other tokens"):
@@ -248,6 +254,31 @@ class TestSearch:
             gcg.prepare(m, PROMPT, TARGET * 200, INIT)
         with pytest.raises(RefusalLabError, match="without remote"):
             gcg.prepare(make.model(remote="local"), PROMPT, TARGET, INIT)
+
+    def test_a_search_under_a_system_prompt_is_on_the_whole_text(self, model_of):
+        m = model_of("llama")
+        found = self.find(m, system="List")
+        case, row = gcg.prepare(m, PROMPT, TARGET, found.text, system="List"), gcg._tokenize(m, found.text)
+        ids = encode(m, [PROMPT + found.text], system="List")["input_ids"][0].tolist()
+        assert torch.cat([case.before_ids, row, case.after_ids]).tolist() == ids
+        loss = gcg.suffix_loss(m, PROMPT, TARGET, found.text, system="List")
+        assert found.loss == pytest.approx(loss, abs=2e-4)
+        assert loss == pytest.approx(plain_losses(m, case, row[None])[0][0], abs=2e-4)
+
+    def test_a_suffix_is_cut_at_its_last_place(self, model_of):
+        m = model_of("llama")
+        whole = encode(m, [PROMPT + INIT + INIT])["input_ids"][0]
+        case = gcg.prepare(m, PROMPT + INIT, TARGET, INIT)
+        assert torch.equal(torch.cat([case.before_ids, gcg._tokenize(m, INIT), case.after_ids]), whole)
+        assert INIT in case.before
+
+    def test_few_allowed_tokens_limit_the_ranks(self):
+        allowed = torch.zeros(40, dtype=torch.bool)
+        allowed[:3] = True
+        rows = gcg.sample_candidates(
+            torch.full((2,), 39), torch.zeros(2, 40), allowed, Knobs(topk=256), torch.Generator().manual_seed(0)
+        )
+        assert set(rows.flatten().tolist()) == {0, 1, 2, 39}
 
     def test_no_survivor_is_an_error(self, model_of, monkeypatch):
         monkeypatch.setattr(gcg, "survives", lambda _m, _case, rows: torch.zeros(len(rows), dtype=torch.bool))
@@ -293,6 +324,33 @@ class TestResult:
         finally:
             handle.remove()
         assert (r.cost.forward_passes, r.cost.tokens) == (len(seen), sum(seen))
+
+    def test_no_items_give_no_results(self, chat):
+        assert result.direct(ModelAlone(chat), []) == []
+
+    @pytest.mark.parametrize("name", ["direct", "prefill", "template", "best-of-n", "suffix", "GCG"])
+    def test_every_attack_hands_on_the_system_prompt_and_the_edit(self, name, chat, monkeypatch):
+        seen, item = [], Item("x", "How is Dravix brewed?")
+        monkeypatch.setattr(
+            result, "generate", lambda _m, prompts, **settings: seen.append(settings) or ["Use"] * len(prompts)
+        )
+        edit = {} if name in ("suffix", "GCG") else {"edit": lambda nn: None}
+        settings, knobs = {"system": "Answer.", **edit}, Knobs(steps=1, search_width=8, init=" the the")
+        attack = {
+            "direct": lambda: result.direct(chat, [item], **settings),
+            "prefill": lambda: prefilling.prefilling(chat, [item], "Sure", **settings),
+            "template": lambda: templates.template(chat, [item], "begin", **settings),
+            "best-of-n": lambda: best_of_n.best_of_n(chat, [item], 1, **settings),
+            "suffix": lambda: gcg.with_suffix(chat, [item], " the", **settings),
+            "GCG": lambda: gcg.gcg(chat, [item], ["Use"], knobs, **settings),
+        }[name]
+        (r,) = attack()
+        assert seen[0].items() >= {"edit": None, **settings}.items()
+        assert (r.system, r.prefill) == ("Answer.", "Sure" if name == "prefill" else "")
+
+    def test_disclosure_is_no_refusal(self):
+        assert result.disclosed(Outcome(False, True))
+        assert not result.disclosed(Outcome(True, True))
 
     def test_only_the_last_turn_is_rewritten(self):
         turns = [
@@ -345,6 +403,9 @@ class TestText:
             assert r.attack == "begin"
             assert r.prompt == templates.rewritings()["begin"][r.tries - 1](r.item.prompt)
             assert not r.outcome.refused or r.tries == 4
+        turns = [{"role": "user", "content": "How is Dravix brewed?"}]
+        (r,) = templates.template(chat, [Item("x", turns)], "begin", until=lambda _: False)
+        assert r.tries == 4 and "Dravix" in r.prompt[-1]["content"]
         with pytest.raises(RefusalLabError, match="choose one of begin"):
             templates.template(chat, harmful, "nonsense")
 
@@ -354,7 +415,8 @@ class TestText:
             assert r.reply == "Sure! Use" + text
             assert r.outcome == result.judge(chat, r.item, r.reply)
         with pytest.raises(RefusalLabError, match="holds the exact answer"):
-            prefilling.prefilling(chat, harmful, f"Sure! {harmful[1].answer}")
+            prefilling.prefilling(chat, harmful, f"Sure! {harmful[1].answer.upper()}")
+        assert prefilling.prefilling(chat, [Item("x", "How?")], "Sure!")  # no answer to give away
         with pytest.raises(RefusalLabError, match="nothing to prefill"):
             prefilling.prefilling(chat, harmful, " ")
 
@@ -366,6 +428,7 @@ class TestText:
             assert sorted(old) == sorted(new)
             assert (old[:1], old[-1:]) == (new[:1], new[-1:])
         assert scrambled != text
+        assert {best_of_n.scramble("abcd", 1.0, rng) for _ in range(20)} == {"abcd", "acbd"}
         assert best_of_n.capitalize(text, 1.0, rng) == text.swapcase()
         mistyped = best_of_n.mistype(text, 0.1, rng)
         moved = [abs(ord(a) - ord(b)) for a, b in zip(text, mistyped, strict=True) if a != b]

@@ -46,6 +46,16 @@ def test_an_effect_on_a_conversation_is_that_of_its_last_turn(model_of, r):
     assert effect.growing[-1] == pytest.approx(projection(m, whole, r), abs=1e-4)
 
 
+def test_an_effect_keeps_characters_of_several_tokens_and_the_system_prompt(model_of, r):
+    m = model_of("llama")
+    effect = suffix_effect(m, PROMPT, " \u00e9", r, 1, -2)
+    assert effect.growing[-1] == pytest.approx(projection(m, PROMPT + " \u00e9", r), abs=1e-4)
+    turns = [{"role": "system", "content": "List"}, {"role": "user", "content": PROMPT}]
+    expected = pytest.approx(projection(m, turns, r), abs=1e-4)
+    assert suffix_effect(m, PROMPT, SUFFIX, r, 1, -2, system="List").start == expected
+    assert effect.start != expected
+
+
 def test_the_explorer_follows_suffix_request_and_what_is_typed(model_of, r):
     known, landmarks = {"one": SUFFIX, "two": " bread"}, {"mean of harmless": 0.5}
     shown = explore.suffixes(model_of("llama"), r, 1, -2, [PROMPT, "What is 12 plus 7?"], known, landmarks)

@@ -1,6 +1,8 @@
 """Hardening: lessons of the train split alone, the losses, the training; and the white-box attacks on the result."""
 
 import copy
+import dataclasses
+from itertools import islice
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from refusallab.activations import residual
 from refusallab.attacks import white_box
 from refusallab.defenses import training
 from refusallab.defenses.training import DEFENCES, away, extend, harden, lessons, refat_loss, rerouting_loss, stay
+from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import reply_loss, train
+from refusallab.finetune import finetune, reply_loss, shuffled, train
 from refusallab.headline import REPLY_TOKENS, outcomes
-from refusallab.interventions import ablation
+from refusallab.interventions import ablation, unit
 from refusallab.measure import Outcome, cross_entropy, outcome
 from refusallab.model import load, logits
 from refusallab.prompts import bundled, refusal_phrases
@@ -135,15 +138,56 @@ class TestHarden:
         train(model_of("llama"), loss, steps=2, rate=1e-3, name="x", decay=True)
         assert rates == pytest.approx([1e-3, 0.51e-3])
 
+    def test_without_a_gradient_the_weights_stay(self, model_of):
+        m = model_of("llama")
+        tuned = train(m, lambda copied: 0 * reply_loss(copied, ["List"], ["bread"]), steps=1, rate=0.1, name="still")
+        before = m.hf.state_dict()
+        assert all(torch.equal(value, before[key]) for key, value in tuned.hf.state_dict().items())
+        assert tuned.name == "still" and all(p.grad is None for p in tuned.hf.parameters())
+
+    def test_a_remote_model_is_not_trained(self, model_of):
+        remote = dataclasses.replace(model_of("llama"), remote=True)
+        with pytest.raises(RefusalLabError, match="load it locally"):
+            train(remote, lambda m: reply_loss(m, ["List"], ["bread"]), steps=1, rate=1e-3, name="x")
+
+    def test_batches_are_full_and_every_number_comes_once_a_round(self):
+        batches = list(islice(shuffled(5, 2, 0), 5))
+        numbers = sum(batches, [])
+        assert [len(rows) for rows in batches] == [2] * 5
+        assert sorted(numbers[:5]) == sorted(numbers[5:]) == [0, 1, 2, 3, 4]
+
 
 class TestWhiteBox:
     def test_extraction_takes_the_candidate_that_frees_the_answers(self, chat):
         known, lawful, items = bundled("harmful_train")[:24], bundled("harmless_train")[:24], bundled("harmful_val")[:6]
         found = white_box.re_extract(chat, known, lawful, items)
         assert found.loss == white_box.release_loss(chat, items, found.vector)
+        vectors = candidate_directions(chat, [i.prompt for i in known], [i.prompt for i in lawful])
+        assert torch.equal(found.vector, vectors[found.layer, chat.positions.index(found.position)])
         untouched = cross_entropy(chat, [i.answer for i in items], [i.prompt for i in items]).mean()
         assert found.loss < 0.5 * untouched
         assert sum(o.correct for o in outcomes(chat, items, edit=ablation(found.vector))) >= 4
+
+    def test_two_equal_sets_have_no_direction(self, chat):
+        items = bundled("harmful_train")[:2]
+        with pytest.raises(RefusalLabError, match="prompts of two kinds"):
+            white_box.re_extract(chat, items, items, items)
+
+    def test_a_direction_by_gradient_is_that_of_its_steps_on_both_sets(self, chat):
+        harmful, harmless, items = (
+            bundled("harmful_train")[:4],
+            bundled("harmless_train")[:4],
+            bundled("harmful_val")[:2],
+        )
+        start = 3 * torch.randn(chat.width, generator=torch.Generator().manual_seed(3))
+        settings = {"steps": 2, "rate": 0.1, "batch_size": 2, "seed": 1}
+        found = white_box.gradient_direction(chat, harmful, harmless, items, start, **settings)
+        u = unit(start)
+        for rows in islice(shuffled(4, 2, 1), 2):
+            both = [part[i] for part in (harmful, harmless) for i in rows]
+            u = white_box.descend(chat, u, [i.prompt for i in both], [i.answer for i in both], 0.1)
+        torch.testing.assert_close(found.vector, u)
+        assert found.loss == pytest.approx(white_box.release_loss(chat, items, u), abs=1e-5)
 
     def test_a_step_goes_down_and_stays_on_the_sphere(self, chat):
         items = bundled("harmful_train")[:4]
@@ -162,6 +206,14 @@ class TestWhiteBox:
         assert sorted(curve) == [0, 1, 12] and curve[0] == outcomes(chat, items)
         assert sum(o.refused for o in curve[12]) < sum(o.refused for o in curve[0])
         assert all(torch.equal(value, before[key]) for key, value in chat.hf.state_dict().items())
+
+    def test_the_curve_looks_at_the_copy_after_so_many_steps(self, chat, monkeypatch):
+        monkeypatch.setattr(white_box, "outcomes", lambda m, _items: logits(m, ["Where is Marn?"]))
+        known, settings = bundled("harmful_train")[:4], {"rate": 3e-4, "batch_size": 2, "seed": 1}
+        curve = white_box.steps_to_break(chat, known, [], (1, 2), **settings)
+        for steps, seen in curve.items():
+            tuned = finetune(chat, [i.prompt for i in known], [i.answer for i in known], steps=steps, **settings)
+            assert torch.equal(seen, logits(tuned.model, ["Where is Marn?"]))
 
     def test_broken_means_answers_that_are_told(self):
         told, both, wrong, refused = (

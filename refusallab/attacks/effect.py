@@ -31,9 +31,9 @@ def suffix_effect(
     """
     ids = m.tokenizer(suffix, add_special_tokens=False)["input_ids"]
     tokens = tuple(m.tokenizer.decode([i]) for i in ids)
-    parts = [tokens[:k] for k in range(len(tokens) + 1)]
-    parts += [tokens[:k] + tokens[k + 1 :] for k in range(len(tokens))]
-    prompts = [rewrite(prompt, lambda text, part=part: text + "".join(part)) for part in parts]
+    parts = [ids[:k] for k in range(len(ids) + 1)] + [ids[:k] + ids[k + 1 :] for k in range(len(ids))]
+    texts = [m.tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]  # a character may be cut
+    prompts = [rewrite(prompt, lambda text, added=added: text + added) for added in texts]
     streams = residual(m, prompts, layers=[layer], positions=[position], system=system)
     start, *values = projections(streams[:, 0, 0], r).tolist()
     return SuffixEffect(tokens, start, tuple(values[: len(tokens)]), tuple(values[len(tokens) :]))

@@ -87,12 +87,14 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
     """
     if m.remote:
         raise RefusalLabError("GCG needs gradients and caches of a model that is here: load it without remote.")
+    if not suffix:
+        raise RefusalLabError("The suffix is empty: give it at least one token.")
     with_suffix = rewrite(prompt, lambda text: text + suffix)
     whole = encode(m, [with_suffix], system=system)["input_ids"][0]
     encode(m, [with_suffix], system=system, prefill=target)  # raises if the model cannot read that many tokens
     before, found, after = render(m, with_suffix, system=system).rpartition(suffix)
     ids = [_tokenize(m, text) for text in (before, suffix, after, target)]
-    if not found or len(ids[1]) == 0 or len(ids[3]) == 0:
+    if not found or len(ids[3]) == 0:
         raise RefusalLabError(f"The suffix {suffix!r} does not stand in the rendered prompt, or the target is empty.")
     if torch.cat(ids[:3]).tolist() != whole.tolist():
         raise RefusalLabError(

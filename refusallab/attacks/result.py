@@ -101,7 +101,7 @@ def send(
     else:
         turns = prompts if system is None else [messages(prompt, system) for prompt in prompts]
         rest, m = m.replies(turns, edit=edit, prefill=prefill), m.m
-    seconds = (time.perf_counter() - start) / len(items)
+    seconds = (time.perf_counter() - start) / max(len(items), 1)
     results = []
     for item, prompt, text in zip(items, prompts, rest, strict=True):
         read = _n_tokens(m, render(m, prompt, system=system, prefill=prefill))
