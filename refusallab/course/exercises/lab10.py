@@ -150,7 +150,7 @@ def _cascade_cases(seed: int) -> list[Case]:
     cases = []
     for k, (what, cheap, costly) in enumerate(
         [
-            ("six prompts, one guard stops two and the other three", slice(1, 3), slice(2, 5)),
+            ("six prompts, one guard stops two and the other four", slice(1, 3), slice(2, 6)),
             ("six prompts, the cheap guard stops none", slice(0, 0), slice(0, 2)),
             ("six prompts, the cheap guard stops four", slice(0, 4), slice(5, 6)),
         ]
@@ -166,6 +166,14 @@ def _cascade(cheap: Guard, costly: Guard, prompts: Sequence[str]) -> list[bool]:
     stopped = cheap(prompts)
     late = iter(costly([p for p, stop in zip(prompts, stopped, strict=True) if not stop]))
     return [stop or next(late) for stop in stopped]
+
+
+def _misplaced(cheap: Guard, costly: Guard, prompts: Sequence[str]) -> list[bool]:
+    """The costly guard's answers read at the places of all prompts."""
+    stopped = cheap(prompts)
+    late = costly([p for p, stop in zip(prompts, stopped, strict=True) if not stop])
+    late = [*late, *[False] * len(prompts)]
+    return [stop or late[i] for i, stop in enumerate(stopped)]
 
 
 CASCADE = Exercise(
@@ -196,6 +204,12 @@ CASCADE = Exercise(
                 + costly([p for p, a in zip(prompts, cheap(prompts), strict=True) if not a])
             ),
             "The answers stand in another order than the prompts: entry i belongs to prompt i.",
+        ),
+        Mistake(
+            "places of the longer list",
+            _misplaced,
+            "The costly guard answers for the prompts that it has read: its answers stand in the order of that shorter "
+            "list, not at the places of all prompts.",
         ),
         Mistake(
             "the cheap guard alone",
@@ -415,6 +429,7 @@ def _flag_tables(seed: int) -> list[Case]:
             60,
             {"direct": (0.02, 0.02), "templates": (0.6, 0.4), "ablation": (0.95, 0.75), "best-of-n": (0.3, 0.12)},
         ),
+        ("a defence that changes which attack is worst", 40, {"templates": (0.95, 0.1), "suffix": (0.6, 0.5)}),
     ):
         draws = {name: torch.rand(n, generator=generator, dtype=torch.float64) for name in shares}
         other = {name: torch.rand(n, generator=generator, dtype=torch.float64) for name in shares}
@@ -435,6 +450,13 @@ VERDICT = Exercise(
     reference=_verdict,
     cases=_flag_tables,
     mistakes=(
+        Mistake(
+            "worst without the defence",
+            lambda broken, baseline: _verdict(
+                broken, baseline, worst=lambda _, key: max(baseline, key=lambda attack: sum(baseline[attack]))
+            ),
+            "You took the attack that is worst *without* the defence. The worst case is what still comes out with it.",
+        ),
         Mistake(
             "best attack for worst",
             partial(_verdict, worst=min),
