@@ -269,14 +269,17 @@ class TestProcess:
             Submitted(ALONE, chat_model(), limits=Limits(start=1), walled=False)
 
     @SANDBOX
-    def test_behind_the_wall_there_is_no_test_set_and_no_file_of_ours(self):
-        nosy = (
-            "from pathlib import Path\nfrom refusallab.prompts import bundled\n"
-            f"here, found = Path({__file__!r}).exists(), len(bundled('harmful_test'))\n"
-            "def defend(m):\n    raise ValueError(f'{here} {found}')"
-        )
-        with pytest.raises(Failed, match="ValueError: False 0"):
-            Submitted(nosy, chat_model())
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("len(bundled('harmful_test'))", "Permission denied: .*harmful_test.csv"),
+            (f"Path({__file__!r}).read_text()", "No such file"),
+        ],
+    )
+    def test_behind_the_wall_there_is_no_test_set_and_no_file_of_ours(self, line, words):
+        nosy = f"from pathlib import Path\nfrom refusallab.prompts import bundled\nfound = {line}\n"
+        with pytest.raises(Failed, match=words):
+            Submitted(nosy + "def defend(m):\n    pass", chat_model())
 
 
 class Here:

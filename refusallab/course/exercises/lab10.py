@@ -147,18 +147,18 @@ def _cascade_seen(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cascade_cases(seed: int) -> list[Case]:
-    cases = []
+    cases, order = [], torch.randperm(6, generator=torch.Generator().manual_seed(seed)).tolist()
     for k, (what, cheap, costly) in enumerate(
         [
-            ("six prompts, one guard stops two and the other four", slice(1, 3), slice(2, 6)),
-            ("six prompts, the cheap guard stops none", slice(0, 0), slice(0, 2)),
-            ("six prompts, the cheap guard stops four", slice(0, 4), slice(5, 6)),
+            ("six prompts, one guard stops two and the other three", [1, 4], [0, 2, 4]),  # each mistake shows
+            ("six prompts, the cheap guard stops none", [], order[:2]),
+            ("six prompts, the cheap guard stops four", order[:4], order[5:]),
         ]
     ):
         texts = prompts("harmless_val", 10 * seed + k, 6)
-        order = torch.randperm(6, generator=torch.Generator().manual_seed(10 * seed + k)).tolist()
-        words = [_last_words(texts, 6)[i] for i in order]
-        cases.append(Case(what, {"cheap": words[cheap], "costly": words[costly], "prompts": texts}))
+        words = _last_words(texts, 6)
+        stops = {name: [words[i] for i in places] for name, places in (("cheap", cheap), ("costly", costly))}
+        cases.append(Case(what, {**stops, "prompts": texts}))
     return cases
 
 
