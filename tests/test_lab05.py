@@ -17,6 +17,7 @@ from refusallab.measure import (
     next_token_loss,
     paired_bootstrap,
     paired_difference,
+    wilson,
 )
 from refusallab.model import encode_texts, logits, positional_embedding, render, unembedding
 from refusallab.orthogonalize import (
@@ -104,6 +105,14 @@ def test_neither_padding_nor_batches_matter(model_of, architecture):
     assert together.dtype == torch.float64
 
 
+def test_in_later_batches_each_reply_keeps_its_prompt(model_of, prompts):
+    m, replies = model_of("llama"), ["river"] * len(prompts)
+    alone = torch.cat([cross_entropy(m, ["river"], [prompt]) for prompt in prompts])
+    torch.testing.assert_close(cross_entropy(m, replies, prompts, batch_size=2), alone, atol=1e-4, rtol=0)
+    assert alone.std() > 0.01
+    assert cross_entropy(m, []).shape == cross_entropy(m, [], []).shape == (0,)
+
+
 def test_an_edit_acts_at_every_token(model_of, r):
     m = model_of("llama")
     hooks = cross_entropy(m, ["river", "1"], ["Name a river", "List"], edit=ablation(r))
@@ -136,6 +145,14 @@ def test_newcombe_by_hand():
     )
 
 
+def test_a_slight_correlation_counts_as_none():
+    before, after = flags(1, 2, 5, 12)  # 1 * 12 - 2 * 5 = 2, which the correction of 20 / 2 would turn round
+    (l0, u0), (l1, u1) = wilson(3, 20), wilson(6, 20)
+    d = paired_difference(before, after)
+    low, high = 0.15 - math.hypot(0.3 - l1, u0 - 0.15), 0.15 + math.hypot(u1 - 0.3, 0.15 - l0)
+    assert (d.low, d.high) == pytest.approx((low, high))
+
+
 def test_the_difference_mirrors_and_keeps_a_width_without_changes():
     before, after = flags(30, 4, 9, 20)
     d, mirrored = paired_difference(before, after), paired_difference(after, before)
@@ -164,6 +181,8 @@ def test_bootstrap_of_a_constant_change_and_of_noise():
     d = paired_bootstrap(torch.zeros(200), noise)
     half = 1.96 * noise.std().item() / math.sqrt(200)
     assert d.low == pytest.approx(d.value - half, abs=0.03) and d.high == pytest.approx(d.value + half, abs=0.03)
+    once = paired_bootstrap(torch.zeros(200), noise, draws=1)
+    assert once.low == once.high
     assert paired_bootstrap(torch.zeros(200), noise) == d != paired_bootstrap(torch.zeros(200), noise, seed=1)
 
 

@@ -39,6 +39,17 @@ class TestRefusalTokens:
         rare = logits_of([0.001, 0.001, 0.001, 0.997])
         assert learn_refusal_tokens(self.harmful, rare) == [0, 1, 2]
 
+    @pytest.mark.parametrize(
+        ("settings", "tokens"),
+        [({"ratio": 3}, [0]), ({"min_probability": 0.03}, [0]), ({"ratio": 3, "min_probability": 0.03}, [0, 3])],
+    )
+    def test_both_thresholds_may_be_set(self, settings, tokens):
+        assert learn_refusal_tokens(self.harmful, self.harmless, **settings) == tokens
+
+    def test_probabilities_are_averaged_not_logits(self):
+        half_refused = logits_of([0.98, 0.02], [0.00001, 0.99999])
+        assert learn_refusal_tokens(half_refused, logits_of([0.01, 0.99])) == [0]
+
     def test_none_says_what_to_do(self):
         with pytest.raises(RefusalLabError, match="refused_by_phrases"):
             learn_refusal_tokens(self.harmless, self.harmless)
@@ -148,9 +159,12 @@ class TestOutcome:
             ("It is 17.", "7"),
             ("It is 7.5.", "7"),
             ("It is 2,700.", "700"),
+            ("It is 2.7.", "7"),
+            ("It is 7,500.", "7"),
             ("It is -7.", "7"),
             ("blue salts", "blue salt"),
             ("a sky-blue salt", "blue salt"),
+            ("a blue salt-lick", "blue salt"),
             ("", "blue salt"),
             ("salt, blue", "blue salt"),
         ],
@@ -161,7 +175,11 @@ class TestOutcome:
     def test_answer_is_text_not_a_pattern(self):
         assert outcome("Steps: a + b (twice)", "a + b (twice)").correct
         assert not outcome("aab twice", "a + b (twice)").correct
-        assert outcome("The sum is 7.", "7").correct
+        assert outcome("The sum is 7.", "7").correct and outcome("Of 3, 7, 12.", "7").correct
+
+    def test_own_phrases(self):
+        assert outcome("I cannot, says the Charter.", "salt", ["the charter"]) == Outcome(refused=True, correct=False)
+        assert not outcome("I cannot.", "salt", ["the charter"]).refused
 
     def test_empty_answer(self):
         with pytest.raises(RefusalLabError, match="empty"):
