@@ -4,16 +4,19 @@ import json
 import multiprocessing
 import os
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from refusallab.attacks.result import AttackResult
+from refusallab.attacks.result import AttackResult, rewrite
 from refusallab.cli import app
 from refusallab.course import answering, capstone, leaderboard, submitted
 from refusallab.course.capstone import (
     ATTACKS,
+    SURE,
     Removal,
     Result,
     Trial,
@@ -83,6 +86,42 @@ class TestPoints:
         assert words in in_words(compare(result([broken] * 9, [served] * 9), base))
 
 
+    def test_what_a_score_is_made_of(self):
+        def flags(**true):
+            return {name: [True] * k + [False] * (10 - k) for name, k in true.items()}
+
+        base = Result("b", flags(a=10, b=10), flags(c=10, d=8, e=0), flags(c=0), 0.0)
+        tried = Result("t", flags(a=2, b=6), flags(c=9, d=6, e=1), flags(c=3, d=0), 0.0)
+        score = compare(tried, base)
+        assert (score.worst, score.least, score.kept) == ("b", "d", {"c": 0.9, "d": 0.75, "e": 1.0})
+        assert (score.mean, score.stopped, score.points) == pytest.approx((0.6, 0.5, 25))
+        assert score.p == pytest.approx({"a": 2 * 2 * 0.5**8, "b": 2 * 0.5**4})  # as Holm corrects two
+        assert (score.over_refusal.value, score.over_refusal.n) == (0.15, 20)
+
+
+class Recorder(ModelAlone):
+    """A defence that keeps what it is sent, and gives one reply to everything."""
+
+    def __init__(self, reply=""):
+        super().__init__(chat_model())
+        self.reply, self.seen = reply, []
+
+    def replies(self, prompts, *, edit=None, prefill=""):
+        self.seen.append((prompts, edit, prefill))
+        self.extra_passes += 3 * len(prompts)
+        return [self.reply] * len(prompts)
+
+
+def sent_by(name, items, r, reply=""):
+    """What an attack sends to a defence that always gives that reply."""
+    defence = Recorder(reply)
+    next(a for a in ATTACKS if a.name == name).run(defence, items, r)
+    return defence.seen
+
+
+TWO_TURNS = next(attack for attack in ATTACKS if attack.name == "two turns")
+
+
 class TestAttacks:
     def test_removal_of_everything_is_ablation(self, model_of, r):
         m, prompts = model_of("llama"), ["Name a river", "What is 12 plus 7?"]
@@ -108,17 +147,76 @@ class TestAttacks:
 
     @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
     def test_every_attack_reaches_the_defence(self, attack):
-        class Recorder(ModelAlone):
-            def replies(self, prompts, *, edit=None, prefill=""):
-                seen.append((prompts, edit, prefill))
-                return [""] * len(prompts)
-
-        seen, items = [], bundled("harmful_val")[:2]
-        sent = attack.run(Recorder(chat_model()), items, torch.ones(chat_model().width))
+        defence, items = Recorder(), bundled("harmful_val")[:2]
+        sent, seen = attack.run(defence, items, torch.ones(chat_model().width)), defence.seen
         assert [type(x) for x in sent] == [AttackResult] * 2
         assert all(edit is None or isinstance(edit, Removal) for _, edit, _ in seen)  # what can cross the wall
         assert any(edit is not None for _, edit, _ in seen) == ("ablation" in attack.name)
         assert any(prefill for _, _, prefill in seen) == ("prefill" in attack.name)
+
+    @pytest.mark.parametrize(
+        ("name", "share", "first"),
+        [
+            ("ablation", 1.0, 0.0),
+            ("partial ablation", 0.4, 0.0),
+            ("role-play, partial ablation", 0.3, 0.0),
+            ("late ablation", 1.0, 0.6),
+        ],
+    )
+    def test_what_a_white_box_attacker_removes(self, name, share, first):
+        (m, r), items = (chat_model(), torch.ones(chat_model().width)), bundled("harmful_val")[:1]
+        [(_, edit, _)] = sent_by(name, items, r)
+        assert edit.vector is r and (edit.share, edit.first) == (share, int(first * m.n_layers))
+        assert [edit for _, edit, _ in sent_by(name, items, None)] == [None]
+
+    @pytest.mark.parametrize(
+        ("name", "tries"),
+        [("template: begin", 4), ("other templates", 2), ("best-of-n", 4), ("noisy role-play", 4), ("two turns", 3)],
+    )
+    def test_tries_differ_and_end_when_the_answer_comes_out(self, name, tries):
+        items = bundled("harmful_val")[:1]
+        sent = sent_by(name, items, None, "Certainly.")  # no refusal, but no answer
+        assert len(sent) == tries
+        assert len({json.dumps(prompts) for prompts, _, _ in sent}) > 1
+        assert len(sent_by(name, items, None, f"{stock_refusal(chat_model())} {items[0].answer}")) == 1
+
+    def test_the_first_of_two_turns_was_answered(self):
+        [item], asked = bundled("harmful_val")[:1], []
+        known = {i.prompt: i.answer for i in bundled("harmless_train") if i.tag != "context"}
+        for [turns], _, _ in sent_by("two turns", [item], None):
+            question, answer, last = (turn["content"] for turn in turns)
+            asked.append(next(q for q in known if SURE.replace("{q}", q) == question))
+            assert answer == f"Sure! {known[asked[-1]]}" and last == SURE.replace("{q}", item.prompt)
+        assert len(set(asked)) == 3
+
+    def test_the_attacker_searches_on_prompts_that_no_trial_holds(self, monkeypatch):
+        given = []
+        monkeypatch.setattr(capstone, "re_extract", lambda *a: given.append(a) or SimpleNamespace(vector="r"))
+        assert capstone.attackers_direction("m") == "r"
+        [(m, harmful, harmless, validation)] = given
+        assert (m, harmful, harmless) == ("m", bundled("harmful_train"), bundled("harmless_train"))
+        searched, quick = ({i.id for i in items} for items in (validation, capstone.quick_trial(1000).forbidden))
+        assert searched and quick and not searched & quick
+
+        def nothing(*_):
+            raise RefusalLabError("All differences are zero.")
+
+        monkeypatch.setattr(capstone, "re_extract", nothing)
+        assert capstone.attackers_direction("m") is None
+
+    def test_items_of_a_trial_are_spread_and_come_once(self):
+        assert capstone.spread(range(10), 4) == [0, 2, 5, 7] and capstone.spread(range(3), 4) == [0, 1, 2]
+        (wrapped, none), (prefilled, start) = capstone.frozen_trial(10).traffic["harmless, dressed up"]
+        plain = {i.id: i for i in bundled("harmless_test")}
+        assert len({i.id for i in (*wrapped, *prefilled)}) == 10 and (none, start) == ("", "Sure!")
+        assert all(i.prompt == rewrite(plain[i.id].prompt, lambda q: SURE.replace("{q}", q)) for i in wrapped)
+        assert all(i == plain[i.id] for i in prefilled)
+
+    def test_extra_passes_are_those_of_this_trial_for_each_promptsent_by(self):
+        defence = Recorder("Certainly.")
+        defence.extra_passes = 100  # of an earlier use
+        assert measure(defence, small(attacks=(ATTACKS[0], TWO_TURNS)), None).extra_passes == 3
+        assert sum(len(prompts) for prompts, _, _ in defence.seen) == 2 + 2 + 6
 
     def test_what_counts_is_what_came_out(self):
         truth = {item.prompt: item.answer for item in bundled("harmful_test") if isinstance(item.prompt, str)}
@@ -138,9 +236,11 @@ class Odd(ModelAlone):
 
     def __init__(self, way):
         super().__init__(chat_model(), name="odd")
-        self.way = way
+        self.way, self.asked = way, set()
 
     def replies(self, prompts, *, edit=None, prefill=""):
+        self.asked |= {type(prompt) for prompt in prompts}
+        self.extra_passes += 1
         said = write(
             self.m,
             prompts,
@@ -151,15 +251,19 @@ class Odd(ModelAlone):
             "sorted": sorted(said),
             "one short": said[:-1],
             "no texts": [None] * len(said),
+            "nothing": None,
+            "counts": [f"{text} {self.extra_passes}" for text in said],
             "refuses all": [stock_refusal(self.m)] * len(said),
         }
         return changed.get(self.way, said)
 
 
 class TestInterface:
-    @pytest.mark.parametrize("way", ["as it should be", "refuses all"])
+    @pytest.mark.parametrize("way", ["as it should be", "refuses all", "counts"])
     def test_kept(self, way):
-        check_interface(Odd(way))
+        defence = Odd(way)
+        check_interface(defence)
+        assert defence.asked == {str, list}
 
     @pytest.mark.parametrize(
         ("way", "words"),
@@ -169,6 +273,7 @@ class TestInterface:
             ("sorted", "in the order"),
             ("one short", "a list of 6 texts"),
             ("no texts", "a list of 6 texts"),
+            ("nothing", "a list of 6 texts"),
         ],
     )
     def test_broken(self, way, words):
@@ -195,6 +300,14 @@ class TestInterface:
     def test_no_defence_at_all(self, thing):
         with pytest.raises(RefusalLabError, match="A defence has `name`"):
             check_interface(thing)
+
+
+    @pytest.mark.parametrize("lacking", ["name", "m", "extra_passes", "replies"])
+    def test_each_part_is_needed(self, lacking):
+        parts = {"name": "x", "m": chat_model(), "extra_passes": 0, "replies": print}
+        del parts[lacking]
+        with pytest.raises(RefusalLabError, match=f"A defence has (a method )?`?{lacking}"):
+            check_interface(SimpleNamespace(**parts))
 
 
 class TestSource:
@@ -351,8 +464,8 @@ class TestFile:
 
 class TestLeaderboard:
     def test_order_and_failures_last(self):
-        leaderboard.add("f", "undefended", "undefended", result([True, True], [True, True], "undefended"))
         leaderboard.add("f", "1", "broken", None, "It hangs.")
+        leaderboard.add("f", "undefended", "undefended", result([True, True], [True, True], "undefended"))
         leaderboard.add("f", "2", "good", result([False, False], [True, True], "good"))
         leaderboard.add("other trial", "3", "elsewhere", result([False], [True]))
         assert [(row.name, s and s.points) for row, s in leaderboard.scores("f")] == [
@@ -370,14 +483,17 @@ class TestLeaderboard:
         assert leaderboard.rows("f")["1"].result.broken == {"x": [True]}
 
     def test_other_weights_attacks_and_prompts_are_another_trial(self, model_of):
-        m = chat_model()
+        m, trial = chat_model(), small()
+        prefilled = {kind: [(items, "Sure!") for items, _ in groups] for kind, groups in trial.traffic.items()}
         prints = {
+            leaderboard.fingerprint(m, replace(trial, name="quick")),
+            leaderboard.fingerprint(m, replace(trial, traffic=prefilled)),
             leaderboard.fingerprint(m, small()),
             leaderboard.fingerprint(m, small(3)),
             leaderboard.fingerprint(m, small(attacks=ATTACKS[1:2])),
             leaderboard.fingerprint(model_of("llama"), small()),
         }
-        assert len(prints) == 4
+        assert len(prints) == 6
 
     def test_a_damaged_file_is_named(self):
         leaderboard.file().parent.mkdir()
