@@ -81,7 +81,7 @@ class Explorer(widgets.VBox):
 
 
 def _html(shown: Rows | Picture) -> str:
-    return "<br>" + figure_html(shown.figure, shown.alt) if isinstance(shown, Picture) else _html_table(shown)
+    return f"<div>{figure_html(shown.figure, shown.alt)}</div>" if isinstance(shown, Picture) else _html_table(shown)
 
 
 def _html_table(rows: Rows) -> str:

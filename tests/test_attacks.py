@@ -209,6 +209,45 @@ class TestSearch:
         assert found.prompts_in_use[-1] == 3
         assert all(reply.startswith("I must") for reply in generate(chat, [p + found.text for p in prompts]))
 
+    def test_gradients_of_several_prompts_weigh_the_same_and_every_step_draws_anew(self, chat, harmful, monkeypatch):
+        seen, drawn = [], []
+
+        def gradient(m, case, suffix):
+            found = real_gradient(m, case, suffix)
+            seen.append(found[0] * (1000 if len(seen) % 2 else 1))
+            return seen[-1], found[1]
+
+        def candidates(suffix, total, allowed, knobs, generator):
+            drawn.append((total, generator.initial_seed()))
+            return real_candidates(suffix, total, allowed, knobs, generator)
+
+        real_gradient, real_candidates = gcg.token_gradient, gcg.sample_candidates
+        monkeypatch.setattr(gcg, "token_gradient", gradient)
+        monkeypatch.setattr(gcg, "sample_candidates", candidates)
+        knobs = Knobs(steps=3, search_width=16, init=" the the the the", early_stop=False, seed=2)
+        cases = [gcg.prepare(chat, item.prompt, "I must decline", knobs.init) for item in harmful[:2]]
+        state = gcg._State(gcg._tokenize(chat, knobs.init).tolist(), in_use=2)
+        gcg._step(chat, cases, gcg.allowed_tokens(chat), knobs, state, None)
+        torch.testing.assert_close(drawn[0][0], sum(g / g.norm() for g in seen))
+        gcg._step(chat, cases, gcg.allowed_tokens(chat), knobs, state, None)
+        assert len({seed for _, seed in drawn}) == 2
+
+    def test_the_best_suffix_stays_the_best_when_a_later_step_is_worse(self, chat, monkeypatch):
+        losses = iter([[3.0, 1.0], [2.0, 5.0], [0.5, 0.7]])
+        reached = iter([[True, False], [False, False], [False, False]])
+        monkeypatch.setattr(gcg, "_draw", lambda m, cases, suffix, *_: torch.stack([suffix, suffix + 1]))
+        monkeypatch.setattr(
+            gcg, "candidate_losses", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(next(reached)), 0)
+        )
+        case, suffix = gcg.prepare(chat, PROMPT, TARGET, " the the"), gcg._tokenize(chat, " the the")
+        state = gcg._State(suffix.tolist())
+        bests = []
+        for _ in range(3):
+            gcg._step(chat, [case], gcg.allowed_tokens(chat), Knobs(), state, None)
+            bests.append((state.best, state.best_loss))
+        first = (suffix + 1).tolist()
+        assert bests == [(first, 1.0), (first, 1.0), (first, 0.5)]
+
     def test_a_universal_loss_is_the_mean_over_the_prompts_in_use(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:2]]
         knobs = Knobs(steps=3, search_width=32, init=" the the the the", early_stop=False)
@@ -435,8 +474,28 @@ class TestText:
         assert set(moved) == {1}
         assert 0.07 < len(moved) / sum(c != " " for c in text) < 0.13
         assert best_of_n.augment(text, 0.0, rng) == text
-        with pytest.raises(RefusalLabError, match="from 0 to 1"):
-            best_of_n.augment(text, 1.5, rng)
+        for sigma in (1.5, -0.1):
+            with pytest.raises(RefusalLabError, match="from 0 to 1"):
+                best_of_n.augment(text, sigma, rng)
+        assert {best_of_n.mistype("!", 1.0, rng) for _ in range(9)} == {"!", '"'}
+        assert {best_of_n.mistype("~", 1.0, rng) for _ in range(9)} == {"~", "}"}
+
+    def test_the_noise_has_the_strengths_of_the_paper_in_its_order(self, monkeypatch):
+        used = []
+        for name in ("scramble", "capitalize", "mistype"):
+            monkeypatch.setattr(best_of_n, name, lambda text, p, rng, name=name: used.append((name, p)) or text)
+        best_of_n.augment("text", 0.25, random.Random(0))
+        assert used == [("scramble", 0.5), ("capitalize", 0.5), ("mistype", 0.25**3)]
+
+    def test_every_item_and_try_has_noise_of_its_own(self, monkeypatch):
+        variants = []
+        monkeypatch.setattr(best_of_n, "send_until", lambda m, attack, items, variant, n, **_: variants.append(variant))
+        for sigma in (0.4, 0.0):
+            best_of_n.best_of_n(None, [], 2, sigma=sigma)
+        noisy, plain = variants
+        one, two = Item("one", "Which kettle would anybody take?"), Item("two", "Which kettle would anybody take?")
+        assert len({noisy(one, 0), noisy(one, 1), noisy(two, 0)}) == 3
+        assert noisy(one, 0) == noisy(one, 0) and plain(one, 0) == one.prompt
 
     def test_best_of_n_depends_on_the_seed_and_more_tries_only_add(self, chat, harmful):
         def run(n, seed=0, **settings):

@@ -15,7 +15,12 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NOTEBOOKS = [path for number in ("02", "04") for path in ROOT.glob(f"solutions/{number}_*.ipynb")]
+NOTEBOOKS = [path for path in sorted(ROOT.glob("solutions/*.ipynb")) if "explore." in path.read_text(encoding="utf-8")]
+CONTROLS = {  # of an explorer, and what a person without a mouse does to them
+    ".widget-slider [role=slider]": ["ArrowLeft"],
+    ".widget-text input": [" ", "t", "h", "e", "Tab"],
+    ".widget-dropdown select": ["ArrowDown"],
+}
 MINUTE = 60_000  # milliseconds, the unit of playwright
 SETTINGS = {  # all cells are in the page, not only those in sight; nothing is fetched from the net
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -85,7 +90,7 @@ def page(tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_its_slider_answers_the_keyboard(path, jupyterlab, page):
+def test_a_notebook_runs_and_its_explorer_answers_the_keyboard(path, jupyterlab, page):
     errors = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -97,10 +102,11 @@ def test_a_notebook_runs_and_its_slider_answers_the_keyboard(path, jupyterlab, p
     outputs = page.evaluate(OUTPUTS)
     assert outputs and [output for output in outputs if output["output_type"] == "error"] == []
 
-    handle = page.locator(".widget-slider [role=slider]").first
-    view = page.locator(".jp-OutputArea-output", has=handle).locator(".widget-html-content").last
+    control, keys = next((page.locator(c).first, keys) for c, keys in CONTROLS.items() if page.locator(c).count())
+    view = page.locator(".jp-OutputArea-output", has=control).locator(".widget-html-content").last
     before = view.inner_text()
-    handle.focus()
-    page.keyboard.press("ArrowLeft")
+    control.focus()
+    for key in keys:
+        page.keyboard.press(key)
     page.wait_for_function("([view, before]) => view.innerText != before", arg=[view.element_handle(), before])
     assert errors == []
