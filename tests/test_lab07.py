@@ -5,9 +5,19 @@ import pytest
 import torch
 
 from refusallab import explore, judgement, plots
+from refusallab.activations import residual
 from refusallab.course.exercise import find, judge
 from refusallab.interventions import addition
-from refusallab.judgement import ALLOWED, RULED_OUT, law_questions, steered_verdicts, turned, verdicts
+from refusallab.judgement import (
+    ALLOWED,
+    RULED_OUT,
+    law_questions,
+    site_directions,
+    steered_verdicts,
+    turned,
+    turned_rates,
+    verdicts,
+)
 from refusallab.measure import rate
 from refusallab.model import attention_writes, blocks, encode, logits
 from refusallab.prompts import Item
@@ -28,12 +38,56 @@ def test_questions_are_balanced_and_about_things_of_their_split():
     assert questions == law_questions("val", 10) and questions != law_questions("val", 10, seed=1)
 
 
+def test_questions_are_asked_in_the_words_of_their_split(monkeypatch):
+    monkeypatch.setattr(judgement.dialogue, "phrase", lambda q, rng, split: split)
+    assert {q.prompt for q in law_questions("val", 3)} == {"val"}
+
+
+def test_a_site_direction_is_harmful_minus_harmless_at_its_token(model_of, prompts):
+    m = model_of("llama")
+    found = site_directions(m, prompts[:2], prompts[2:])
+    for name, position in (("harmfulness", m.positions[0] - 1), ("refusal", -1)):
+        a, b = (residual(m, part, positions=[position])[:, :, 0].mean(0) for part in (prompts[:2], prompts[2:]))
+        torch.testing.assert_close(found[name], a - b, atol=1e-4, rtol=1e-4)
+    read = encode(m, ["Name a river"])["input_ids"][0, : m.positions[0]]
+    assert m.tokenizer.decode(read).endswith("Name a river")
+
+
+def test_the_layer_is_chosen_on_other_questions_than_the_share(model_of, monkeypatch):
+    chosen, lengths = {1.0: 2, 2.0: 1}, []
+
+    def said(_m, questions, vector, layer):
+        kind, split = vector[0].item(), questions[0].id
+        if kind not in chosen:
+            lengths.append((split, round(vector.norm().item(), 3), layer))
+            return ["allowed", "ruled out"]
+        if split == "val":
+            return ["ruled out", "allowed"] if layer == chosen[kind] else ["allowed", "ruled out"]
+        return ["ruled out", "ruled out"] if layer == chosen[kind] else ["ruled out", "allowed"]
+
+    vectors = {"harmfulness": torch.ones(3, 4), "refusal": 2 * torch.ones(3, 4)}
+    monkeypatch.setattr(judgement, "steered_verdicts", said)
+    monkeypatch.setattr(judgement, "site_directions", lambda *_: vectors)
+    monkeypatch.setattr(judgement, "law_questions", lambda split, n: [Item(split, "", a) for a in (ALLOWED, RULED_OUT)])
+    rates = turned_rates(model_of("llama"), [], [], layers=range(3))
+    assert {name: share.value for name, share in rates.items()} == {
+        "harmfulness, layer 2": 0.5,
+        "random, as long as harmfulness": 0.0,
+        "refusal, layer 1": 0.5,
+        "random, as long as refusal": 0.0,
+    }
+    assert lengths == [("test", 2.0, 2), ("test", 4.0, 1)]
+
+
 def test_replies_become_verdicts(model_of, monkeypatch):
     replies = [f"Surely. {ALLOWED}", f"{RULED_OUT} Next.", f"{ALLOWED} {RULED_OUT}", "I cannot help", "Use a pot."]
-    monkeypatch.setattr(judgement, "generate", lambda *_, **__: replies)
+    given = []
+    monkeypatch.setattr(judgement, "generate", lambda _m, prompts, **more: given.append((prompts, more)) or replies)
     monkeypatch.setattr(judgement, "refusal_phrases", lambda _m: ("I cannot",))
-    said = verdicts(model_of("llama"), QUESTIONS * 2 + QUESTIONS[:1])
+    said = verdicts(model_of("llama"), QUESTIONS * 2 + QUESTIONS[:1], "edit")
     assert said == ["allowed", "ruled out", "other", "refused", "other"]
+    [(prompts, settings)] = given
+    assert prompts == ["Name a river"] * 5 and settings["edit"] == "edit" and settings["batch_size"] == 5
 
 
 def test_only_the_opposite_verdict_is_turned():
