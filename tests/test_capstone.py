@@ -1,9 +1,13 @@
 """The capstone: the score, the interface, the frozen attacks, submitted files in their process, the leaderboard."""
 
+import io
 import json
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,6 +31,7 @@ from refusallab.course.capstone import (
     points,
 )
 from refusallab.course.exercises.common import chat_model
+from refusallab.course.grade.plain import decode, encode
 from refusallab.course.submitted import Failed, Limits, Submitted, read_source, score_file
 from refusallab.defenses.base import ModelAlone, stock_refusal, write
 from refusallab.errors import RefusalLabError
@@ -340,6 +345,10 @@ def defend(m):
 FAILING = {
     "raises": ("def defend(m):\n    return 1 / 0", r"ZeroDivisionError: division by zero \(line 2 of the defence\)"),
     "no Python": ("def defend(m:", "no Python: line 1"),
+    "raises within": (
+        "def defend(m):\n    return inner()\n\ndef inner():\n    return 1 / 0",
+        r"\(line 5 of the defence\)",
+    ),
     "no function": ("x = 1", r"no function defend\(m\)"),
     "no defence": ("def defend(m):\n    return m", "A defence has"),
 }
@@ -350,6 +359,91 @@ def test_code_that_makes_no_defence_is_told_why(source, words):
     with pytest.raises(Exception) as caught:  # whatever the code raises
         answering.make(source, chat_model())
     assert re.search(words, answering.in_words(caught.value))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried 9 bytes")])
+def test_lack_of_memory_is_told_as_such(error):
+    assert answering.in_words(error) == "It needs more memory than it may have."
+
+
+def test_an_exit_is_told(monkeypatch):
+    def leave(order):
+        raise SystemExit("done")
+
+    answers = io.StringIO()
+    monkeypatch.setattr(answering, "_own_channels", lambda: (io.StringIO(encode({}) + "\n"), answers))
+    monkeypatch.setattr(answering, "_begin", leave)
+    answering.main()
+    assert decode(answers.getvalue()) == {"problem": "It raised SystemExit: done."}
+
+
+def test_the_training_of_a_defence_has_a_seed(monkeypatch):
+    monkeypatch.setattr("refusallab.model.load", lambda name: name)
+    monkeypatch.setattr(capstone, "attackers_direction", lambda m: m)
+    monkeypatch.setattr(answering, "_limit", lambda *_: None)
+    monkeypatch.setattr(answering, "make", lambda source, m: SimpleNamespace(m=m, weights=torch.rand(3)))
+    order = {"model": "m", "source": "", "walled": False, "memory": 1, "seconds": 1}
+    (first, _), (second, _) = answering._begin(order), answering._begin(order)
+    assert torch.equal(first.weights, second.weights)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """answers({...}, ...): the process of a defence answers each order with the next of these; then it does `end`."""
+    start = subprocess.Popen
+
+    def apply(*said, direction=None, end="sys.stdin.read()"):
+        lines = [encode(x) for x in ({"name": "x", "direction": direction}, *said)]
+        code = f"import os, sys\nfor line in {lines}: sys.stdin.readline(); print(line, flush=True)\n{end}"
+        command = [sys.executable, "-S", "-c", code]
+        monkeypatch.setattr(subprocess, "Popen", lambda _command, **settings: start(command, **settings))
+
+    return apply
+
+
+class TestAnswers:
+    def test_replies_and_passes_arrive_and_nothing_is_left(self, answers):
+        answers(*({"replies": ["a", "b"], "extra_passes": n} for n in (7, "many")))
+        with Submitted("", chat_model(), walled=False) as defence:
+            for passes in (7, 0):
+                assert defence.replies(["x", "y"]) == ["a", "b"] and defence.extra_passes == passes
+            assert defence._folder.exists()
+        assert not defence._folder.exists()
+
+    @pytest.mark.parametrize("said", [["a"], ["a", "b", "c"], "ab", ["a", 2], None])
+    def test_something_else_than_a_text_for_each_prompt(self, answers, said):
+        answers({"replies": said, "extra_passes": 0})
+        with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match="something else"):
+            defence.replies(["x", "y"])
+
+    @pytest.mark.parametrize("direction", [torch.ones(3), "r", None])
+    def test_what_is_no_direction_of_the_model_is_none(self, answers, direction):
+        answers(direction=direction)
+        with Submitted("", chat_model(), walled=False) as defence:
+            assert defence.direction is None
+
+    @pytest.mark.parametrize(
+        ("end", "words"),
+        [
+            ("os.kill(os.getpid(), 9)", "by SIGKILL"),
+            ("os._exit(137)", "by SIGKILL"),  # what bubblewrap makes of it
+            ("os._exit(3)", "by itself, with code 3"),
+        ],
+    )
+    def test_how_it_ended(self, answers, end, words):
+        answers(end=end)
+        with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match=words):
+            defence.replies(["x"])
+
+    def test_all_calls_share_the_total(self, answers):
+        answers()
+        start = time.monotonic()
+        with (
+            pytest.raises(Failed, match="too slow"),
+            Submitted("", chat_model(), limits=Limits(call=3, total=0.5), walled=False) as defence,
+        ):
+            defence.replies(["x"])
+        assert time.monotonic() - start < 2.5
 
 
 class TestProcess:
