@@ -217,7 +217,7 @@ class TestAttacks:
         assert all(i.prompt == rewrite(plain[i.id].prompt, lambda q: SURE.replace("{q}", q)) for i in wrapped)
         assert all(i == plain[i.id] for i in prefilled)
 
-    def test_extra_passes_are_those_of_this_trial_for_each_promptsent_by(self):
+    def test_extra_passes_are_those_of_this_trial_for_each_prompt_sent(self):
         defence = Recorder("Certainly.")
         defence.extra_passes = 100  # of an earlier use
         assert measure(defence, small(attacks=(ATTACKS[0], TWO_TURNS)), None).extra_passes == 3
