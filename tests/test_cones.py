@@ -1,5 +1,7 @@
 """Cones: bases are orthonormal, the search lowers its loss and keeps its constraint, effects are what they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,12 +16,13 @@ from refusallab.cones import (
     last_token_direction,
     orthonormal,
     plane_directions,
+    search_directions,
     short,
 )
-from refusallab.directions import DEPTH, random_directions, score_candidates
+from refusallab.directions import DEPTH, Candidate, random_directions, score_candidates
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, project_out
-from refusallab.measure import cross_entropy, kl_divergence, rate, refusal_metric
+from refusallab.measure import Outcome, cross_entropy, kl_divergence, rate, refusal_metric
 from refusallab.model import generate, load, logits
 from refusallab.prompts import Item, bundled
 
@@ -80,6 +83,82 @@ def test_a_cone_is_orthonormal_and_keeps_away_from_a_direction(model_of, r):
     assert (cone.basis - orthonormal(torch.cat([r[None], start]))[1:]).abs().max() > 1e-3  # it has moved
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """A list of (ids of the harmful items, direction), filled by a search whose loss is a sum of coordinates."""
+    seen = []
+
+    def loss(m, harmful, harmless, tokens, v, layer, length):
+        seen.append(("".join(item.id for item in harmful), v.detach()))
+        return (v * slope(len(seen))).sum()
+
+    monkeypatch.setattr(cones, "direction_loss", loss)
+    return seen
+
+
+def slope(step):
+    return torch.randn(32, generator=torch.Generator().manual_seed(10 + step))
+
+
+def search(basis, **settings):
+    return find_cone(None, HARMFUL, HARMLESS, TOKENS, basis, **{**WHERE, "batch_size": 1, **settings})
+
+
+def test_each_vector_takes_its_turn_and_then_a_direction_of_the_cone(asked):
+    basis = orthonormal(random_directions(32, 2, seed=1))
+    for seed in (0, 1):
+        search(basis, steps=30, step_size=1e-7, seed=seed)
+    weights = torch.stack([v for _, v in asked]) @ basis.T
+    turns = torch.eye(2).repeat(20, 1)
+    torch.testing.assert_close(weights.view(20, 3, 2)[:, :2].reshape(-1, 2), turns, atol=1e-4, rtol=0)
+    inside = weights.view(20, 3, 2)[:, 2]
+    torch.testing.assert_close(inside.norm(dim=-1), torch.ones(20), atol=1e-4, rtol=0)
+    assert (inside > 0).all() and not torch.allclose(inside[:10], inside[10:], atol=0.01)
+    assert [ids for ids, _ in asked[:30]] != [ids for ids, _ in asked[30:]]
+
+
+def test_steps_are_those_of_adam_on_the_sphere(asked):
+    start = random_directions(32, 1, seed=1)
+    found, v = search(start, steps=6, step_size=0.1).basis, start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=0.1)
+    for step in range(1, 7):
+        v.grad = torch.autograd.grad((v[0] / v[0].norm()) @ slope(step), v)[0]
+        optimizer.step()
+        v.data /= v.data.norm()
+    torch.testing.assert_close(found, v.detach(), atol=1e-4, rtol=0)
+
+
+def test_every_direction_of_a_constrained_search_is_orthogonal(asked, r):
+    search(random_directions(32, 2, seed=1), steps=6, orthogonal_to=r)
+    assert max(abs(v @ r) for _, v in asked) < 1e-4 * r.norm()
+
+
+def test_rates_of_an_effect_are_of_refusals_and_exact_answers(model_of, monkeypatch, r):
+    replies = {"a": Outcome(True, False), "b": Outcome(False, True), "c": Outcome(False, True)}
+    replies |= {"d": Outcome(True, True), "e": Outcome(True, False)}
+    monkeypatch.setattr(cones, "outcomes", lambda m, items, edit: [replies[item.id] for item in items])
+    e = effect(model_of("llama"), HARMFUL, HARMLESS, TOKENS, r, **WHERE)
+    assert (e.refused.value, e.exact.value, e.harmless_exact.value) == (1 / 3, 2 / 3, 1 / 2)
+
+
+def test_both_searches_begin_at_a_direction_of_their_own(model_of, monkeypatch, r):
+    m, calls = model_of("llama"), []
+
+    def found(_m, harmful, harmless, tokens, start, **settings):
+        calls.append((start, settings))
+        return cones.Cone(start, ())
+
+    monkeypatch.setattr(cones, "find_cone", found)
+    monkeypatch.setattr(cones, "prompt_set", lambda _m, name: HARMFUL)
+    searched = search_directions(m, Candidate(-1, 2, 0.0, 0.0, 0.0), r, TOKENS)
+    (start, free), (same, constrained) = calls
+    where = {"layer": 2, "length": pytest.approx(r.norm().item())}
+    assert searched.settings == where and torch.equal(start, same)
+    assert free == {**where, "steps": cones.FREE_STEPS} and constrained.pop("orthogonal_to") is r
+    assert constrained == where
+    assert abs(searched.vectors["random direction"] @ start[0]) < 0.9
+
+
 def test_an_effect_is_that_of_ablation_and_addition(model_of, r):
     m, v = model_of("llama"), r / r.norm()
     e = effect(m, HARMFUL, HARMLESS, TOKENS, r, **WHERE)
@@ -105,15 +184,17 @@ def test_what_happens_downstream_is_after_minus_before(model_of, prompts, r):
 
 
 def test_the_direction_of_the_last_token_has_the_best_bypass(monkeypatch):
-    m, tried = load("charter-chat"), []
+    m, tried, scored = load("charter-chat"), [], []
 
     def noting(m, vectors, *prompts):
         tried.append(vectors.norm(dim=-1) > 0)
-        return score_candidates(m, vectors, *prompts)
+        scored.extend(replace(c, induce=c.bypass) for c in score_candidates(m, vectors, *prompts))
+        return scored
 
     monkeypatch.setattr(cones, "score_candidates", noting)
     best, r, tokens = last_token_direction(m, count=6)
     assert tried[0].nonzero().tolist() == [[k, len(m.positions) - 1] for k in range(1, int(DEPTH * m.n_layers))]
+    assert best.bypass == min(c.bypass for c in scored if tried[0][c.layer, c.position])
     assert best.position == -1 and 0 < best.layer < int(DEPTH * m.n_layers) and r.norm() > 0
     bad = [item.prompt for item in bundled("harmful_val")[:6]]
     bypass = refusal_metric(logits(m, bad, edit=ablation(r)), tokens).mean().item()
@@ -124,3 +205,4 @@ def test_short_items_have_one_line():
     items = bundled("harmful_train")
     kept = short(items)
     assert 0 < len(kept) < len(items) and all("\n" not in item.prompt for item in kept)
+    assert short([Item("a", [{"role": "user", "content": "Name a river"}])]) == []
