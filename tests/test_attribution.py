@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from refusallab import attribution as attributed
 from refusallab.activations import residual, stream
 from refusallab.attribution import attention_from_last, attribution, cosine_trace, mass, regions, weight_of
 from refusallab.errors import RefusalLabError
@@ -87,6 +88,27 @@ def test_regions_divide_every_token_among_them(m, prompts):
     assert text["suffix"] == SUFFIX and text["instruction"] == prompts[1]
     assert "user" in text["start"] and text["end"].endswith("assistant\n")
     assert not masks["suffix"][[0, 2]].any()
+
+
+def test_earlier_turns_belong_to_the_start_though_they_say_the_same(model_of):
+    m = model_of("llama")
+    said = (("user", "Name a river in the north"), ("assistant", "The river"), ("user", "Name a river"))
+    conversation = [{"role": role, "content": content} for role, content in said]
+    ids = encode(m, [conversation])["input_ids"][0]
+    text = {name: m.tokenizer.decode(ids[mask[0]]) for name, mask in regions(m, [conversation], [""]).items()}
+    assert text["instruction"] == "Name a river" and text["suffix"] == ""
+    assert "in the north" in text["start"] and "river" not in text["end"]
+
+
+def test_an_error_leaves_the_attention_as_it_was(model_of, prompts, monkeypatch):
+    m = model_of("llama")
+    before = m.hf.config._attn_implementation
+    monkeypatch.setattr(attributed, "attention", None)
+    with pytest.raises(Exception):  # noqa: B017 - whatever nnsight makes of it
+        attention_from_last(m, prompts)
+    after = m.hf.config._attn_implementation
+    m.hf.set_attn_implementation(before)
+    assert after == before != "eager"
 
 
 def test_the_masses_of_all_regions_add_up_to_one(model_of, prompts):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from refusallab import directions
 from refusallab.activations import residual
@@ -70,12 +71,14 @@ def test_zero_candidates_score_like_the_untouched_model_and_nan_candidates_are_k
     m = model_of("llama")
     vectors = directions.candidate_directions(m, HARMFUL, HARMLESS)
     vectors[1, 0] = math.nan
-    scores = directions.score_candidates(m, vectors, HARMFUL, HARMLESS, TOKENS)
+    done = []
+    scores = directions.score_candidates(m, vectors, HARMFUL, HARMLESS, TOKENS, progress=done.append)
+    assert done == list(range(1, len(scores) + 1))
     zero = scores[0]
     assert (zero.layer, zero.kl) == (0, 0.0)
-    assert zero.bypass == pytest.approx(
-        refusal_metric(hooks.logits(m.hf, encode(m, HARMFUL)), TOKENS).mean().item(), abs=1e-4
-    )
+    for score, prompts in ((zero.bypass, HARMFUL), (zero.induce, HARMLESS)):
+        untouched = refusal_metric(hooks.logits(m.hf, encode(m, prompts)), TOKENS).mean().item()
+        assert score == pytest.approx(untouched, abs=1e-4)
     broken = next(c for c in scores if c.layer == 1 and c.position == m.positions[0])
     assert math.isnan(broken.bypass)
     assert directions.discarded_because(broken, m.n_layers) == "score is NaN"
@@ -141,9 +144,17 @@ def test_a_saved_direction_comes_back_with_its_origin(tmp_path):
     assert origin == (2, -1, "charter-chat", "abc", "resid_pre")
 
 
+def test_a_direction_may_be_a_view(tmp_path):
+    view = torch.arange(8.0).view(4, 2)[:, 1]
+    directions.save_direction(tmp_path / "r.safetensors", dataclasses.replace(DIRECTION, vector=view))
+    assert torch.equal(directions.load_direction(tmp_path / "r.safetensors").vector, view)
+
+
 def test_an_unreadable_direction_gives_one_line(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    for name in ("bad.safetensors", "none.safetensors"):
+    save_file({"vector": torch.ones(4)}, tmp_path / "bare.safetensors")
+    save_file({"vector": torch.ones(4)}, tmp_path / "part.safetensors", metadata={"layer": "2"})
+    for name in ("bad.safetensors", "none.safetensors", "bare.safetensors", "part.safetensors"):
         with pytest.raises(RefusalLabError, match="save it again"):
             directions.load_direction(tmp_path / name)
 
@@ -194,10 +205,11 @@ def test_every_candidate_is_saved(tmp_path, model_of):
     directions.save_candidates(tmp_path / "scores.json", search(m))
     record = json.loads((tmp_path / "scores.json").read_text())
     assert len(record["candidates"]) == m.n_layers * len(m.positions)
-    assert record["model"] == "llama" and record["hook"] == "resid_pre"
+    assert record["model"] == "llama" and record["hook"] == "resid_pre" and record["kept"] == {"harmful_val": 3}
 
 
-def test_a_full_disk_keeps_the_earlier_file(tmp_path, model_of, monkeypatch):
+@pytest.mark.parametrize("moment", ["writing", "replacing"])
+def test_a_full_disk_keeps_the_earlier_file(tmp_path, model_of, monkeypatch, moment):
     m = model_of("llama")
     scores, vector = tmp_path / "scores.json", tmp_path / "r.safetensors"
     scores.write_text("earlier")
@@ -207,8 +219,11 @@ def test_a_full_disk_keeps_the_earlier_file(tmp_path, model_of, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    monkeypatch.setattr(directions, "save_file", full)
+    if moment == "writing":
+        monkeypatch.setattr("pathlib.Path.write_bytes", full)
+        monkeypatch.setattr(directions, "save_file", full)
+    else:
+        monkeypatch.setattr("pathlib.Path.replace", full)
     for save in (
         lambda: directions.save_candidates(scores, found),
         lambda: directions.save_direction(vector, DIRECTION),

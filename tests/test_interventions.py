@@ -171,6 +171,11 @@ def test_bad_directions(r, message):
         ablation(r)
     with pytest.raises(RefusalLabError, match=message):
         clamp(r, 0, 1.0)
+    if message != "zero":
+        with pytest.raises(RefusalLabError, match=message):
+            addition(r, 0)
+        with pytest.raises(RefusalLabError, match=message):
+            affine(torch.ones(32), 0, r, 1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Edited weights equal hooks exactly where theory says so, and planted faults are seen."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ from refusallab.model import (
     unembedding,
     wrap,
 )
-from refusallab.orthogonalize import distance_from_hooks, equivalence_class, orthogonalize
+from refusallab.orthogonalize import (
+    distance_from_hooks,
+    equivalence_class,
+    orthogonalize,
+    outputs_last,
+    written_weights,
+)
 
 CLASSES = {
     "llama": "exact",
@@ -54,6 +61,20 @@ def test_weights_equal_hooks(model_of, name, prompts, r):
     assert distance_from_hooks(m, edited, r, prompts) < 5e-5
     hooked = generate(m, prompts, edit=ablation(r), max_new_tokens=8)
     assert generate(edited, prompts, max_new_tokens=8) == hooked
+
+
+def test_without_the_gain_the_matrix_is_edited_but_not_what_the_norm_makes_of_it(model_of, r):
+    m = model_of("gemma2")
+    textbook, repaired = orthogonalize(m, r, skip=["gain"]), orthogonalize(m, r)
+    for edited, small in ((textbook, "matrix"), (repaired, "written")):
+        along = {"matrix": outputs_last(attention_writes(blocks(edited.hf)[0])) @ unit(r)}
+        along["written"] = written_weights(edited)["attention 0"] @ unit(r)
+        assert [name for name, x in along.items() if x.abs().max() < 1e-4] == [small]
+
+
+def test_a_copy_runs_where_its_model_runs(model_of, r):
+    m = replace(model_of("llama"), remote="local")
+    assert orthogonalize(m, r).remote == "local"
 
 
 @pytest.mark.parametrize("name", POST_NORM)
