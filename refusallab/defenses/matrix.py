@@ -117,19 +117,18 @@ def standard_attacks(layer: int, position: int) -> list[Attack]:
 
 
 def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
-    """For each of the defences at run time, an attack by somebody who knows it."""
+    """For each of the defences at run time, an attack by somebody who knows it. `defences` holds all of these."""
     named = {d.name: d for d in defences}
     hidden = {
         watchers: _searched(f"GCG, unseen by {' and '.join(watchers)}", [named[name] for name in watchers])
         for watchers in dict.fromkeys(HIDES_FROM.values())
-        if set(watchers) <= set(named)
     }
     return [
         Attack("begin, own system turn", lambda d, i: _first_text(d, i, "begin", OTHER_SYSTEM), "system prompt"),
         Attack("prefill of an answer", lambda d, i: prefilling(d, i, OPENING), "self-reminder"),
         Attack("begin, 4 fluent wordings", lambda d, i: template(d, i, "begin"), "perplexity filter"),
         Attack("prefill of an answer", lambda d, i: prefilling(d, i, OPENING), "SmoothLLM"),
-        *(replace(hidden[watchers], against=name) for name, watchers in HIDES_FROM.items() if watchers in hidden),
+        *(replace(hidden[watchers], against=name) for name, watchers in HIDES_FROM.items()),
     ]
 
 
