@@ -1,41 +1,96 @@
 # Every target works alone on a fresh clone: Python >= 3.11, make and git are enough.
-#   make setup   create .venv with the pinned dependencies     make lab    open JupyterLab on labs/
-#   make demo    run the headline experiment                   make test   run every test
+#   make setup      what students need, in .venv      make lab     JupyterLab on labs/
+#   make develop    what teachers and authors need    make demo    the headline experiment
+#   make check      lint, format, types               make test    every test that needs no special part
+#   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
+#   make test-sandbox, test-browser, test-cpu         make test-all
 # PYTHON names the interpreter that creates .venv: make setup PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python -m
+# Python compiles what it imports; compiling everything that pip unpacks takes longer than most of it is ever used.
+CONSTRAINTS := --constraint constraints.txt
+INSTALL := $(RUN) pip install --no-compile $(CONSTRAINTS) --editable
 
 # No browser in CI or without a display. macOS always has a display, but sets neither variable.
 DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname))
 LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: setup lab demo test
+.PHONY: setup develop lab demo check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
+	test-cpu test-colab test-all check-links
 
-setup: $(STAMP)
+setup: $(VENV)/.students
+develop: $(VENV)/.developers
 
-# nbgrader is there for its format and its gradebook: its panels in JupyterLab would ask students for an exchange folder.
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.students: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that." \
 	       "Install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[lab,teach,grade,test]'
-	$(VENV)/bin/python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader
+	$(INSTALL) '.[lab]'
+	@touch $@
+
+# nbgrader is there for its format and its gradebook: its panels in JupyterLab would ask students for an exchange folder.
+$(VENV)/.developers: $(VENV)/.students
+	$(INSTALL) '.[lab,teach,grade,test]'
+	$(RUN) jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader
 	@touch $@
 
 lab: setup
-	$(VENV)/bin/python -m jupyterlab --ServerApp.root_dir=labs $(LAB_FLAGS)
+	$(RUN) jupyterlab --ServerApp.root_dir=labs $(LAB_FLAGS)
 
 demo: setup
 	$(VENV)/bin/refusallab demo
 
-# Every test, and every notebook in solutions/, whose outputs must come out as they are stored.
+check: develop
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
 # One thread for each worker: two workers that each use every core slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
+PARALLEL := -n 2 --dist loadfile
+SPECIAL := sandbox or browser or cpu or real
+
+# Notebooks: every output must come out as it is stored. With REFUSALLAB_DEADLINE (seconds since 1970) in the
+# environment, none is begun after it, and those that were not are listed.
 KERNEL := $(if $(filter Linux,$(shell uname)),--nbval-kernel-name refusallab,--nbval-current-env)
 NBVAL := --nbval $(KERNEL) --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg
+NOTEBOOKS := JUPYTER_PATH=$(CURDIR)/refusallab/course/grade $(PYTEST) $(NBVAL)
 
-test: setup
-	JUPYTER_PATH=$(CURDIR)/refusallab/course/grade OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(NBVAL) tests solutions
+test: test-fast test-slow test-notebooks
+
+test-fast: develop
+	$(PYTEST) $(PARALLEL) -m "not (slow or $(SPECIAL))" tests
+
+test-slow: develop
+	$(PYTEST) $(PARALLEL) -m "slow and not ($(SPECIAL))" tests
+
+test-notebooks: develop
+	$(NOTEBOOKS) $(PARALLEL) --no-loadscope-reorder solutions
+
+test-lab: develop
+	$(if $(LAB),,$(error Name the lab: make test-lab LAB=02))
+	$(NOTEBOOKS) $(wildcard tests/test_lab$(LAB).py) $(wildcard solutions/$(LAB)_*.ipynb)
+
+test-sandbox: develop
+	$(PYTEST) $(PARALLEL) -m sandbox tests
+
+test-browser: develop
+	$(PYTEST) -m browser tests
+
+test-cpu: develop
+	$(PYTEST) -m cpu tests
+
+# The archive on a machine that has Python and torch, and not the course.
+test-colab: develop
+	$(PYTEST) tests/test_bootstrap.py
+
+# Addresses in texts and notebooks, over the network.
+check-links: develop
+	$(INSTALL) '.[links]'
+	$(RUN) pytest --check-links --check-links-ignore 'https://colab.*' *.md docs solutions smallmodels/*.md
+
+test-all: test test-sandbox test-browser test-cpu

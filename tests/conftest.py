@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -15,6 +16,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from refusallab.model import wrap
 
 torch.set_num_threads(1)
+
+NEEDS = {  # the part of a computer that the tests with a marker need: programs, any of which will do
+    "sandbox": ("bwrap",),
+    "browser": ("chromium", "chromium-browser", "google-chrome"),
+}
+
+
+def pytest_runtest_setup(item):
+    for marker, programs in NEEDS.items():
+        if item.get_closest_marker(marker) and not any(map(shutil.which, programs)):
+            pytest.skip(f"the {marker} tests need {programs[0]}, which is not installed")
+
 
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
@@ -231,6 +244,4 @@ def _ablation_sites(hf, r):
 
 @pytest.fixture(scope="session")
 def hooks():
-    return SimpleNamespace(
-        logits=_logits, greedy=_greedy, hooked=_hooked, ablation=_ablation_sites, layers=_layers
-    )
+    return SimpleNamespace(logits=_logits, greedy=_greedy, hooked=_hooked, ablation=_ablation_sites, layers=_layers)

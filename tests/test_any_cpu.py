@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not os.environ.get("CPU_TESTS"), reason="slow: needs CPU_TESTS=1 in the environment")
+pytestmark = pytest.mark.cpu
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout", "900", "--nbval-sanitize-with", "tests/sanitize.cfg"]
 COMPUTERS = {
     "no vector instructions, one thread": {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"},

@@ -31,9 +31,7 @@ WAITING = "[...document.querySelectorAll('.jp-InputPrompt')].filter(prompt => pr
 CELLS = "window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model)"
 OUTPUTS = f"{CELLS}.filter(model => model.type == 'code').flatMap(model => model.outputs.toJSON())"
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and os.environ.get("BROWSER_TESTS")), reason="needs chromium, and BROWSER_TESTS=1 in the environment"
-)
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

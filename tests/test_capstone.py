@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -38,8 +37,6 @@ from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation
 from refusallab.model import logits
 from refusallab.prompts import bundled
-
-SANDBOX = pytest.mark.skipif(not os.environ.get("SANDBOX_TESTS"), reason="set SANDBOX_TESTS=1 to run it")
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +86,6 @@ class TestPoints:
     def test_words(self, broken, served, words):
         base = result([True] * 9, [True] * 9)
         assert words in in_words(compare(result([broken] * 9, [served] * 9), base))
-
 
     def test_what_a_score_is_made_of(self):
         def flags(**true):
@@ -306,7 +302,6 @@ class TestInterface:
         with pytest.raises(RefusalLabError, match="A defence has `name`"):
             check_interface(thing)
 
-
     @pytest.mark.parametrize("lacking", ["name", "m", "extra_passes", "replies"])
     def test_each_part_is_needed(self, lacking):
         parts = {"name": "x", "m": chat_model(), "extra_passes": 0, "replies": print}
@@ -475,7 +470,7 @@ class TestProcess:
         with pytest.raises(Failed, match="not ready within 1 s"):
             Submitted(ALONE, chat_model(), limits=Limits(start=1), walled=False)
 
-    @SANDBOX
+    @pytest.mark.sandbox
     @pytest.mark.parametrize(
         ("line", "words"),
         [

@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,10 +15,7 @@ from grading import POINTS, RIGHT, STUB, WRONG, notebook, points_of, put
 from refusallab.course.grade.batch import grade_class
 from refusallab.course.grade.records import Records
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bwrap") and os.environ.get("SANDBOX_TESTS")),
-    reason="slow: needs bubblewrap, a checkout outside /tmp, and SANDBOX_TESTS=1 in the environment",
-)
+pytestmark = pytest.mark.sandbox
 CLASS = 200
 
 

@@ -1,7 +1,6 @@
 """Damaged submissions: each gets the right score with a reason, and the batch goes on."""
 
 import os
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,7 @@ from refusallab.course.grade.records import Records
 from refusallab.course.grade.server import ForkServer, Limits
 from refusallab.errors import RefusalLabError
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bwrap") and os.environ.get("SANDBOX_TESTS")),
-    reason="slow: needs bubblewrap, a checkout outside /tmp, and SANDBOX_TESTS=1 in the environment",
-)
+pytestmark = pytest.mark.sandbox
 LIMITS = Limits(timeout=6, memory=0.5)
 SEED = 4711
 

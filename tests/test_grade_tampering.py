@@ -7,7 +7,6 @@ succeed, or the test proves nothing), and through the grader.
 import contextlib
 import os
 import pickle
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -25,10 +24,7 @@ from refusallab.course.grade.records import Records
 from refusallab.course.grade.server import Limits, shared
 from refusallab.course.grade.submissions import Submission
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bwrap") and os.environ.get("SANDBOX_TESTS")),
-    reason="slow: needs bubblewrap, a checkout outside /tmp, and SANDBOX_TESTS=1 in the environment",
-)
+pytestmark = pytest.mark.sandbox
 LIMITS = Limits(timeout=6, memory=1)
 SEED = 8023
 WRONG = "def mean_difference(harmful, harmless):\n    return harmful.mean(0) * 0\n"

@@ -10,8 +10,10 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -144,11 +146,116 @@ def test_readme_names_every_bundled_model():
     assert sorted(re.findall(r"`([\w-]+)`", "".join(first_cells))) == sorted(bundled)
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    assert read(".ci/run").splitlines()[-1] == "make test"
+def targets(command):
+    """The make targets of a command line."""
+    return [word for word in command.split()[1:] if "=" not in word]
+
+
+def make_targets():
+    return set(re.findall(r"^([\w-]+):(?!=)", read("Makefile"), flags=re.M))
+
+
+def test_ci_runs_the_check_and_every_suite_with_the_test_command_of_the_readme_last():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert targets(read(".ci/run").splitlines()[-1]) == ["check", "test-fast", "test-sandbox", "test-browser", "test"]
     assert "`make test`" in read("README.md")
+
+
+def jobs(name):
+    """The jobs of a workflow."""
+    return yaml.safe_load(read(f".github/workflows/{name}"))["jobs"]
+
+
+def commands(job):
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def problems_of(job):
+    """What a job calls besides set-up and make targets that exist; none when it is as it should be."""
+    found = []
+    for command in commands(job):
+        if command.startswith("make "):
+            found += [f"no target {target}" for target in targets(command) if target not in make_targets()]
+        elif not re.match(r"sudo (apt-get|sysctl) ", command):
+            found.append(f"not a make target: {command}")
+    actions = {step["uses"].partition("@")[0] for step in job["steps"] if "uses" in step}
+    return found + sorted(actions - {"actions/checkout", "actions/setup-python", "actions/upload-artifact"})
+
+
+WORKFLOWS = ("ci.yml", "nightly.yml")
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_call_make_targets_and_nothing_else(name):
+    assert {job: problems_of(steps) for job, steps in jobs(name).items() if problems_of(steps)} == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [("make chekc test", "no target chekc"), ("pytest tests", "not a make target: pytest tests")],
+)
+def test_a_planted_step_of_a_workflow_is_found(command, problem):
+    job = jobs("ci.yml")["fast"]
+    job["steps"].append({"run": command})
+    assert problems_of(job) == [problem]
+
+
+def pythons(job):
+    matrix = job.get("strategy", {}).get("matrix", {})
+    setup = next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
+    return {*matrix.get("python", []), *(case["python"] for case in matrix.get("include", []))} or {setup}
+
+
+def test_workflows_run_the_pythons_of_the_project_on_every_system():
+    wanted = Requirement("python" + tomllib.loads(read("pyproject.toml"))["project"]["requires-python"]).specifier
+    for name in WORKFLOWS:
+        assert all(version in wanted for job in jobs(name).values() for version in pythons(job))
+    assert pythons(jobs("ci.yml")["fast"]) == {"3.11", "3.12", "3.13"}
+    assert {"os": "macos-latest", "python": "3.13"} in jobs("ci.yml")["fast"]["strategy"]["matrix"]["include"]
+    assert pythons(jobs("ci.yml")["full"]) == {"3.11"}
+
+
+def test_pre_commit_runs_the_tools_of_make_check():
+    hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"][0]["hooks"]
+    entries = " ".join(hook["entry"].replace(".venv/bin/python", "$(RUN)").replace(" -m", "") for hook in hooks)
+    check = re.search(r"^check:.*\n((?:\t.*\n)+)", read("Makefile"), flags=re.M)[1]
+    assert all(line.strip().replace(" --check", "") in entries for line in check.splitlines())
+
+
+@pytest.mark.slow
+class TestDeadline:
+    @pytest.fixture
+    def run(self, tmp_path):
+        """Run two notebooks with the project's conftest.py, some time before or after the deadline."""
+        shutil.copy(ROOT / "conftest.py", tmp_path)
+        for name in ("a", "b"):
+            nb = new_notebook(cells=[new_code_cell("1 + 1") for _ in range(2)])
+            nbformat.write(nb, tmp_path / f"{name}.ipynb")
+
+        def go(**settings):
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-ra",
+                "--nbval-lax",
+                "--nbval-current-env",
+                "-p",
+                "no:cacheprovider",
+            ]
+            env = {k: v for k, v in os.environ.items() if k != "REFUSALLAB_DEADLINE"} | settings
+            return subprocess.run([*command, "."], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+        return go
+
+    def test_past_it_no_notebook_is_begun_and_each_is_listed(self, run):
+        done = run(REFUSALLAB_DEADLINE="1000")
+        assert done.returncode == 0 and "4 skipped" in done.stdout
+        assert all(f"{name}.ipynb was not verified: the deadline had passed" in done.stdout for name in "ab")
+
+    def test_before_it_and_without_one_every_notebook_runs(self, run):
+        assert "4 passed" in run(REFUSALLAB_DEADLINE="99999999999").stdout
+        assert "4 passed" in run().stdout
 
 
 FAKE_PYTHON = """#!/bin/sh
@@ -177,7 +284,8 @@ def make(tmp_path):
         path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         settings = {"PATH": path, "OLD": "0", "BREAK": "nothing", "SYSTEM": "Linux", "USER_ID": "1000"}
         env = settings | variables
-        result = subprocess.run(["make", target], cwd=tmp_path, env=env, capture_output=True, text=True)
+        overrides = [f"{name}={env.pop(name)}" for name in ("CONSTRAINTS", "LAB") if name in env]
+        result = subprocess.run(["make", target, *overrides], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert (result.returncode == 0) == ok, result.stdout + result.stderr
         return result.stderr if not ok else (tmp_path / "calls").read_text().splitlines()
 
@@ -190,34 +298,63 @@ needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not in
 
 @needs_make
 class TestMake:
-    def test_setup_runs_once(self, make):
-        venv, install, panels = make("setup")
+    def test_setup_installs_what_students_need_once(self, make):
+        venv, install = make("setup")
         assert venv == "python3 -m venv .venv"
-        assert install == "python -m pip install --constraint constraints.txt --editable .[lab,teach,grade,test]"
-        assert panels == "python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader"
+        assert install == "python -m pip install --no-compile --constraint constraints.txt --editable .[lab]"
         assert make("setup") == []
+
+    def test_develop_adds_the_rest_once(self, make):
+        make("setup")
+        install, panels = make("develop")
+        assert install.endswith(" --constraint constraints.txt --editable .[lab,teach,grade,test]")
+        assert panels == "python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader"
+        assert make("develop") == make("setup") == []
+
+    def test_versions_can_be_left_open(self, make):
+        assert make("develop", CONSTRAINTS="")[1] == "python -m pip install --no-compile --editable .[lab]"
 
     @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
     def test_setup_runs_again_when_a_file_changed(self, make, changed):
         make("setup")
-        stamp = (make.folder / ".venv" / ".installed").stat().st_mtime
+        stamp = (make.folder / ".venv" / ".students").stat().st_mtime
         os.utime(make.folder / changed, (stamp + 1, stamp + 1))
-        assert len(make("setup")) == 3
+        assert len(make("setup")) == 2
 
     def test_a_failed_setup_is_not_taken_for_done(self, make):
         make("setup", ok=False, BREAK="pip install")
-        assert len(make("setup")) == 3
+        assert len(make("setup")) == 2
 
-    @pytest.mark.parametrize(
-        ("target", "command"),
-        [("test", "pytest -n 2 --dist loadfile"), ("demo", "refusallab demo"), ("lab", "-m jupyterlab")],
-    )
-    def test_each_target_works_alone(self, make, target, command):
-        venv, install, _panels, call = make(target)
-        assert "venv" in venv
-        assert "pip install" in install
+    @pytest.mark.parametrize(("target", "command"), [("demo", "refusallab demo"), ("lab", "-m jupyterlab")])
+    def test_students_targets_work_alone(self, make, target, command):
+        _venv, install, call = make(target)
+        assert install.endswith(".[lab]")
         assert command in call
         assert len(make(target)) == 1
+
+    @pytest.mark.parametrize(
+        ("target", "words"),
+        [
+            ("check", ["ruff check", "ruff format --check", "mypy"]),
+            ("test-fast", ["-m not (slow or sandbox or browser or cpu or real) tests"]),
+            ("test-lab", ["tests/test_lab02.py solutions/02_x.ipynb"]),
+            ("test", ["-m not (slow", "-m slow and not (sandbox", "--no-loadscope-reorder solutions"]),
+            ("test-all", ["-m not (slow", "-m slow and", "solutions", "-m sandbox", "-m browser", "-m cpu"]),
+        ],
+    )
+    def test_developers_targets_work_alone(self, make, target, words):
+        for path in ("tests/test_lab02.py", "solutions/02_x.ipynb"):
+            (make.folder / path).parent.mkdir(exist_ok=True)
+            (make.folder / path).touch()
+        *_, panels = make("develop")
+        calls = make(target, LAB="02")
+        assert "labextensions" in panels
+        assert len(calls) == len(words)
+        assert all(word in call for word, call in zip(words, calls, strict=True))
+
+    def test_a_lab_must_be_named(self, make):
+        make("develop")
+        assert "make test-lab LAB=02" in make("test-lab", ok=False)
 
     @pytest.mark.parametrize(
         ("variables", "browser"),
