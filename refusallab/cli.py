@@ -269,10 +269,10 @@ def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
-    from refusallab.defenses import matrix as evaluation
-    from refusallab.defenses.base import ModelAlone
-    from refusallab.defenses.runtime import run_time_defences
-    from refusallab.defenses.training import DEFENCES, trained_defences
+    from refusallab.defences import matrix as evaluation
+    from refusallab.defences.base import ModelAlone
+    from refusallab.defences.runtime import run_time_defences
+    from refusallab.defences.training import DEFENCES, trained_defences
     from refusallab.headline import search
     from refusallab.model import load
 

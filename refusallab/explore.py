@@ -21,7 +21,7 @@ from torch import Tensor
 
 from refusallab.attacks.effect import suffix_effect
 from refusallab.attribution import attention_from_last, attribution, mass, regions
-from refusallab.defenses.thresholds import roc, threshold_at
+from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.directions import Candidate, Search, difference_in_means, discarded_because
 from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from refusallab.defenses.base import Defence
+from refusallab.defences.base import Defence
 from refusallab.errors import RefusalLabError
 from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
 from refusallab.measure import Outcome, outcome, refused_by_phrases

@@ -11,12 +11,12 @@ from torch import Tensor
 from refusallab.course.exercise import Case, Exercise, Mistake, Question
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.course.exercises.lab04 import edit_seen
-from refusallab.defenses.conditional import conditional_addition
-from refusallab.defenses.integrity import mean_write_shares
-from refusallab.defenses.monitor import linear_probe
-from refusallab.defenses.perplexity import worst_window
-from refusallab.defenses.smoothing import vote
-from refusallab.defenses.thresholds import threshold_at
+from refusallab.defences.conditional import conditional_addition
+from refusallab.defences.integrity import mean_write_shares
+from refusallab.defences.monitor import linear_probe
+from refusallab.defences.perplexity import worst_window
+from refusallab.defences.smoothing import vote
+from refusallab.defences.thresholds import threshold_at
 from refusallab.directions import random_directions
 from refusallab.interventions import project_out
 from refusallab.model import Edit, blocks

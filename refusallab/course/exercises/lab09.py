@@ -17,7 +17,7 @@ from refusallab.activations import residual
 from refusallab.attacks.white_box import broken_at, descend
 from refusallab.course.exercise import Case, Exercise, Mistake, Question
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
-from refusallab.defenses.training import Lesson, away, extend, lessons, refat_loss
+from refusallab.defences.training import Lesson, away, extend, lessons, refat_loss
 from refusallab.directions import random_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss

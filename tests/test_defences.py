@@ -11,16 +11,16 @@ from typer.testing import CliRunner
 from refusallab import cli
 from refusallab.attacks.gcg import hiding_from
 from refusallab.attacks.result import direct, send
-from refusallab.defenses import matrix as evaluation
-from refusallab.defenses.base import AnyOf, ModelAlone, Watcher, passes, stock_refusal
-from refusallab.defenses.conditional import ConditionalSteering, conditional_addition
-from refusallab.defenses.integrity import hide, is_edited, quietest
-from refusallab.defenses.monitor import Monitor, linear_probe
-from refusallab.defenses.perplexity import PerplexityFilter, count_bigrams, worst_window
-from refusallab.defenses.prompting import SAFETY, SelfReminder, SystemPrompt
-from refusallab.defenses.runtime import run_time_defences
-from refusallab.defenses.smoothing import SmoothLLM, perturb, vote
-from refusallab.defenses.thresholds import auc, roc, threshold_at
+from refusallab.defences import matrix as evaluation
+from refusallab.defences.base import AnyOf, ModelAlone, Watcher, passes, stock_refusal
+from refusallab.defences.conditional import ConditionalSteering, conditional_addition
+from refusallab.defences.integrity import hide, is_edited, quietest
+from refusallab.defences.monitor import Monitor, linear_probe
+from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
+from refusallab.defences.prompting import SAFETY, SelfReminder, SystemPrompt
+from refusallab.defences.runtime import run_time_defences
+from refusallab.defences.smoothing import SmoothLLM, perturb, vote
+from refusallab.defences.thresholds import auc, roc, threshold_at
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
 from refusallab.model import generate, load, logits
@@ -335,7 +335,7 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     result = evaluation.matrix(defences, attacks, items, {"benign": items})
     found = SimpleNamespace(selected=SimpleNamespace(layer=5, position=-1), direction=SimpleNamespace(vector=r))
     monkeypatch.setattr("refusallab.headline.search", lambda _: found)
-    monkeypatch.setattr("refusallab.defenses.training.trained_defences", lambda *_: [ModelAlone(m, "trained")])
+    monkeypatch.setattr("refusallab.defences.training.trained_defences", lambda *_: [ModelAlone(m, "trained")])
     monkeypatch.setattr(evaluation, "matrix", lambda defences, *_: met.append([d.name for d in defences]) or result)
     met = []
     shown = CliRunner().invoke(cli.app, ["matrix"])

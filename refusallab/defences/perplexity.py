@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refusallab.defenses.base import Watcher, last_words
+from refusallab.defences.base import Watcher, last_words
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defenses.base import AnyOf, Defence
-from refusallab.defenses.conditional import ConditionalSteering, conditional_addition
-from refusallab.defenses.monitor import Monitor, linear_probe
-from refusallab.defenses.perplexity import Bigrams, PerplexityFilter, count_bigrams, worst_window
-from refusallab.defenses.prompting import SelfReminder, SystemPrompt
-from refusallab.defenses.smoothing import SmoothLLM
-from refusallab.defenses.thresholds import threshold_at
-from refusallab.defenses.traffic import traffic
+from refusallab.defences.base import AnyOf, Defence
+from refusallab.defences.conditional import ConditionalSteering, conditional_addition
+from refusallab.defences.monitor import Monitor, linear_probe
+from refusallab.defences.perplexity import Bigrams, PerplexityFilter, count_bigrams, worst_window
+from refusallab.defences.prompting import SelfReminder, SystemPrompt
+from refusallab.defences.smoothing import SmoothLLM
+from refusallab.defences.thresholds import threshold_at
+from refusallab.defences.traffic import traffic
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model
 from refusallab.prompts import Item, knows_the_world

@@ -9,8 +9,8 @@ import torch
 
 from refusallab.activations import residual
 from refusallab.attacks import white_box
-from refusallab.defenses import training
-from refusallab.defenses.training import DEFENCES, away, extend, harden, lessons, refat_loss, rerouting_loss, stay
+from refusallab.defences import training
+from refusallab.defences.training import DEFENCES, away, extend, harden, lessons, refat_loss, rerouting_loss, stay
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import finetune, reply_loss, shuffled, train

@@ -1,0 +1,1 @@
+"""Defences: prompts, filters, monitors, steering, trained models. All keep to `refusallab.defences.base.Defence`."""

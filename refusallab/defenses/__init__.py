@@ -1,1 +1,0 @@
-"""Defences: prompts, filters, monitors, steering, trained models. All keep to `refusallab.defenses.base.Defence`."""
