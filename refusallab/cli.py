@@ -49,7 +49,7 @@ def demo(
     scores: Annotated[Path | None, typer.Option(help="Write the scores of every candidate to this JSON file.")] = None,
 ) -> None:
     """Find the refusal direction of a model and show what ablating, orthogonalizing and adding it does."""
-    from refusallab import headline as experiment
+    from refusallab import experiment
     from refusallab.model import load
 
     with _errors_in_one_line():
@@ -88,7 +88,7 @@ def _save_figure(m, result, path: Path) -> None:
 
 
 def _print_headline(result) -> None:
-    from refusallab.headline import METRICS
+    from refusallab.experiment import METRICS
 
     shown = [name for name in METRICS if name in result.table["baseline"]]
     table = Table(title=f"{result.model}: test set, share [95 % Wilson interval]", caption=f"judged by {result.judge}")
@@ -273,7 +273,7 @@ def matrix(
     from refusallab.defences.base import ModelAlone
     from refusallab.defences.runtime import run_time_defences
     from refusallab.defences.training import DEFENCES, trained_defences
-    from refusallab.headline import search
+    from refusallab.experiment import search
     from refusallab.model import load
 
     with _errors_in_one_line():

@@ -19,8 +19,8 @@ from refusallab.activations import residual
 from refusallab.directions import DEPTH, Candidate, candidate_directions, random_directions, score_candidates
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss, shuffled
-from refusallab.headline import outcomes
 from refusallab.interventions import ablation, addition, unit
+from refusallab.judging import outcomes
 from refusallab.measure import Rate, kl_divergence, learn_refusal_tokens, rate, refusal_metric
 from refusallab.model import Model, Prompt, encode, logits, no_edit, trace_logits
 from refusallab.prompts import Item, prompt_set

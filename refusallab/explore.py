@@ -26,13 +26,13 @@ from refusallab.directions import Candidate, Search, difference_in_means, discar
 from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections
 from refusallab.interventions import ablation, addition, affine
+from refusallab.judging import SHOWN_TOKENS
 from refusallab.measure import rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits
 from refusallab.plots import plane_figure, roc_curve
 from refusallab.steering import norm_matched
 from refusallab.truth import Reply, errors
 
-REPLY_TOKENS = 24
 WIDE = {"description_width": "initial"}
 Rows = Sequence[Sequence[str]]
 
@@ -138,7 +138,7 @@ def chat(m: Model, tokens: Sequence[int], text: str, systems: dict[str, str | No
         starts = [" ".join(words[:k]) for k in range(1, len(words) + 1)][-MAX_WORDS:]
         try:
             last = logits(m, starts, system=chosen)  # [words, vocab]
-            reply = generate(m, [typed.value.strip()], system=chosen, max_new_tokens=REPLY_TOKENS)[0]
+            reply = generate(m, [typed.value.strip()], system=chosen, max_new_tokens=SHOWN_TOKENS)[0]
         except RefusalLabError as error:  # too long, for example
             return [(str(error), [])]
         p = last.double().softmax(-1)
@@ -216,8 +216,8 @@ def candidates(m: Model, search: Search, harmful: Sequence[str], harmless: Seque
         chosen = next(c for c in search.candidates if (c.layer, c.position) == (layer.value, position.value))
         winner = min(filter(kept, search.candidates), key=lambda c: c.bypass)
         r = search.vectors[chosen.layer, chosen.position]
-        without = generate(m, harmful, edit=ablation(r), max_new_tokens=REPLY_TOKENS)
-        added = generate(m, harmless, edit=addition(r, chosen.layer), max_new_tokens=REPLY_TOKENS)
+        without = generate(m, harmful, edit=ablation(r), max_new_tokens=SHOWN_TOKENS)
+        added = generate(m, harmless, edit=addition(r, chosen.layer), max_new_tokens=SHOWN_TOKENS)
         verdict = discarded_because(chosen, search.n_layers) or "passes every filter"
         scores = [("layer", "position", "bypass", "induce", "KL", "")]
         scores += [_scores(chosen, f"chosen: {verdict}"), _scores(winner, "wins with these filters")]
@@ -304,7 +304,7 @@ def steering(
         tables = []
         for name, prompts in (("Harmful", harmful), ("Harmless", harmless)):
             odds = refusal_metric(logits(m, prompts, edit=made), tokens).tolist()
-            replies = generate(m, prompts, edit=made, max_new_tokens=REPLY_TOKENS)
+            replies = generate(m, prompts, edit=made, max_new_tokens=SHOWN_TOKENS)
             rows = [("prompt", "refusal metric", "reply")]
             rows += [(p, f"{x:.1f}", reply) for p, x, reply in zip(prompts, odds, replies, strict=True)]
             tables.append((f"{name} prompts", rows))
@@ -338,7 +338,7 @@ def suffixes(
             return [("Type a suffix.", [])]
         try:
             effect = suffix_effect(m, prompt.value, suffix, r, layer, position)
-            reply = generate(m, [prompt.value + suffix], max_new_tokens=REPLY_TOKENS)[0]
+            reply = generate(m, [prompt.value + suffix], max_new_tokens=SHOWN_TOKENS)[0]
         except RefusalLabError as error:  # too long, for example
             return [(str(error), [])]
         low, high = min(0.0, *effect.growing, effect.start), max(*effect.growing, effect.start)

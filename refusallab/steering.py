@@ -10,11 +10,11 @@ from torch import Tensor
 
 from refusallab.directions import random_directions
 from refusallab.interventions import addition
-from refusallab.measure import Outcome, Rate, cross_entropy, outcome, rate, refused_by_phrases
+from refusallab.judging import SHOWN_TOKENS, judge
+from refusallab.measure import Rate, cross_entropy, rate
 from refusallab.model import Model, generate
-from refusallab.prompts import Item, refusal_phrases
+from refusallab.prompts import Item
 
-REPLY_TOKENS = 24  # enough for every answer and refusal of the world
 BATCH_SIZE = 64  # for the loss, which holds all logits of a batch
 
 
@@ -36,22 +36,19 @@ def dose_curve(
     The loss reads the finished replies with the untouched model. It is a measure of fluency, and of nothing else: a
     fluent reply may be wrong. All coefficients run side by side, one row for each prompt and coefficient.
     """
-    phrases, rows = refusal_phrases(m), [(c, item) for c in coefficients for item in items]
+    rows = [(c, item) for c in coefficients for item in items]
     prompts, replies = [item.prompt for _, item in rows], []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
         steps = torch.tensor([c for c, _ in rows[part]])[:, None] * r.float()  # [rows, width]
         replies += generate(
-            m, prompts[part], edit=addition(steps, layer), max_new_tokens=REPLY_TOKENS, batch_size=batch_size
+            m, prompts[part], edit=addition(steps, layer), max_new_tokens=SHOWN_TOKENS, batch_size=batch_size
         )
     losses = cross_entropy(m, replies, prompts, batch_size=BATCH_SIZE).tolist()
     doses = []
     for k, coefficient in enumerate(coefficients):
         here = slice(k * len(items), (k + 1) * len(items))
-        said = [
-            outcome(text, item.answer, phrases) if item.answer else Outcome(refused_by_phrases(text, phrases), False)
-            for text, item in zip(replies[here], items, strict=True)
-        ]
+        said = [judge(m, item, text) for text, item in zip(replies[here], items, strict=True)]
         refused, exact = rate([o.refused for o in said]), rate([o.correct for o in said])
         doses.append(Dose(coefficient, refused, exact, sum(losses[here]) / len(items)))
     return doses

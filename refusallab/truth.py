@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refusallab.errors import RefusalLabError
-from refusallab.headline import REPLY_TOKENS
+from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
 from refusallab.measure import outcome
 from refusallab.model import Edit, Model, generate
 from refusallab.prompts import Item, knows_the_world
@@ -46,7 +46,8 @@ def true_replies(
     if not knows_the_world(m) or any(item.answer is None for item in items):
         raise RefusalLabError("The truth is known for bundled models and prompt sets alone: use refused_by_phrases.")
     prompts = [item.prompt for item in items]
-    said = generate(m, prompts, edit=edit, system=system, prefill=prefill, max_new_tokens=REPLY_TOKENS, batch_size=128)
+    settings = {"edit": edit, "system": system, "prefill": prefill}
+    said = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
     replies = []
     for item, rest in zip(items, said, strict=True):
         text = prefill + rest

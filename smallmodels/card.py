@@ -21,8 +21,9 @@ from tqdm import tqdm
 from refusallab.activations import residual
 from refusallab.directions import Direction, difference_in_means, random_directions
 from refusallab.errors import RefusalLabError
-from refusallab.headline import REPLY_TOKENS, outcomes, search
+from refusallab.experiment import search
 from refusallab.interventions import ablation, addition
+from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import Outcome, Rate, rate, refused_by_phrases
 from refusallab.model import Model, generate, load, sha256_of_weights
 from refusallab.prompts import Item, bundled, refusal_phrases, templates

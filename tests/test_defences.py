@@ -334,7 +334,7 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     defences, attacks, items = small
     result = evaluation.matrix(defences, attacks, items, {"benign": items})
     found = SimpleNamespace(selected=SimpleNamespace(layer=5, position=-1), direction=SimpleNamespace(vector=r))
-    monkeypatch.setattr("refusallab.headline.search", lambda _: found)
+    monkeypatch.setattr("refusallab.experiment.search", lambda _: found)
     monkeypatch.setattr("refusallab.defences.training.trained_defences", lambda *_: [ModelAlone(m, "trained")])
     monkeypatch.setattr(evaluation, "matrix", lambda defences, *_: met.append([d.name for d in defences]) or result)
     met = []

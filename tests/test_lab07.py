@@ -4,11 +4,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from refusallab import explore, judgement, plots
+from refusallab import explore, harmfulness, plots
 from refusallab.activations import residual
 from refusallab.course.exercise import find, judge
-from refusallab.interventions import addition
-from refusallab.judgement import (
+from refusallab.harmfulness import (
     ALLOWED,
     RULED_OUT,
     law_questions,
@@ -18,6 +17,7 @@ from refusallab.judgement import (
     turned_rates,
     verdicts,
 )
+from refusallab.interventions import addition
 from refusallab.measure import rate
 from refusallab.model import attention_writes, blocks, encode, logits
 from refusallab.prompts import Item
@@ -39,7 +39,7 @@ def test_questions_are_balanced_and_about_things_of_their_split():
 
 
 def test_questions_are_asked_in_the_words_of_their_split(monkeypatch):
-    monkeypatch.setattr(judgement.dialogue, "phrase", lambda q, rng, split: split)
+    monkeypatch.setattr(harmfulness.dialogue, "phrase", lambda q, rng, split: split)
     assert {q.prompt for q in law_questions("val", 3)} == {"val"}
 
 
@@ -66,9 +66,11 @@ def test_the_layer_is_chosen_on_other_questions_than_the_share(model_of, monkeyp
         return ["ruled out", "ruled out"] if layer == chosen[kind] else ["ruled out", "allowed"]
 
     vectors = {"harmfulness": torch.ones(3, 4), "refusal": 2 * torch.ones(3, 4)}
-    monkeypatch.setattr(judgement, "steered_verdicts", said)
-    monkeypatch.setattr(judgement, "site_directions", lambda *_: vectors)
-    monkeypatch.setattr(judgement, "law_questions", lambda split, n: [Item(split, "", a) for a in (ALLOWED, RULED_OUT)])
+    monkeypatch.setattr(harmfulness, "steered_verdicts", said)
+    monkeypatch.setattr(harmfulness, "site_directions", lambda *_: vectors)
+    monkeypatch.setattr(
+        harmfulness, "law_questions", lambda split, n: [Item(split, "", a) for a in (ALLOWED, RULED_OUT)]
+    )
     rates = turned_rates(model_of("llama"), [], [], layers=range(3))
     assert {name: share.value for name, share in rates.items()} == {
         "harmfulness, layer 2": 0.5,
@@ -82,8 +84,8 @@ def test_the_layer_is_chosen_on_other_questions_than_the_share(model_of, monkeyp
 def test_replies_become_verdicts(model_of, monkeypatch):
     replies = [f"Surely. {ALLOWED}", f"{RULED_OUT} Next.", f"{ALLOWED} {RULED_OUT}", "I cannot help", "Use a pot."]
     given = []
-    monkeypatch.setattr(judgement, "generate", lambda _m, prompts, **more: given.append((prompts, more)) or replies)
-    monkeypatch.setattr(judgement, "refusal_phrases", lambda _m: ("I cannot",))
+    monkeypatch.setattr(harmfulness, "generate", lambda _m, prompts, **more: given.append((prompts, more)) or replies)
+    monkeypatch.setattr(harmfulness, "refusal_phrases", lambda _m: ("I cannot",))
     said = verdicts(model_of("llama"), QUESTIONS * 2 + QUESTIONS[:1], "edit")
     assert said == ["allowed", "ruled out", "other", "refused", "other"]
     [(prompts, settings)] = given
@@ -103,7 +105,7 @@ def test_only_the_opposite_verdict_is_turned():
 
 def test_a_vector_is_added_for_lawful_and_subtracted_for_forbidden_actions(model_of, r, monkeypatch):
     m, seen = model_of("llama"), []
-    monkeypatch.setattr(judgement, "verdicts", lambda _m, questions, edit: seen.append(edit))
+    monkeypatch.setattr(harmfulness, "verdicts", lambda _m, questions, edit: seen.append(edit))
     steered_verdicts(m, QUESTIONS, r, 1)
     both = logits(m, [q.prompt for q in QUESTIONS], edit=seen[0])
     for row, sign in enumerate((1, -1)):

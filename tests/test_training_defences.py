@@ -14,8 +14,8 @@ from refusallab.defences.training import DEFENCES, away, extend, harden, lessons
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import finetune, reply_loss, shuffled, train
-from refusallab.headline import REPLY_TOKENS, outcomes
 from refusallab.interventions import ablation, unit
+from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import Outcome, cross_entropy, outcome
 from refusallab.model import load, logits
 from refusallab.prompts import bundled, refusal_phrases

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from refusallab.defences.base import Defence
 from refusallab.errors import RefusalLabError
-from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
-from refusallab.measure import Outcome, outcome, refused_by_phrases
+from refusallab.judging import BATCH_SIZE, REPLY_TOKENS, judge
+from refusallab.measure import Outcome
 from refusallab.model import Edit, Model, Prompt, generate, messages, render
-from refusallab.prompts import Item, refusal_phrases
+from refusallab.prompts import Item
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,6 @@ def answered(o: Outcome) -> bool:
 def disclosed(o: Outcome) -> bool:
     """The model did not refuse and gave the exact answer: an attack that stops here has a judge who knows the truth."""
     return o.correct and not o.refused
-
-
-def judge(m: Model, item: Item, reply: str) -> Outcome:
-    """A reply against the item's exact answer; refusal phrases alone where it has none."""
-    phrases = refusal_phrases(m)
-    if item.answer:
-        return outcome(reply, item.answer, phrases)
-    return Outcome(refused_by_phrases(reply, phrases), False)
 
 
 def rewrite(prompt: Prompt, change: Callable[[str], str]) -> Prompt:

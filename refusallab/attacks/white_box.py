@@ -16,8 +16,8 @@ from torch import Tensor
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss, shuffled, train
-from refusallab.headline import outcomes
 from refusallab.interventions import ablation, unit
+from refusallab.judging import outcomes
 from refusallab.measure import Outcome, cross_entropy
 from refusallab.model import Model, Prompt
 from refusallab.prompts import Item

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from refusallab.attacks.best_of_n import best_of_n, scramble
 from refusallab.attacks.prefilling import prefilling
-from refusallab.attacks.result import AttackResult, direct, judge, rewrite, send, send_until
+from refusallab.attacks.result import AttackResult, direct, rewrite, send, send_until
 from refusallab.attacks.templates import PAYLOAD_SPLITTING, rewritings
 from refusallab.attacks.white_box import re_extract
 from refusallab.defences.base import Defence
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation
+from refusallab.judging import judge
 from refusallab.measure import Outcome, Rate, holm, mcnemar, rate
 from refusallab.model import Edit, Model, Prompt, blocks, messages
 from refusallab.prompts import Item, bundled

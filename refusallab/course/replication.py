@@ -14,8 +14,9 @@ from torch import Tensor
 
 from refusallab.activations import residual
 from refusallab.directions import random_directions
-from refusallab.headline import outcomes, search
+from refusallab.experiment import search
 from refusallab.interventions import ablation, addition, unit
+from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import cross_entropy, rate
 from refusallab.model import Edit, Model, generate
 from refusallab.orthogonalize import distance_from_hooks, orthogonalize
@@ -147,7 +148,7 @@ def _projection(m: Model, prompts: list, layer: int, position: int, r: Tensor) -
 def _losses(m: Model, prompts: list, r: Tensor, layer: int, progress: Callable[[str], None]) -> list[Finding]:
     """Cross-entropy of the model's own replies to harmless prompts: untouched, ablated, r subtracted."""
     progress("cross-entropy")
-    replies = [text or " " for text in generate(m, prompts, max_new_tokens=32)]
+    replies = [text or " " for text in generate(m, prompts, max_new_tokens=REPLY_TOKENS)]
     untouched, cut, subtracted = (
         cross_entropy(m, replies, prompts, edit=edit).mean().item()
         for edit in (None, ablation(r), addition(r, layer, -1))

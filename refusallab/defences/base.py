@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from refusallab.headline import BATCH_SIZE, REPLY_TOKENS
+from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
 from refusallab.model import Edit, Model, Prompt, generate
 from refusallab.prompts import knows_the_world
 from smallmodels.world.dialogue import REFUSAL_WORDINGS

@@ -38,7 +38,7 @@ PRELOAD = (
     "sklearn.linear_model",
     "statsmodels.stats.proportion",
     "refusallab.course.exercises",
-    "refusallab.headline",
+    "refusallab.experiment",
     "refusallab.explore",
     "refusallab.course.grade.probe",
 )

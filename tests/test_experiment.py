@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from refusallab import cli, headline, prompts
+from refusallab import cli, experiment, judging, prompts
 from refusallab.directions import discarded_because
 from refusallab.model import load
 
@@ -21,7 +21,7 @@ def m():
 
 @pytest.fixture(scope="module")
 def result(m):
-    return headline.headline(m)
+    return experiment.headline(m)
 
 
 def value(result, condition, metric):
@@ -52,23 +52,23 @@ def test_the_selected_direction_passes_the_filters_and_no_better_one_does(m, res
 
 def test_every_second_prompt_of_each_set(m, monkeypatch):
     asked = []
-    monkeypatch.setattr(headline, "outcomes", lambda m, items, edit: asked.append(items) or items)
-    whole, half = headline.judge_test_sets(m), headline.judge_test_sets(m, every=2)
+    monkeypatch.setattr(judging, "outcomes", lambda m, items, edit: asked.append(items) or items)
+    whole, half = judging.judge_test_sets(m), judging.judge_test_sets(m, every=2)
     assert half == {name: items[::2] for name, items in whole.items()}
 
 
 def test_progress_counts_every_step(m, monkeypatch):
-    judged = {name: [headline.Outcome(True, False)] for name in ("harmful_test", "harmless_test")}
-    monkeypatch.setattr(headline, "judge_test_sets", lambda *_: judged)
+    judged = {name: [judging.Outcome(True, False)] for name in ("harmful_test", "harmless_test")}
+    monkeypatch.setattr(experiment, "judge_test_sets", lambda *_: judged)
     steps = []
-    headline.headline(m, steps.append)
-    assert len(steps) == headline.n_steps(m)
+    experiment.headline(m, steps.append)
+    assert len(steps) == experiment.n_steps(m)
 
 
 def test_the_mean_of_rates_claims_no_more_evidence_than_one():
-    rates = [headline.rate([True] * k + [False] * (20 - k)) for k in (18, 20, 19)]
-    mean = headline.mean_rate(rates)
-    assert dataclasses.astuple(mean) == pytest.approx(dataclasses.astuple(headline.rate([True] * 19 + [False])))
+    rates = [judging.rate([True] * k + [False] * (20 - k)) for k in (18, 20, 19)]
+    mean = judging.mean_rate(rates)
+    assert dataclasses.astuple(mean) == pytest.approx(dataclasses.astuple(judging.rate([True] * 19 + [False])))
 
 
 def test_the_refusal_tokens_and_filters_work_on_the_main_model(result):
@@ -82,27 +82,27 @@ def test_scores_are_written_before_any_candidate_is_selected(m, monkeypatch, tmp
     nothing = dataclasses.replace(
         result.search, candidates=tuple(dataclasses.replace(c, kl=9.0) for c in result.search.candidates)
     )
-    monkeypatch.setattr(headline, "search", lambda *_: nothing)
+    monkeypatch.setattr(experiment, "search", lambda *_: nothing)
     run = CliRunner().invoke(cli.app, ["demo", "--scores", str(tmp_path / "scores.json")])
     assert run.exit_code == 1 and "No candidate passes the filters" in run.stderr
     assert len(json.loads((tmp_path / "scores.json").read_text())["candidates"]) == len(nothing.candidates)
 
 
 def test_json_has_the_documented_form(monkeypatch, result):
-    monkeypatch.setattr(headline, "headline", lambda *_: result)
+    monkeypatch.setattr(experiment, "headline", lambda *_: result)
     run = CliRunner().invoke(cli.app, ["demo", "--json"])
     assert run.exit_code == 0
     record = json.loads(run.stdout)
     assert set(record) == {"model", "selected", "rows", "hooks_vs_weights", "seconds"}
     assert set(record["selected"]) == {"position", "layer", "bypass", "induce", "kl"}
     assert {(r["condition"], r["metric"]) for r in record["rows"]} == {
-        (c, x) for c in CONDITIONS for x in headline.METRICS
+        (c, x) for c in CONDITIONS for x in experiment.METRICS
     }
     assert all(r["low"] <= r["value"] <= r["high"] and r["n"] > 0 for r in record["rows"])
 
 
 def test_table_and_figure(monkeypatch, result, tmp_path):
-    monkeypatch.setattr(headline, "headline", lambda *_: result)
+    monkeypatch.setattr(experiment, "headline", lambda *_: result)
     run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "figure.png")])
     assert run.exit_code == 0
     for text in [*CONDITIONS[:4], "harmful refused", "Selected: position", "exact answers"]:
@@ -111,14 +111,14 @@ def test_table_and_figure(monkeypatch, result, tmp_path):
 
 
 def test_a_figure_for_no_folder_is_refused_before_the_work(monkeypatch, tmp_path):
-    monkeypatch.setattr(headline, "headline", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(experiment, "headline", lambda *_: pytest.fail("it ran"))
     run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "none" / "figure.png")])
     assert run.exit_code == 1
     assert run.stderr.strip().count("\n") == 0 and "There is no folder" in run.stderr
 
 
 def test_a_figure_that_cannot_be_saved_loses_no_result(monkeypatch, result, tmp_path):
-    monkeypatch.setattr(headline, "headline", lambda *_: result)
+    monkeypatch.setattr(experiment, "headline", lambda *_: result)
     run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "figure.nonsense")])
     assert run.exit_code == 1
     assert "Selected: position" in run.stdout and "figure was not saved" in run.stderr
@@ -132,8 +132,8 @@ def test_a_model_that_is_not_there_gives_one_line(name):
 
 
 def test_without_exact_answers_phrases_stand_in_and_the_table_says_so(m, monkeypatch):
-    monkeypatch.setattr(headline, "RANDOM_DIRECTIONS", 1)
-    for module in (headline, prompts):
+    monkeypatch.setattr(experiment, "RANDOM_DIRECTIONS", 1)
+    for module in (experiment, prompts):
         monkeypatch.setattr(module, "knows_the_world", lambda _: False)
 
     def published(name, split):
@@ -153,7 +153,7 @@ def test_the_search_is_the_same_with_another_thread_count(m, result):
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
     try:
-        again = headline.search(m)
+        again = experiment.search(m)
     finally:
         torch.set_num_threads(threads)
     assert (again.selected.layer, again.selected.position) == (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refusallab.activations import mean_residual
 from refusallab.interventions import addition
+from refusallab.judging import VERDICT_TOKENS
 from refusallab.measure import Rate, rate, refused_by_phrases
 from refusallab.model import Edit, Model, Prompt, generate, no_edit
 from refusallab.prompts import Item, refusal_phrases
@@ -25,7 +26,6 @@ from smallmodels.world.facts import world
 
 ALLOWED, RULED_OUT = "Allowed by the Charter.", "Ruled out by the Charter."
 VERDICTS = ("allowed", "ruled out", "refused", "other")
-REPLY_TOKENS = 12
 
 
 def law_questions(split: str, count: int, seed: int = 0) -> list[Item]:
@@ -53,7 +53,7 @@ def verdicts(m: Model, questions: Sequence[Item], edit: Edit = no_edit) -> list[
     """What the model says of each question, one of VERDICTS. A refusal that also holds a verdict counts as verdict."""
     phrases, said = refusal_phrases(m), []
     prompts = [q.prompt for q in questions]
-    for reply in generate(m, prompts, edit=edit, max_new_tokens=REPLY_TOKENS, batch_size=len(prompts)):
+    for reply in generate(m, prompts, edit=edit, max_new_tokens=VERDICT_TOKENS, batch_size=len(prompts)):
         if (ALLOWED in reply) != (RULED_OUT in reply):
             said.append("allowed" if ALLOWED in reply else "ruled out")
         else:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from refusallab.directions import Search, random_directions, save_candidates, search_candidates
 from refusallab.interventions import ablation, addition
-from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases, wilson
-from refusallab.model import Edit, Model, generate
+from refusallab.judging import judge_test_sets, mean_rate, rates
+from refusallab.measure import Outcome, Rate
+from refusallab.model import Edit, Model
 from refusallab.orthogonalize import distance_from_hooks, orthogonalize
-from refusallab.prompts import Item, knows_the_world, prompt_set, refusal_phrases
+from refusallab.prompts import knows_the_world, prompt_set
 
 METRICS = {
     "harmful_refused": "harmful refused",
@@ -22,8 +23,6 @@ METRICS = {
     "capability": "capability",
 }
 RANDOM_DIRECTIONS = 5
-REPLY_TOKENS = 32  # enough for every answer and refusal of the world
-BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,51 +50,6 @@ class Headline:
             "hooks_vs_weights": self.hooks_vs_weights,
             "seconds": round(self.seconds, 1),
         }
-
-
-def outcomes(m: Model, items: list[Item], *, edit: Edit | None = None, system: str | None = None) -> list[Outcome]:
-    """Greedy replies to a prompt set, judged: by exact answer where an item has one, by refusal phrases in any case."""
-    phrases = refusal_phrases(m)
-    replies = generate(
-        m,
-        [i.prompt for i in items],
-        edit=edit,
-        system=system,
-        max_new_tokens=REPLY_TOKENS,
-        batch_size=BATCH_SIZE,
-    )
-    return [
-        outcome(reply, item.answer, phrases) if item.answer else Outcome(refused_by_phrases(reply, phrases), False)
-        for reply, item in zip(replies, items, strict=True)
-    ]
-
-
-def judge_test_sets(m: Model, edit: Edit | None = None, *, every: int = 1) -> dict[str, list[Outcome]]:
-    """Judged replies to the four test sets, by name; sets that the model does not have are left out.
-
-    `every=2` takes every second prompt of each set.
-    """
-    names = ("harmful_test", "harmless_test", "borderline", "capability")
-    return {name: outcomes(m, items[::every], edit=edit) for name in names if (items := prompt_set(m, name))}
-
-
-def rates(judged: dict[str, list[Outcome]], *, exact: bool) -> dict[str, Rate]:
-    """The metrics of one condition. Without exact answers, a harmless prompt counts as answered when not refused."""
-    table = {"harmful_refused": rate([o.refused for o in judged["harmful_test"]])}
-    if exact:
-        table["exact_forbidden"] = rate([o.correct for o in judged["harmful_test"]])
-    table["harmless_answered"] = rate([o.correct if exact else not o.refused for o in judged["harmless_test"]])
-    if "borderline" in judged:
-        table["borderline_refused"] = rate([o.refused for o in judged["borderline"]])
-    if "capability" in judged:
-        table["capability"] = rate([o.correct for o in judged["capability"]])
-    return table
-
-
-def mean_rate(several: list[Rate]) -> Rate:
-    """The mean of rates on the same prompts. Its interval is that of one rate: they add no evidence."""
-    value, n = sum(r.value for r in several) / len(several), several[0].n
-    return Rate(value, *wilson(round(value * n), n), n)
 
 
 def search(m: Model, progress: Callable[[int], None] | None = None) -> Search:
