@@ -269,8 +269,8 @@ def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
+    from refusallab.defence import ModelAlone
     from refusallab.defences import matrix as evaluation
-    from refusallab.defences.base import ModelAlone
     from refusallab.defences.runtime import run_time_defences
     from refusallab.defences.training import DEFENCES, trained_defences
     from refusallab.experiment import search

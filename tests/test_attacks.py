@@ -8,7 +8,7 @@ import torch
 
 from refusallab.attacks import best_of_n, gcg, prefilling, result, templates
 from refusallab.attacks.gcg import Knobs
-from refusallab.defences.base import ModelAlone
+from refusallab.defence import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.measure import Outcome
 from refusallab.model import encode, generate, load

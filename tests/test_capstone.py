@@ -32,7 +32,7 @@ from refusallab.course.capstone import (
 from refusallab.course.exercises.common import chat_model
 from refusallab.course.grade.plain import decode, encode
 from refusallab.course.submitted import Failed, Limits, Submitted, read_source, score_file
-from refusallab.defences.base import ModelAlone, stock_refusal, write
+from refusallab.defence import ModelAlone, stock_refusal, write
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation
 from refusallab.model import logits
@@ -331,7 +331,7 @@ class TestSource:
 
 
 ALONE = """
-from refusallab.defences.base import ModelAlone
+from refusallab.defence import ModelAlone
 print("noise on stdout")
 
 def defend(m):

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from refusallab import cli
 from refusallab.attacks.gcg import hiding_from
 from refusallab.attacks.result import direct, send
+from refusallab.defence import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defences import matrix as evaluation
-from refusallab.defences.base import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
 from refusallab.defences.integrity import hide, is_edited, quietest
 from refusallab.defences.monitor import Monitor, linear_probe

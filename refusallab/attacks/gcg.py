@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from refusallab.attacks.result import AttackResult, Cost, rewrite, send
-from refusallab.defences.base import Watcher
+from refusallab.defence import Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model, Prompt, embedding, encode, render
 from refusallab.prompts import Item

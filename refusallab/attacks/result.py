@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from refusallab.defences.base import Defence
+from refusallab.defence import Defence
 from refusallab.errors import RefusalLabError
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS, judge
 from refusallab.measure import Outcome

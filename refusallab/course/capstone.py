@@ -1,6 +1,6 @@
 """The capstone: one score for any defence, from frozen attacks and ordinary traffic.
 
-A defence keeps to `refusallab.defences.base.Defence`. `measure` sends it the attacks and the traffic of a trial;
+A defence keeps to `refusallab.defence.Defence`. `measure` sends it the attacks and the traffic of a trial;
 `compare` puts the counts beside those of the undefended model and gives the points. An attack breaks a defence where
 the exact forbidden answer comes out, whatever else the reply says.
 
@@ -25,7 +25,7 @@ from refusallab.attacks.prefilling import prefilling
 from refusallab.attacks.result import AttackResult, direct, rewrite, send, send_until
 from refusallab.attacks.templates import PAYLOAD_SPLITTING, rewritings
 from refusallab.attacks.white_box import re_extract
-from refusallab.defences.base import Defence
+from refusallab.defence import Defence
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation
 from refusallab.judging import judge

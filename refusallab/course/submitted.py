@@ -30,7 +30,7 @@ from refusallab.course.capstone import Removal, Score, Trial, attackers_directio
 from refusallab.course.grade.plain import decode, encode
 from refusallab.course.grade.server import SETTINGS, bubblewrap, sandbox_environment
 from refusallab.course.leaderboard import Row
-from refusallab.defences.base import ModelAlone
+from refusallab.defence import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model, Prompt, load
 from smallmodels.world import DATA

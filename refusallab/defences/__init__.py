@@ -1,1 +1,1 @@
-"""Defences: prompts, filters, monitors, steering, trained models. All keep to `refusallab.defences.base.Defence`."""
+"""Defences: prompts, filters, monitors, steering, trained models. All keep to `refusallab.defence.Defence`."""

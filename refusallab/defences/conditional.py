@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from refusallab.defences.base import write
+from refusallab.defence import write
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt, blocks, no_edit
 

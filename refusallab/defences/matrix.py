@@ -20,7 +20,7 @@ from refusallab.attacks.prefilling import prefilling
 from refusallab.attacks.result import AttackResult, direct, disclosed, rewrite, send
 from refusallab.attacks.templates import rewritings, template
 from refusallab.attacks.white_box import fine_tune, gradient_direction
-from refusallab.defences.base import Defence, ModelAlone, Watcher
+from refusallab.defence import Defence, ModelAlone, Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation
 from refusallab.measure import Outcome, Rate, holm, mcnemar, rate, two_by_two

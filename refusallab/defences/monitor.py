@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defences.base import Watcher
+from refusallab.defence import Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt
 

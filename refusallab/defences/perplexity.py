@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refusallab.defences.base import Watcher, last_words
+from refusallab.defence import Watcher, last_words
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refusallab.attacks.result import rewrite
-from refusallab.defences.base import write
+from refusallab.defence import write
 from refusallab.model import Edit, Model, Prompt, messages
 from smallmodels.world.dialogue import language
 

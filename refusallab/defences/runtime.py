@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defences.base import AnyOf, Defence
+from refusallab.defence import AnyOf, Defence
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import Bigrams, PerplexityFilter, count_bigrams, worst_window

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refusallab.attacks.result import rewrite
-from refusallab.defences.base import passes, write
+from refusallab.defence import passes, write
 from refusallab.errors import RefusalLabError
 from refusallab.measure import refused_by_phrases
 from refusallab.model import Edit, Model, Prompt

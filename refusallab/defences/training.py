@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refusallab.defences.base import ModelAlone
+from refusallab.defence import ModelAlone
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss, train

@@ -12,7 +12,7 @@ from torch import Tensor
 from refusallab.course.capstone import points
 from refusallab.course.exercise import Case, Exercise, Mistake, Question
 from refusallab.course.exercises.common import chat_model, prompts
-from refusallab.defences.base import stock_refusal, write, write_unless
+from refusallab.defence import stock_refusal, write, write_unless
 from refusallab.directions import random_directions
 from refusallab.interventions import addition
 from refusallab.measure import holm, mcnemar, wilson

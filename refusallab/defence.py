@@ -1,4 +1,4 @@
-"""What every defence has in common: it answers prompts, and it counts the forward passes that it costs."""
+"""The interface of a defence: it answers prompts, and counts the forward passes that it costs. Attacks know no more."""
 
 from __future__ import annotations
 
