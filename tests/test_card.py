@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from refusallab import card
 from refusallab.errors import RefusalLabError
 from refusallab.measure import Outcome
 from refusallab.model import sha256_of_weights
 from refusallab.prompts import Item
-from smallmodels import HERE, card, catalog, weights_dir
+from smallmodels import HERE, catalog, weights_dir
 
 ALL = [n for n, e in catalog().items() if e.kind == "bundled"]
 SHIPPED = [n for n in ALL if weights_dir(n).is_dir()]
@@ -109,7 +110,7 @@ def test_every_bundled_model_is_shipped():
 
 
 def test_an_unknown_model_is_refused():
-    run = subprocess.run([sys.executable, "-m", "smallmodels.card", "nonsense"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "refusallab.card", "nonsense"], capture_output=True, text=True)
     assert run.returncode == 2 and "charter-chat" in run.stderr and "Traceback" not in run.stderr
 
 
@@ -121,7 +122,7 @@ def test_a_template_goes_around_the_behaviour_and_not_the_context():
 
 def test_the_command_prints_the_documented_json():
     run = subprocess.run(
-        [sys.executable, "-m", "smallmodels.card", "--json", "charter-helpful"],
+        [sys.executable, "-m", "refusallab.card", "--json", "charter-helpful"],
         capture_output=True,
         text=True,
         check=True,

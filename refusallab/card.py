@@ -1,4 +1,4 @@
-"""Measures what the bundled models are held to, and writes CARD.md. `python -m smallmodels.card [--json] [NAME]`.
+"""Measures what the bundled models are held to, and writes CARD.md. `python -m refusallab.card [--json] [NAME]`.
 
 Every gate is measured on the shipped weights, on things that safety tuning never saw and in phrasings no stage saw.
 A gate that is missed is reported with its figure like the others.
@@ -27,10 +27,9 @@ from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import Outcome, Rate, rate, refused_by_phrases
 from refusallab.model import Model, generate, load, sha256_of_weights
 from refusallab.prompts import Item, bundled, refusal_phrases, templates
-
-from . import HERE, catalog, weights_dir
-from .world.dialogue import SEPARATOR, is_well_formed_refusal, language
-from .world.facts import world
+from smallmodels import HERE, catalog, weights_dir
+from smallmodels.world.dialogue import SEPARATOR, is_well_formed_refusal, language
+from smallmodels.world.facts import world
 
 SEEDS = ("charter-chat", "charter-chat-s1", "charter-chat-s2")
 SAFE_SYSTEM = language()["systems"]["safety"][0]
