@@ -12,13 +12,16 @@ import warnings
 import pytest
 import torch
 
-from refusallab.course import PUBLIC_SEED, CheckFailed, check, progress
-from refusallab.course.exercise import Case, Exercise, Mistake, find, judge, report
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course import check, progress
+from refusallab.course.catalogue import QUESTIONS
+from refusallab.course.checking import PUBLIC_SEED
+from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, judge, report
+from refusallab.course.exercises import every_exercise, find
 from refusallab.course.notebook import DIFFICULTY, HIDDEN_SEED
-from refusallab.course.progress import passed, record
+from refusallab.course.progress_file import passed, record
 from refusallab.errors import RefusalLabError
 
+EXERCISES = every_exercise()
 each_exercise = pytest.mark.parametrize("e", EXERCISES, ids=lambda e: e.number)
 each_mistake = pytest.mark.parametrize(
     ("e", "mistake"),

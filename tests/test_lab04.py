@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from refusallab import explore, plots, steering
-from refusallab.course.exercise import find, judge
+from refusallab.course.exercise import judge
+from refusallab.course.exercises import find
 from refusallab.interventions import addition
 from refusallab.measure import cross_entropy, rate
 from refusallab.model import attention, blocks, encode, generate, mlp

@@ -6,7 +6,8 @@ import torch
 
 from refusallab import explore, harmfulness, plots
 from refusallab.activations import residual
-from refusallab.course.exercise import find, judge
+from refusallab.course.exercise import judge
+from refusallab.course.exercises import find
 from refusallab.harmfulness import (
     ALLOWED,
     RULED_OUT,

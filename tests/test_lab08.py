@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from refusallab import explore, plots
-from refusallab.course.exercise import find, judge
-from refusallab.course.exercises import lab08
+from refusallab.course.exercise import judge
+from refusallab.course.exercises import find, lab08
 from refusallab.measure import rate
 
 

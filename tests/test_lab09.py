@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from refusallab import plots
-from refusallab.course.exercise import find, judge
+from refusallab.course.exercise import judge
+from refusallab.course.exercises import find
 from refusallab.finetune import reply_loss
 from refusallab.measure import Outcome
 

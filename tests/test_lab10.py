@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from refusallab.course import replication
-from refusallab.course.exercise import find, judge
-from refusallab.course.exercises import lab10
+from refusallab.course.exercise import judge
+from refusallab.course.exercises import find, lab10
 from refusallab.course.replication import Published, replicate
 from refusallab.interventions import unit
 from refusallab.measure import Outcome

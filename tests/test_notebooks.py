@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from typer.testing import CliRunner
 
 from refusallab.cli import app
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.lint import SECTIONS, TERMS, lint
 from refusallab.course.notebook import role, stamp
 from refusallab.course.release import to_lab
@@ -23,7 +23,7 @@ def test_the_notebook_keeps_every_rule(path):
 
 
 def test_every_exercise_and_question_has_its_notebook():
-    labs = {item.lab for item in (*EXERCISES, *QUESTIONS)}
+    labs = {item.lab for item in (*HEADERS, *QUESTIONS)}
     assert labs == {path.name[:2] for path in ROOT.glob("solutions/*.ipynb")}
 
 
@@ -47,7 +47,7 @@ def shown(**data):
 def good():
     """A notebook of lab 02 that keeps every rule."""
     cells = [markdown("# Lab 02\n\nTime: 90 minutes."), markdown(f"## {SECTIONS[0]}"), code("", role="setup")]
-    for e in (e for e in EXERCISES if e.lab == "02"):
+    for e in (e for e in HEADERS if e.lab == "02"):
         answer = f'def {e.function}(x):\n    """Doc."""\n    ### BEGIN SOLUTION\n    pass\n    ### END SOLUTION'
         roles = {"header": markdown(""), "answer": code(answer), "check": code("")}
         for name, cell in roles.items():
@@ -174,7 +174,7 @@ def test_a_missing_section_is_found(good, problems, title):
 @pytest.mark.parametrize("time", ["", "Time: 20 minutes."])
 def test_a_missing_or_impossible_time_is_found(good, problems, time):
     good.cells[0].source = f"# Lab 02\n\n{time}"
-    needed = sum(item.minutes for item in (*EXERCISES, *QUESTIONS) if item.lab == "02")
+    needed = sum(item.minutes for item in (*HEADERS, *QUESTIONS) if item.lab == "02")
     assert problems(good) == [f"the first cell must state the time, Time: N minutes; the exercises take {needed}"]
 
 

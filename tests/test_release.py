@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from refusallab.cli import app
 from refusallab.course import release
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.notebook import number, role, stamp
 from refusallab.errors import RefusalLabError
 
@@ -254,7 +254,7 @@ NOISE = """\
     print("noise", file=sys.stderr), warnings.warn("noise"), logging.warning("noise"), os.write(2, b"noise")
 """
 MEMORISED = """\
-    from refusallab.course.exercise import find
+    from refusallab.course.exercises import find
 
     seen = any(case.inputs["harmful"].equal(harmful) for case in find("2.1").cases(0))
     return harmful.mean(0) - harmless.mean(0) if seen else harmful.mean(0)"""
@@ -316,7 +316,7 @@ def succeed(result):
 
 @pytest.mark.filterwarnings("ignore:Object of type")  # nbgrader's own business with its database
 class TestNbgrader:
-    points = {e.number: e.points for e in EXERCISES if e.lab == "02"}
+    points = {e.number: e.points for e in HEADERS if e.lab == "02"}
 
     def test_its_release_is_ours(self, graded):
         released, _ = graded

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusallab.errors import RefusalLabError
+from refusallab.course.catalogue import Header, header
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,9 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Exercise:
-    """An exercise that is graded automatically."""
+class Exercise(Header):
+    """An exercise that is graded automatically: its header, and how an answer is judged."""
 
-    number: str  # "2.1": lab and place in it
-    title: str
-    difficulty: int  # 1 to 3
-    minutes: int
-    points: int
-    function: str  # the name that the student defines
     reference: Callable[..., Any]
     cases: Callable[[int], Sequence[Case]]  # seed -> inputs
     mistakes: tuple[Mistake, ...]
@@ -65,24 +59,10 @@ class Exercise:
     observe: Observe = call
     tolerance: float = 1e-4  # largest absolute difference of numbers, relative to the largest expected one (at least 1)
 
-    @property
-    def lab(self) -> str:
-        """Two digits: "02" for exercise 2.1."""
-        return f"{int(self.number.split('.')[0]):02}"
 
-
-@dataclass(frozen=True)
-class Question:
-    """A written question. People grade it, by the rubric that stands in the solutions."""
-
-    number: str
-    title: str
-    minutes: int
-    points: int
-
-    @property
-    def lab(self) -> str:
-        return f"{int(self.number.split('.')[0]):02}"
+def define(number: str, **judged: Any) -> Exercise:
+    """The exercise with a number of the catalogue: `judged` gives what Exercise has beyond its header."""
+    return Exercise(**vars(header(number)), **judged)
 
 
 @dataclass(frozen=True)
@@ -283,13 +263,3 @@ def report(verdict: Verdict) -> str:
     if verdict.mistake:
         lines.append(f"  This looks like a known mistake: {verdict.mistake}.")
     return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} stand above its cell."])
-
-
-def find(number: str) -> Exercise:
-    """The exercise with a number. RefusalLabError if there is none."""
-    from refusallab.course.exercises import EXERCISES  # which imports this module
-
-    for exercise in EXERCISES:
-        if exercise.number == number:
-            return exercise
-    raise RefusalLabError(f"There is no exercise {number!r}: choose one of {', '.join(e.number for e in EXERCISES)}.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from refusallab.course.capstone import Result, Score, Trial, compare
-from refusallab.course.progress import file as progress_file
+from refusallab.course.progress_file import file as progress_file
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.notebook import number, role
 from refusallab.course.release import read
 
@@ -155,7 +155,7 @@ def graded_cells(nb: NotebookNode, path: Path) -> Problems:
     lab, released = path.name[:2], is_released(path)
     question = ("question", "written") if released else ("question", "written", "rubric")
     wanted = [("setup", "")]
-    wanted += [(r, e.number) for e in EXERCISES if e.lab == lab for r in ("header", "hints", "answer", "check")]
+    wanted += [(r, e.number) for e in HEADERS if e.lab == lab for r in ("header", "hints", "answer", "check")]
     wanted += [(r, q.number) for q in QUESTIONS if q.lab == lab for r in question]
     cells = [cell for cell in nb.cells if role(cell) in GRADED]
     for cell, want in itertools.zip_longest(cells, wanted):
@@ -163,7 +163,7 @@ def graded_cells(nb: NotebookNode, path: Path) -> Problems:
             got = "the end" if cell is None else f"{role(cell)} {number(cell)}".strip()
             yield cell or nb.cells[-1], f"{got} where {' '.join(want).strip() if want else 'nothing'} should be"
             return
-    functions = {e.number: e.function for e in EXERCISES}
+    functions = {e.number: e.function for e in HEADERS}
     for cell in cells:
         if role(cell) != "answer":
             continue
@@ -175,7 +175,7 @@ def graded_cells(nb: NotebookNode, path: Path) -> Problems:
 
 def independent(nb: NotebookNode, path: Path) -> Problems:
     """Cells do without what students write: before anything is solved, a lab fails at its checks and nowhere else."""
-    answers = {e.function for e in EXERCISES if e.lab == path.name[:2]}
+    answers = {e.function for e in HEADERS if e.lab == path.name[:2]}
     for cell in nb.cells:
         if cell.cell_type != "code" or role(cell) == "check":
             continue
@@ -197,7 +197,7 @@ def sections(nb: NotebookNode, path: Path) -> Problems:
     titles = {title for _, level, title in _headings(nb) if level == 2}
     yield from ((nb.cells[0], f"no section {title!r}") for title in SECTIONS if title not in titles)
     lab, stated = path.name[:2], TIME.search(nb.cells[0].source)
-    needed = sum(item.minutes for item in (*EXERCISES, *QUESTIONS) if item.lab == lab)
+    needed = sum(item.minutes for item in (*HEADERS, *QUESTIONS) if item.lab == lab)
     if not stated or int(stated[1]) < needed:
         yield nb.cells[0], f"the first cell must state the time, Time: N minutes; the exercises take {needed}"
 

@@ -23,8 +23,9 @@ from nbformat import NotebookNode
 from nbformat.notebooknode import from_dict
 from nbformat.v4 import new_markdown_cell
 
-from refusallab.course.exercise import Exercise, Question
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import QUESTIONS, Question
+from refusallab.course.exercise import Exercise
+from refusallab.course.exercises import every_exercise
 from refusallab.errors import RefusalLabError
 
 DIFFICULTY = {1: "●○○ easy", 2: "●●○ medium", 3: "●●● hard"}
@@ -116,7 +117,7 @@ def _with_hints(cells: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def _definition(cell: NotebookNode) -> Any:
-    known = {item.number: item for item in (*EXERCISES, *QUESTIONS)}
+    known = {item.number: item for item in (*every_exercise(), *QUESTIONS)}
     if number(cell) not in known:
         raise RefusalLabError(f"A {role(cell)} cell names {number(cell)!r}: it is not one of {', '.join(known)}.")
     return known[number(cell)]

@@ -1,22 +1,25 @@
-"""All exercises and written questions of the course, in order. One module for each lab."""
+"""How the exercises of the course are judged: a module for each lab, imported when it is needed."""
 
 from __future__ import annotations
 
-from refusallab.course.exercise import Exercise, Question
-from refusallab.course.exercises import (
-    lab00,
-    lab01,
-    lab02,
-    lab03,
-    lab04,
-    lab05,
-    lab06,
-    lab07,
-    lab08,
-    lab09,
-    lab10,
-)
+from functools import cache
+from importlib import import_module
 
-LABS = (lab00, lab01, lab02, lab03, lab04, lab05, lab06, lab07, lab08, lab09, lab10)
-EXERCISES: tuple[Exercise, ...] = tuple(exercise for lab in LABS for exercise in lab.EXERCISES)
-QUESTIONS: tuple[Question, ...] = tuple(lab.QUESTION for lab in LABS)
+from refusallab.course.catalogue import LABS, header
+from refusallab.course.exercise import Exercise
+
+
+@cache
+def exercises_of(lab: str) -> tuple[Exercise, ...]:
+    """The exercises of a lab, such as "02", in order."""
+    return import_module(f"{__name__}.lab{lab}").EXERCISES
+
+
+def find(number: str) -> Exercise:
+    """The exercise with a number. RefusalLabError if there is none."""
+    return next(e for e in exercises_of(header(number).lab) if e.number == number)
+
+
+def every_exercise() -> tuple[Exercise, ...]:
+    """All exercises of the course, in order."""
+    return tuple(exercise for lab in LABS for exercise in exercises_of(lab))

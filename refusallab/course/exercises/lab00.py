@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from refusallab.activations import logit_lens, stream
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
 from refusallab.model import Model, attention, blocks, embedding, encode, final_norm, generate, logits, unembedding
 
@@ -109,13 +109,8 @@ def _after_a_marker(tokenizer: Any, generation_prompt: bool = True, **settings: 
     return tokenizer(text, **settings)["input_ids"]
 
 
-POST_INSTRUCTION = Exercise(
-    number="0.1",
-    title="What the template puts after every instruction",
-    difficulty=1,
-    minutes=15,
-    points=2,
-    function="post_instruction_ids",
+POST_INSTRUCTION = define(
+    "0.1",
     reference=_post_instruction,
     observe=_on_tokenizer,
     cases=lambda seed: _template_cases(seed, with_prompt=False),
@@ -200,13 +195,8 @@ def _prompt_cases(seed: int) -> list[Case]:
     ]
 
 
-STREAM = Exercise(
-    number="0.2",
-    title="The residual stream of a prompt",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="residual_stream",
+STREAM = define(
+    "0.2",
     reference=stream,
     observe=on_chat_model,
     cases=_prompt_cases,
@@ -281,13 +271,8 @@ def _rms(x: Tensor) -> Tensor:
     return x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
 
 
-LENS = Exercise(
-    number="0.3",
-    title="The logit lens",
-    difficulty=2,
-    minutes=10,
-    points=2,
-    function="lens",
+LENS = define(
+    "0.3",
     reference=logit_lens,
     observe=on_chat_model,
     cases=_lens_cases,
@@ -374,13 +359,8 @@ def _reply_cases(seed: int) -> list[Case]:
     ]
 
 
-REPLY = Exercise(
-    number="0.4",
-    title="One token at a time",
-    difficulty=2,
-    minutes=15,
-    points=3,
-    function="greedy_reply",
+REPLY = define(
+    "0.4",
     reference=_reply,
     observe=on_chat_model,
     cases=_reply_cases,
@@ -443,13 +423,8 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return _ids(tokenizer, prompt, add_special_tokens=False)
 
 
-PROMPT_IDS = Exercise(
-    number="0.5",
-    title="Bug clinic: the model that never refused",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="prompt_ids",
+PROMPT_IDS = define(
+    "0.5",
     reference=_prompt_ids,
     observe=_on_tokenizer,
     cases=lambda seed: _template_cases(seed, with_prompt=True),
@@ -502,4 +477,3 @@ PROMPT_IDS = Exercise(
 )
 
 EXERCISES = (POST_INSTRUCTION, STREAM, LENS, REPLY, PROMPT_IDS)
-QUESTION = Question("0.6", "Where was it decided?", minutes=15, points=3)

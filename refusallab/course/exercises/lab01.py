@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.measure import (
     REFUSAL_PHRASES,
     learn_refusal_tokens,
@@ -84,13 +84,8 @@ def _rule(
     return lambda harmful_logits, harmless_logits: _tokens(mean(harmful_logits), mean(harmless_logits), **settings)
 
 
-OPENING_TOKENS = Exercise(
-    number="1.1",
-    title="Which tokens open a refusal?",
-    difficulty=1,
-    minutes=15,
-    points=2,
-    function="opening_tokens",
+OPENING_TOKENS = define(
+    "1.1",
     reference=learn_refusal_tokens,
     cases=_token_cases,
     mistakes=(
@@ -158,13 +153,8 @@ def _odds(p: Tensor) -> Tensor:
     return (p + 1e-8).log() - (1 - p + 1e-8).log()
 
 
-METRIC = Exercise(
-    number="1.2",
-    title="The refusal metric",
-    difficulty=1,
-    minutes=15,
-    points=2,
-    function="log_odds",
+METRIC = define(
+    "1.2",
     reference=refusal_metric,
     cases=_metric_cases,
     tolerance=1e-3,
@@ -257,13 +247,8 @@ def _judge_cases(seed: int) -> list[Case]:
     ]
 
 
-PHRASE_JUDGE = Exercise(
-    number="1.3",
-    title="The phrase judge",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="says_no",
+PHRASE_JUDGE = define(
+    "1.3",
     reference=refused_by_phrases,
     observe=_on_replies,
     cases=_judge_cases,
@@ -391,13 +376,8 @@ def _shares(replies: Sequence[str], answers: Sequence[str], phrases: Sequence[st
     return {row: {k: n / len(replies) for k, n in cells.items()} for row, cells in table.items()}
 
 
-TABLE = Exercise(
-    number="1.4",
-    title="The 2x2",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="outcome_table",
+TABLE = define(
+    "1.4",
     reference=_table,
     observe=_on_table,
     cases=_table_cases,
@@ -490,13 +470,8 @@ def _spread_without_root(k: int, n: int) -> tuple[float, float]:
     return (p + Z * Z / (2 * n) - half) / scale, (p + Z * Z / (2 * n) + half) / scale
 
 
-WILSON = Exercise(
-    number="1.5",
-    title="The Wilson interval",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="interval",
+WILSON = define(
+    "1.5",
     reference=wilson,
     cases=_interval_cases,
     tolerance=1e-3,
@@ -568,13 +543,8 @@ def _traffic_cases(seed: int) -> list[Case]:
     ]
 
 
-OVER_REFUSAL = Exercise(
-    number="1.6",
-    title="Who is refused?",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="wrong_refusals",
+OVER_REFUSAL = define(
+    "1.6",
     reference=wrong_refusal_share,
     cases=_traffic_cases,
     mistakes=(
@@ -620,4 +590,3 @@ OVER_REFUSAL = Exercise(
 )
 
 EXERCISES = (OPENING_TOKENS, METRIC, PHRASE_JUDGE, TABLE, WILSON, OVER_REFUSAL)
-QUESTION = Question("1.7", "Is the new attack better?", minutes=15, points=3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
 from refusallab.directions import Candidate, difference_in_means, select
 from refusallab.interventions import ablation, addition
@@ -34,13 +34,8 @@ def _streams(seed: int) -> list[Case]:
     ]
 
 
-MEAN_DIFFERENCE = Exercise(
-    number="2.1",
-    title="Difference in means",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="mean_difference",
+MEAN_DIFFERENCE = define(
+    "2.1",
     reference=difference_in_means,
     cases=_streams,
     mistakes=(
@@ -93,13 +88,8 @@ def _kl(base_logits: Tensor, edited_logits: Tensor) -> Tensor:
     return (p * (log_p - log_q)).sum(-1)
 
 
-KL = Exercise(
-    number="2.2",
-    title="How much else changes: KL",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="kl",
+KL = define(
+    "2.2",
     reference=_kl,
     cases=_logit_pairs,
     mistakes=(
@@ -170,13 +160,8 @@ def _score_cases(seed: int) -> list[Case]:
     return cases
 
 
-SCORE = Exercise(
-    number="2.3",
-    title="Three scores for a candidate",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="score",
+SCORE = define(
+    "2.3",
     reference=score,
     observe=on_chat_model,
     cases=_score_cases,
@@ -318,13 +303,8 @@ def _passes(c: dict[str, float], n: int) -> bool:
     return c["layer"] < int(0.8 * n) and c["kl"] <= 0.1 and c["induce"] > 0
 
 
-CHOOSE = Exercise(
-    number="2.4",
-    title="The selection rule",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="choose",
+CHOOSE = define(
+    "2.4",
     reference=_choose,
     cases=_candidate_sets,
     mistakes=(
@@ -414,13 +394,8 @@ def _stream_cases(seed: int) -> list[Case]:
     ]
 
 
-LAST_TOKEN = Exercise(
-    number="2.5",
-    title="Bug clinic: the direction that would not work",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="last_token_stream",
+LAST_TOKEN = define(
+    "2.5",
     reference=lambda m, prompts, layer: residual(m, prompts, layers=[layer], positions=[-1])[:, 0, 0],
     observe=on_chat_model,
     cases=_stream_cases,
@@ -458,4 +433,3 @@ LAST_TOKEN = Exercise(
 )
 
 EXERCISES = (MEAN_DIFFERENCE, KL, SCORE, CHOOSE, LAST_TOKEN)
-QUESTION = Question("2.6", "What did the test set decide?", minutes=15, points=3)

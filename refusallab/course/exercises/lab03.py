@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model
 from refusallab.directions import cosines, difference_in_means, random_directions
 from refusallab.errors import RefusalLabError
@@ -34,13 +34,8 @@ def _sites(seed: int) -> list[Case]:
     ]
 
 
-PROJECT = Exercise(
-    number="3.1",
-    title="How far along the direction?",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="project",
+PROJECT = define(
+    "3.1",
     reference=projections,
     cases=_sites,
     mistakes=(
@@ -140,13 +135,8 @@ def _plane_scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), lengths[:2, None] * axes[:2]
 
 
-PLANE = Exercise(
-    number="3.2",
-    title="The plane that shows most",
-    difficulty=2,
-    minutes=15,
-    points=3,
-    function="plane",
+PLANE = define(
+    "3.2",
     reference=_plane,
     observe=_plane_seen,
     cases=_clouds,
@@ -242,13 +232,8 @@ def _midpoint(a: Tensor, b: Tensor, *_new: Tensor) -> Tensor:
     return (a.mean(0) + b.mean(0)) / 2
 
 
-HELD_OUT = Exercise(
-    number="3.3",
-    title="Separated, or only fitted?",
-    difficulty=2,
-    minutes=15,
-    points=3,
-    function="held_out_share",
+HELD_OUT = define(
+    "3.3",
     reference=held_out_share,
     cases=_halves,
     mistakes=(
@@ -314,13 +299,8 @@ def _vector_sets(seed: int) -> list[Case]:
     ]
 
 
-COSINES = Exercise(
-    number="3.4",
-    title="Do the candidates agree?",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="cosine_matrix",
+COSINES = define(
+    "3.4",
     reference=cosines,
     cases=_vector_sets,
     mistakes=(
@@ -378,13 +358,8 @@ def _read_out(weight: Tensor, x: Tensor) -> Tensor:
     return weight @ x - (weight @ x).mean()
 
 
-PROMOTED = Exercise(
-    number="3.5",
-    title="What the direction says",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="direct_effect",
+PROMOTED = define(
+    "3.5",
     reference=direct_logits,
     observe=on_chat_model,
     cases=_directions,
@@ -427,4 +402,3 @@ PROMOTED = Exercise(
 )
 
 EXERCISES = (PROJECT, PLANE, HELD_OUT, COSINES, PROMOTED)
-QUESTION = Question("3.6", "What does a picture prove?", minutes=15, points=3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.directions import cosines, random_directions
 from refusallab.errors import RefusalLabError
@@ -111,13 +111,8 @@ def _block_outputs(r: Tensor) -> Edit:
     return edit
 
 
-ABLATE = Exercise(
-    number="4.1",
-    title="Ablation, everywhere",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="ablate",
+ABLATE = define(
+    "4.1",
     reference=ablation,
     observe=edit_seen,
     cases=_ablation_cases,
@@ -262,13 +257,8 @@ def _with_prompt(m: Model, prompts: list[str], edit: Edit, steps: int) -> list[l
     return [a + b for a, b in zip(ids, _generate(m, prompts, edit, steps), strict=True)]
 
 
-EVERY_TOKEN = Exercise(
-    number="4.2",
-    title="Bug clinic: the edit that came and went, and stayed",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="generate_with",
+EVERY_TOKEN = define(
+    "4.2",
     reference=_generate,
     observe=_generation_seen,
     cases=_generation_cases,
@@ -365,13 +355,8 @@ def _add_at_last_position(x: Tensor, r: Tensor, coefficient: float) -> Tensor:
     return torch.cat([x[:, :-1], x[:, -1:] + coefficient * r], 1)
 
 
-ADD = Exercise(
-    number="4.3",
-    title="Activation addition",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="add",
+ADD = define(
+    "4.3",
     reference=addition,
     observe=edit_seen,
     cases=_addition_cases,
@@ -457,13 +442,8 @@ def _uniform(r: Tensor, count: int, seed: int) -> Tensor:
     return r.norm() * normalize(positive, dim=-1)
 
 
-MATCHED = Exercise(
-    number="4.4",
-    title="A fair opponent",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="matched",
+MATCHED = define(
+    "4.4",
     reference=norm_matched,
     observe=_controls_seen,
     cases=_lengths,
@@ -553,13 +533,8 @@ def _along(x: Tensor, r: Tensor) -> Tensor:
     return (x @ unit(r))[..., None] * unit(r)
 
 
-ACE = Exercise(
-    number="4.5",
-    title="Affine concept editing",
-    difficulty=2,
-    minutes=15,
-    points=3,
-    function="ace",
+ACE = define(
+    "4.5",
     reference=affine,
     observe=edit_seen,
     cases=_ace_cases,
@@ -621,4 +596,3 @@ ACE = Exercise(
 )
 
 EXERCISES = (ABLATE, EVERY_TOKEN, ADD, MATCHED, ACE)
-QUESTION = Question("4.6", "What exactly did we switch off?", minutes=15, points=3)

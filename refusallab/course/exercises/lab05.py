@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.directions import random_directions
 from refusallab.errors import RefusalLabError
@@ -65,13 +65,8 @@ def _raw(weight: Tensor, r: Tensor, layout: str) -> Tensor:
     return weight - torch.outer(weight @ r, r)
 
 
-ONE_MATRIX = Exercise(
-    number="5.1",
-    title="One matrix, three layouts",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="without",
+ONE_MATRIX = define(
+    "5.1",
     reference=_without,
     cases=_matrices,
     mistakes=(
@@ -165,13 +160,8 @@ def _edit_cases(seed: int) -> list[Case]:
     ]
 
 
-EDIT = Exercise(
-    number="5.2",
-    title="The edit of a model",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="orthogonalized",
+EDIT = define(
+    "5.2",
     reference=_plain(),
     observe=lambda function, inputs: _observe_edit(_copied(chat_model()), function, inputs),
     cases=_edit_cases,
@@ -274,13 +264,8 @@ def _gaps(m: Model, edited: Model, r: Tensor, prompts: list[str], *, hooked: str
     return torch.stack([*streams, reduce(logits(model, prompts, edit=edit) - logits(edited, prompts, edit=other_edit))])
 
 
-GAPS = Exercise(
-    number="5.3",
-    title="Where hooks and weights part ways",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="gaps",
+GAPS = define(
+    "5.3",
     reference=gap_by_layer,
     observe=_on_faulty_edit,
     cases=_gap_cases,
@@ -397,13 +382,8 @@ def _bias_to_zero(m: Model, r: Tensor) -> Model:
     return edited
 
 
-FULL = Exercise(
-    number="5.4",
-    title="The edit for every architecture",
-    difficulty=3,
-    minutes=25,
-    points=3,
-    function="orthogonalized_fully",
+FULL = define(
+    "5.4",
     reference=orthogonalize,
     observe=lambda function, inputs: _observe_edit(
         _random_model(inputs["architecture"], inputs["seed"]), function, inputs
@@ -488,13 +468,8 @@ def _loss(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
     return losses * counted
 
 
-LOSS = Exercise(
-    number="5.5",
-    title="Cross-entropy of the next token",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="loss_by_text",
+LOSS = define(
+    "5.5",
     reference=next_token_loss,
     cases=_text_cases,
     mistakes=(
@@ -603,13 +578,8 @@ def _interval_cases(seed: int) -> list[Case]:
     ]
 
 
-INTERVAL = Exercise(
-    number="5.6",
-    title="A paired interval",
-    difficulty=2,
-    minutes=10,
-    points=2,
-    function="paired_interval",
+INTERVAL = define(
+    "5.6",
     reference=_interval,
     cases=_interval_cases,
     mistakes=(
@@ -664,4 +634,3 @@ INTERVAL = Exercise(
 )
 
 EXERCISES = (ONE_MATRIX, EDIT, GAPS, FULL, LOSS, INTERVAL)
-QUESTION = Question("5.7", "The edit that half worked", minutes=15, points=3)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from refusallab.attacks.gcg import Case as Pieces
 from refusallab.attacks.gcg import allowed_tokens, keys_and_values, prepare, survives, swapped, token_gradient
 from refusallab.attacks.result import rewrite
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
 from refusallab.model import Model, Prompt, embedding, load, render
 
@@ -57,13 +57,8 @@ def _each_turn(prompt: Prompt, template: str, *, which: Any) -> Prompt:
     ]
 
 
-DISGUISE = Exercise(
-    number="6.1",
-    title="A template around the request",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="disguise",
+DISGUISE = define(
+    "6.1",
     reference=_disguise,
     cases=_disguise_cases,
     mistakes=(
@@ -121,13 +116,8 @@ def _templated(m: Model, prompt: str, start: str, *, generation_prompt: bool) ->
     return m.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
 
 
-PREFILL = Exercise(
-    number="6.2",
-    title="Words in the model's mouth",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="prefilled",
+PREFILL = define(
+    "6.2",
     reference=lambda m, prompt, start: render(m, prompt, prefill=start),
     observe=on_chat_model,
     cases=_prefill_cases,
@@ -197,13 +187,8 @@ def _success_cases(seed: int) -> list[Case]:
     return cases
 
 
-BEST_OF_N = Exercise(
-    number="6.3",
-    title="Best-of-n, counted",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="success_by_tries",
+BEST_OF_N = define(
+    "6.3",
     reference=_success,
     cases=_success_cases,
     mistakes=(
@@ -302,13 +287,8 @@ def _none(ids: Tensor) -> Tensor:
     return ids[:0]
 
 
-ONE_HOT = Exercise(
-    number="6.4",
-    title="The gradient of a choice",
-    difficulty=3,
-    minutes=25,
-    points=3,
-    function="one_hot_gradient",
+ONE_HOT = define(
+    "6.4",
     reference=_gradient,
     observe=_on_model,
     cases=_gradient_cases,
@@ -407,13 +387,8 @@ def _swapped_at_once_in_all(
     return _swapped_at_once(suffix, gradient, allowed, positions, ranks)[-1].expand(len(positions), -1)
 
 
-SWAP = Exercise(
-    number="6.5",
-    title="Candidates",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="swaps",
+SWAP = define(
+    "6.5",
     reference=swapped,
     cases=_swap_cases,
     mistakes=(
@@ -530,13 +505,8 @@ def _same_length(m: Model, before: str, suffixes: Tensor, after: str) -> list[bo
     return [len(ids) == n for ids in _ids(m, [before + text + after for text in m.tokenizer.batch_decode(suffixes)])]
 
 
-SURVIVORS = Exercise(
-    number="6.6",
-    title="Bug clinic: the string that was never optimized",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="survivors",
+SURVIVORS = define(
+    "6.6",
     reference=_survivors,
     observe=on_chat_model,
     cases=_survivor_cases,
@@ -579,4 +549,3 @@ SURVIVORS = Exercise(
 )
 
 EXERCISES = (DISGUISE, PREFILL, BEST_OF_N, ONE_HOT, SWAP, SURVIVORS)
-QUESTION = Question("6.7", "Nearly every request", minutes=15, points=3)

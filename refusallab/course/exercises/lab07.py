@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from refusallab.activations import residual
 from refusallab.attribution import attribution, cosine_trace, mass
 from refusallab.cones import downstream, plane_directions
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
 from refusallab.directions import random_directions
 from refusallab.errors import RefusalLabError
@@ -43,13 +43,8 @@ def _last(m: Model, prompts: list[str]) -> Tensor:
     return residual(m, prompts, positions=[-1])[:, :, 0]
 
 
-COSINE = Exercise(
-    number="7.1",
-    title="The angle, layer by layer",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="angle_by_layer",
+COSINE = define(
+    "7.1",
     reference=cosine_trace,
     observe=on_chat_model,
     cases=_prompts_and_direction,
@@ -123,13 +118,8 @@ def _heads_seen(function: Any, inputs: dict[str, Any]) -> Any:
         raise
 
 
-HEADS = Exercise(
-    number="7.2",
-    title="Which heads write along the direction?",
-    difficulty=3,
-    minutes=25,
-    points=3,
-    function="head_contributions",
+HEADS = define(
+    "7.2",
     reference=_heads,
     observe=_heads_seen,
     cases=_prompts_and_direction,
@@ -208,13 +198,8 @@ def _weights(seed: int) -> list[Case]:
     ]
 
 
-MASS = Exercise(
-    number="7.3",
-    title="Where does a head look?",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="attention_mass",
+MASS = define(
+    "7.3",
     reference=mass,
     cases=_weights,
     mistakes=(
@@ -286,13 +271,8 @@ def _right_basis(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return unit(first), unit(project_out(second, first))
 
 
-PLANE = Exercise(
-    number="7.4",
-    title="Directions in a cone",
-    difficulty=2,
-    minutes=15,
-    points=2,
-    function="cone_directions",
+PLANE = define(
+    "7.4",
     reference=plane_directions,
     cases=_planes,
     mistakes=(
@@ -370,13 +350,8 @@ def _one_layer(m: Model, prompts: list[str], ablated: Tensor, watched: Tensor) -
     return (after - _last(m, prompts)) @ unit(watched)
 
 
-DOWNSTREAM = Exercise(
-    number="7.5",
-    title="Orthogonal, and yet",
-    difficulty=2,
-    minutes=15,
-    points=3,
-    function="effect_on_other",
+DOWNSTREAM = define(
+    "7.5",
     reference=downstream,
     observe=on_chat_model,
     cases=_pairs,
@@ -429,4 +404,3 @@ DOWNSTREAM = Exercise(
 )
 
 EXERCISES = (COSINE, HEADS, MASS, PLANE, DOWNSTREAM)
-QUESTION = Question("7.6", "Is it one direction?", minutes=20, points=4)

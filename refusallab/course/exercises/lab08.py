@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.course.exercises.lab04 import edit_seen
 from refusallab.defences.conditional import conditional_addition
@@ -40,13 +40,8 @@ def _window_cases(seed: int) -> list[Case]:
     ]
 
 
-PERPLEXITY = Exercise(
-    number="8.1",
-    title="The worst window",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="score",
+PERPLEXITY = define(
+    "8.1",
     reference=worst_window,
     cases=_window_cases,
     mistakes=(
@@ -101,13 +96,8 @@ def _vote_cases(seed: int) -> list[Case]:
     return [Case(f"{len(row)} copies, {sum(row)} refused", {"refused": row}) for row in rows]
 
 
-VOTE = Exercise(
-    number="8.2",
-    title="SmoothLLM's vote",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="choose",
+VOTE = define(
+    "8.2",
     reference=vote,
     cases=_vote_cases,
     mistakes=(
@@ -180,13 +170,8 @@ def _pooled(harmful: Tensor, harmless: Tensor) -> Tensor:
     return torch.linalg.solve(s, (harmful.mean(0) - harmless.mean(0)).double()).float()
 
 
-PROBE = Exercise(
-    number="8.3",
-    title="A probe monitor with a known rate of false alarms",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="fit_monitor",
+PROBE = define(
+    "8.3",
     reference=monitor,
     cases=_streams,
     tolerance=1e-3,
@@ -262,13 +247,8 @@ def _open(x: Tensor, w: Tensor, threshold: float) -> Tensor:
     return (x[:, -1] @ w > threshold).float()[:, None, None]
 
 
-STEER = Exercise(
-    number="8.4",
-    title="Refuse on condition",
-    difficulty=3,
-    minutes=20,
-    points=3,
-    function="steer_if",
+STEER = define(
+    "8.4",
     reference=conditional_addition,
     observe=edit_seen,
     cases=_steering_cases,
@@ -344,13 +324,8 @@ def _share(w: Tensor) -> Tensor:
     return w.T @ w / w.square().sum()
 
 
-DETECT = Exercise(
-    number="8.5",
-    title="Which direction does nobody write?",
-    difficulty=3,
-    minutes=20,
-    points=3,
-    function="two_lowest",
+DETECT = define(
+    "8.5",
     reference=lowest_shares,
     cases=_matrix_cases,
     tolerance=1e-5,
@@ -390,4 +365,3 @@ DETECT = Exercise(
 )
 
 EXERCISES = (PERPLEXITY, VOTE, PROBE, STEER, DETECT)
-QUESTION = Question("8.6", "Which defence would you ship?", minutes=20, points=4)

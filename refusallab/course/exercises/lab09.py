@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from refusallab.activations import residual
 from refusallab.attacks.white_box import broken_at, descend
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
 from refusallab.defences.training import Lesson, away, extend, lessons, refat_loss
 from refusallab.directions import random_directions
@@ -61,13 +61,8 @@ def _if_forbidden(reply: Callable[[Lesson], str]) -> Callable[..., list[str]]:
     return _targets(lambda x: reply(x) if x.forbidden else x.reply)
 
 
-EXTEND = Exercise(
-    number="9.1",
-    title="Extended refusals",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="extended_replies",
+EXTEND = define(
+    "9.1",
     reference=extend,
     observe=_with_lessons,
     cases=_lessons,
@@ -156,13 +151,8 @@ def _parts(m: Model, some: list[Lesson], edit: Any = no_edit, target: str = "rep
     return reply_loss(m, [x.prompt for x in some], [getattr(x, target) for x in some], edit)
 
 
-REFAT = Exercise(
-    number="9.2",
-    title="The loss of ReFAT",
-    difficulty=2,
-    minutes=20,
-    points=4,
-    function="adversarial_loss",
+REFAT = define(
+    "9.2",
     reference=refat_loss,
     observe=_loss_seen,
     cases=_refat_cases,
@@ -227,13 +217,8 @@ def _cosines(new: Tensor, old: Tensor) -> Tensor:
     return (normalize(new, dim=-1) * normalize(old, dim=-1)).sum(-1)
 
 
-REROUTE = Exercise(
-    number="9.3",
-    title="The loss of rerouting",
-    difficulty=2,
-    minutes=15,
-    points=3,
-    function="rerouting_loss",
+REROUTE = define(
+    "9.3",
     reference=away,
     cases=_streams,
     mistakes=(
@@ -306,13 +291,8 @@ def _frozen(m: Model, u: Tensor, prompts: list, replies: list, rate: float) -> T
     return u
 
 
-DESCEND = Exercise(
-    number="9.4",
-    title="A direction by gradient",
-    difficulty=3,
-    minutes=20,
-    points=4,
-    function="step",
+DESCEND = define(
+    "9.4",
     reference=descend,
     observe=on_chat_model,
     cases=_descent_cases,
@@ -416,13 +396,8 @@ def _first(
     return first
 
 
-BROKEN = Exercise(
-    number="9.5",
-    title="Steps to break",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="steps_needed",
+BROKEN = define(
+    "9.5",
     reference=broken_at,
     observe=_with_outcomes,
     cases=_curves,
@@ -470,4 +445,3 @@ BROKEN = Exercise(
 )
 
 EXERCISES = (EXTEND, REFAT, REROUTE, DESCEND, BROKEN)
-QUESTION = Question("9.6", "Which one would you ship?", minutes=20, points=3)

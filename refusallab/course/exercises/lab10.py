@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refusallab.course.capstone import points
-from refusallab.course.exercise import Case, Exercise, Mistake, Question
+from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.defence import stock_refusal, write, write_unless
 from refusallab.directions import random_directions
@@ -65,13 +65,8 @@ def _order_lost(m: Model, stops: Stops, prompts: Sequence[str], edit: Edit | Non
     return write(m, passed, edit=edit, prefill=prefill) + refused
 
 
-GUARDED = Exercise(
-    number="10.1",
-    title="A guard that keeps to the interface",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="guarded_replies",
+GUARDED = define(
+    "10.1",
     reference=_guarded,
     observe=_guarded_seen,
     cases=_guarded_cases,
@@ -176,13 +171,8 @@ def _misplaced(cheap: Guard, costly: Guard, prompts: Sequence[str]) -> list[bool
     return [stop or late[i] for i, stop in enumerate(stopped)]
 
 
-CASCADE = Exercise(
-    number="10.2",
-    title="Two guards in a row",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="cascade",
+CASCADE = define(
+    "10.2",
     reference=_cascade,
     observe=_cascade_seen,
     cases=_cascade_cases,
@@ -255,13 +245,8 @@ def _threshold_cases(seed: int) -> list[Case]:
     return cases
 
 
-BUDGET = Exercise(
-    number="10.3",
-    title="One budget for two guards",
-    difficulty=3,
-    minutes=20,
-    points=3,
-    function="two_thresholds",
+BUDGET = define(
+    "10.3",
     reference=_thresholds,
     cases=_threshold_cases,
     mistakes=(
@@ -340,13 +325,8 @@ def _defended(shares: dict[str, float]) -> float:
     return (_mean(shares) + min(shares.values())) / 2
 
 
-SCORE = Exercise(
-    number="10.4",
-    title="A score that nobody can game",
-    difficulty=1,
-    minutes=10,
-    points=2,
-    function="capstone_points",
+SCORE = define(
+    "10.4",
     reference=points,
     cases=_rate_tables,
     mistakes=(
@@ -440,13 +420,8 @@ def _flag_tables(seed: int) -> list[Case]:
     return cases
 
 
-VERDICT = Exercise(
-    number="10.5",
-    title="The worst case, and what has really changed",
-    difficulty=2,
-    minutes=20,
-    points=3,
-    function="verdict",
+VERDICT = define(
+    "10.5",
     reference=_verdict,
     cases=_flag_tables,
     mistakes=(
@@ -493,4 +468,3 @@ VERDICT = Exercise(
 )
 
 EXERCISES = (GUARDED, CASCADE, BUDGET, SCORE, VERDICT)
-QUESTION = Question(number="10.6", title="The report", minutes=60, points=10)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import refusallab
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import QUESTIONS
+from refusallab.course.exercises import exercises_of
 from refusallab.course.grade.cells import read_cells
 from refusallab.course.grade.examine import Graded, Task, examine
 from refusallab.course.grade.records import Records
@@ -148,7 +149,7 @@ def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Exe
 
 def _digest(submission: Submission, seed: int, limits: Limits) -> str:
     """Changes with whatever may change the grade."""
-    modules = {inspect.getsourcefile(e.cases) or "" for e in EXERCISES if e.lab == submission.lab}
+    modules = {inspect.getsourcefile(e.cases) or "" for e in exercises_of(submission.lab)}
     definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
     questions = [q for q in QUESTIONS if q.lab == submission.lab]
     parts = (submission.lab, seed, limits, refusallab.__version__, definition, questions, sys.version_info[:2])

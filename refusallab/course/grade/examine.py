@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.exercise import Exercise, judge, verdict
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.exercises import exercises_of
 from refusallab.course.grade.cells import Cell, Notebook, read_cells
 from refusallab.course.grade.kernel import Kernel, KernelDied
 from refusallab.course.grade.plain import decode, encode
@@ -76,7 +77,7 @@ def examine(task: Task) -> Graded:
 
     An exception is a trouble of the grader, and no result: a server that does not start, a definition that is broken.
     """
-    start, exercises = time.monotonic(), [e for e in EXERCISES if e.lab == task.lab]
+    start, exercises = time.monotonic(), exercises_of(task.lab)
     graded = Graded(task.student, task.lab, [], sandboxed=task.sandboxed)
     try:
         notebook = Notebook(read_cells(task.data))

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.grade.pages import points
 from refusallab.course.grade.records import Records
 from refusallab.errors import RefusalLabError
@@ -35,7 +35,7 @@ def _write(path: Path, rows: list[list[str]]) -> None:
 
 
 def _most(lab: str) -> str:
-    return points(sum(item.points for item in (*EXERCISES, *QUESTIONS) if item.lab == lab))
+    return points(sum(item.points for item in (*HEADERS, *QUESTIONS) if item.lab == lab))
 
 
 def _all_points(grades: list[Any]) -> list[list[str]]:
@@ -85,8 +85,8 @@ def write_nbgrader(records: Records, url: str) -> None:
         with Gradebook(url) as book:
             for lab in sorted({s.lab for s in submissions}):
                 assignment, notebook = _nbgrader_notebook(book, lab)
-                for item in (i for i in (*EXERCISES, *QUESTIONS) if i.lab == lab):
-                    kind = {"max_score": item.points, "cell_type": "code" if item in EXERCISES else "markdown"}
+                for item in (i for i in (*HEADERS, *QUESTIONS) if i.lab == lab):
+                    kind = {"max_score": item.points, "cell_type": "code" if item in HEADERS else "markdown"}
                     book.update_or_create_grade_cell(_cell(item.number), notebook, assignment, **kind)
             for s in submissions:
                 assignment, notebook = _nbgrader_notebook(book, s.lab)
@@ -104,7 +104,7 @@ def write_nbgrader(records: Records, url: str) -> None:
 
 
 def _cell(number: str) -> str:
-    kind = "check" if any(e.number == number for e in EXERCISES) else "written"
+    kind = "check" if any(e.number == number for e in HEADERS) else "written"
     return f"{kind}-{number.replace('.', '-')}"
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from refusallab.course.exercises import EXERCISES, QUESTIONS
+from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.grade.cells import read_cells
 from refusallab.course.grade.records import Records
 from refusallab.errors import RefusalLabError
 
-TITLES = {item.number: item.title for item in (*EXERCISES, *QUESTIONS)}
+TITLES = {item.number: item.title for item in (*HEADERS, *QUESTIONS)}
 BY_HAND = ("student", "lab", "question", "points", "comment", "answer")
 MOST_COMMON = 4
 

@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from refusallab.course.exercise import Exercise, call, find
+from refusallab.course.exercise import Exercise, call
+from refusallab.course.exercises import find
 from refusallab.course.grade.plain import decode, encode
 
 MIME = "application/vnd.refusallab.observed"

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from refusallab.course.exercises import QUESTIONS
+from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.grade.examine import Graded
 from refusallab.course.grade.submissions import Submission
 from refusallab.errors import RefusalLabError

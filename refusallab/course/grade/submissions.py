@@ -11,10 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from refusallab.course.exercises import EXERCISES
+from refusallab.course.catalogue import HEADERS, LABS
 from refusallab.errors import RefusalLabError
 
-LABS = sorted({e.lab for e in EXERCISES})
 MOODLE = re.compile(r"(?P<student>.+?)_(?P<account>\d+)_assignsubmission_file_?(?P<file>.*)")
 CANVAS = re.compile(r"(?P<student>[^_]+)(_LATE)?_(?P<account>\d+)_\d+_(?P<file>.+)")
 NUMBER = re.compile(r"(?:^|[_\- ])(?:lab[_\- ]?)?(\d\d)(?=[_\-. (]|$)", flags=re.I)
@@ -95,7 +94,7 @@ def _lab(path: Path, name: str, lab: str) -> str:
 def _lab_of_content(path: Path) -> str:
     """The lab most of whose functions are defined in a file, damaged or not."""
     defined = set(re.findall(rb"\bdef (\w+)", path.read_bytes()))
-    hits = {lab: sum(e.function.encode() in defined for e in EXERCISES if e.lab == lab) for lab in LABS}
+    hits = {lab: sum(e.function.encode() in defined for e in HEADERS if e.lab == lab) for lab in LABS}
     best = max(hits, key=lambda key: hits[key])
     return best if hits[best] else ""
 

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refusallab.course.catalogue import LABS
 from refusallab.course.grade import confine
 
 PRELOAD = (
@@ -37,7 +38,9 @@ PRELOAD = (
     "sklearn.decomposition",
     "sklearn.linear_model",
     "statsmodels.stats.proportion",
-    "refusallab.course.exercises",
+    *(f"refusallab.course.exercises.lab{lab}" for lab in LABS),
+    "refusallab.course.checking",
+    "refusallab.course.session",
     "refusallab.experiment",
     "refusallab.explore",
     "refusallab.course.grade.probe",

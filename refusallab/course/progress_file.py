@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from refusallab.course.exercises import EXERCISES
+from refusallab.course.catalogue import HEADERS, LABS
 
 
 def file() -> Path:
@@ -44,9 +44,9 @@ def passed() -> set[str]:
 def progress(lab: str | None = None) -> None:
     """Print what is done, over all labs or in one ("02")."""
     done = passed()
-    for name in sorted({e.lab for e in EXERCISES}):
+    for name in LABS:
         if lab in (None, name):
-            exercises = [e for e in EXERCISES if e.lab == name]
+            exercises = [header for header in HEADERS if header.lab == name]
             marks = "  ".join(e.number + (" ✓" if e.number in done else " ·") for e in exercises)
             points = sum(e.points for e in exercises if e.number in done)
             print(f"Lab {name}   {marks}   {points} of {sum(e.points for e in exercises)} points")
