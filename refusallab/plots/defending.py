@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from refusallab.measure import Outcome, Rate, rate
-from refusallab.plots.heatmaps import heat_map
+from refusallab.plots.heatmaps import colour_bar, heat_map
 from refusallab.plots.intervals import interval_band, reach
 from refusallab.plots.style import PALETTE, legend_above, panels, series
 
-ROW, COLUMN = 24, 12  # letters in a line of a label
+ROW, COLUMN = 24, 13  # letters in a line of a label
 
 
 def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str) -> Figure:
@@ -30,8 +30,8 @@ def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str
         axis,
         shares,
         texts,
-        rows=[fill(name, ROW) for name in attacks],
-        columns=[fill(name, COLUMN) for name in defences],
+        rows=[fill(name, ROW, break_on_hyphens=False) for name in attacks],
+        columns=[fill(name, COLUMN, break_on_hyphens=False) for name in defences],
         limits=(0, 1),
         size=8.5,
     )
@@ -39,7 +39,7 @@ def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str
     axis.xaxis.set_label_position("top")
     axis.set_xlabel("defence")
     axis.set_ylabel("attack")
-    figure.colorbar(image, label=label)
+    colour_bar(figure, image, [axis], label)
     return figure
 
 

@@ -32,13 +32,13 @@ LIMITS = {"induce": MIN_INDUCE, "kl": MAX_KL}
 STAR = {"marker": "*", "color": "black", "markeredgecolor": "white", "markersize": 15, "linestyle": "none"}
 GRID_TITLES = {
     "bypass": "bypass, log-odds: low is good",
-    "induce": f"induce, log-odds: high is good, > {MIN_INDUCE:g} is asked",
-    "kl": f"KL, nats: low is good, ≤ {MAX_KL:g} is asked",
+    "induce": f"induce, log-odds: high is good, must be > {MIN_INDUCE:g}",
+    "kl": f"KL, nats: low is good, must be ≤ {MAX_KL:g}",
 }
 CURVE_TITLES = {
     "bypass": "bypass: direction ablated, harmful prompts\n(lower is better)",
-    "induce": f"induce: direction added, harmless prompts\n(higher is better; > {MIN_INDUCE:g} is asked)",
-    "kl": f"KL(base || ablated), harmless prompts\n(lower is better; ≤ {MAX_KL:g} is asked)",
+    "induce": f"induce: direction added, harmless prompts\n(higher is better; must be > {MIN_INDUCE:g})",
+    "kl": f"KL(base || ablated), harmless prompts\n(lower is better; must be ≤ {MAX_KL:g})",
 }
 UNITS = {"bypass": "refusal metric (log-odds)", "induce": "refusal metric (log-odds)", "kl": "nats"}
 
@@ -76,6 +76,7 @@ def _score_panel(axis: Axes, search: Search, score: str) -> None:
     if score == "kl":
         axis.set_yscale("symlog", linthresh=0.01)
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(bottom=-0.002)
     axis.set_title(CURVE_TITLES[score])
     axis.set_xlabel("layer (block input)")
     axis.set_ylabel(UNITS[score])
@@ -119,6 +120,7 @@ def score_surfaces(search: Search) -> Figure:
             rows=positions,
             columns=thinned(range(search.n_layers)),
             colours=SEQUENTIAL if name == "induce" else f"{SEQUENTIAL}_r",
+            limits=(0, MAX_KL) if name == "kl" else (None, None),
             faded=discarded,
         )
         axis.plot(best.layer, positions.index(best.position) - 0.3, **STAR | {"markersize": 12})

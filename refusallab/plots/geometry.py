@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from refusallab.plots.heatmaps import DIVERGING, heat_map
+from refusallab.plots.heatmaps import DIVERGING, colour_bar, heat_map
 from refusallab.plots.style import COLOURS, LEGIBLE, MARKERS, legend_above, number, panels, thinned
 
 
@@ -30,7 +30,7 @@ def share_grids(grids: dict[str, Tensor], positions: Sequence[int], label: str) 
         axis.set_title(name)
         axis.set_xlabel("layer (block input)")
     axes[0].set_ylabel("position")
-    figure.colorbar(image, ax=axes, label=label)
+    colour_bar(figure, image, axes, label)
     return figure
 
 
@@ -52,7 +52,7 @@ def cosine_maps(maps: dict[str, tuple[Tensor, Sequence[int]]], label: str = "cos
         )
         kind = name.split(",")[0]
         axis.set(title=name, xlabel=kind, ylabel=kind, aspect="equal")
-    figure.colorbar(image, ax=axes, label=label)
+    colour_bar(figure, image, axes, label)
     return figure
 
 

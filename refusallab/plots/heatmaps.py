@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
-SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"  # both can be read with every kind of colour vision
+SEQUENTIAL, DIVERGING = "viridis", "PuOr_r"  # both can be read with every kind of colour vision
 FADED = 0.25  # opacity of the cells that do not count
 
 
@@ -45,6 +46,11 @@ def heat_map(
             ink = _ink(shown[row, column])
             axis.text(column, row, texts[row][column], ha="center", va="center", fontsize=size, color=ink)
     return image
+
+
+def colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str) -> None:
+    """The scale of the colours, on the right of these panels."""
+    figure.colorbar(image, ax=list(axes), label=label, fraction=0.04, pad=0.02)
 
 
 def _ink(background: np.ndarray) -> str:

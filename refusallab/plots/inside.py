@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from refusallab.geometry import Strip
-from refusallab.plots.heatmaps import DIVERGING, heat_map
+from refusallab.plots.heatmaps import DIVERGING, colour_bar, heat_map
 from refusallab.plots.style import (
     COLOURS,
     DASHES,
@@ -34,7 +34,7 @@ def twin_distances(grids: dict[str, tuple[Sequence[str], Tensor]]) -> Figure:
     """
     widths = [len(tokens) for tokens, _ in grids.values()]
     layers = max(len(distances) for _, distances in grids.values())
-    figure, axes = panels(len(grids), 0.42 * sum(widths) + 2.3, 0.27 * layers + 1.7, width_ratios=widths)
+    figure, axes = panels(len(grids), 0.42 * sum(widths) + 1.9, 0.27 * layers + 1.7, width_ratios=widths)
     top = max(float(distances.max()) for _, distances in grids.values())
     for axis, (title, (tokens, distances)) in zip(axes, grids.items(), strict=True):
         image = heat_map(
@@ -49,7 +49,7 @@ def twin_distances(grids: dict[str, tuple[Sequence[str], Tensor]]) -> Figure:
         axis.set_title(title)
         axis.set_xlabel("token")
     axes[0].set_ylabel("layer (block input)")
-    figure.colorbar(image, ax=axes, label="distance, in mean lengths")
+    colour_bar(figure, image, axes, "distance, in mean lengths")
     return figure
 
 
@@ -70,6 +70,7 @@ def lens_grid(grids: dict[str, tuple[list[list[str]], Tensor]], columns: Sequenc
             rows=layer_names(layers),
             columns=columns,
             limits=(0, 1),
+            colours="Blues",  # frames stand out on it
         )
         for text, token in zip(axis.texts, (token for row in tokens for token in row), strict=True):
             if token in marked:
@@ -80,7 +81,7 @@ def lens_grid(grids: dict[str, tuple[list[list[str]], Tensor]], columns: Sequenc
         axis.set_title(title)
         axis.set_xlabel("position, and the token read there")
     axes[0].set_ylabel("layer (block input)")
-    figure.colorbar(image, ax=axes, label="probability of the token")
+    colour_bar(figure, image, axes, "probability of the token")
     return figure
 
 
@@ -112,7 +113,7 @@ def token_strips(strips: dict[str, Strip], columns: int = 2) -> Figure:
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(columns * (0.32 * longest + 0.6), rows * (0.24 * min(layers, LEGIBLE) + 1.15)),
+        figsize=(columns * (0.32 * longest + 0.6), rows * (0.24 * min(layers, LEGIBLE) + 1.15) + 0.2),
         layout="constrained",
         squeeze=False,
     )
@@ -133,7 +134,8 @@ def token_strips(strips: dict[str, Strip], columns: int = 2) -> Figure:
         axis.set_title(name)
     for axis in axes[:, 0]:
         axis.set_ylabel("layer (block input)")
-    figure.colorbar(image, ax=axes, label="projection (units of the stream)")
+    figure.supxlabel("token", fontsize=10)
+    colour_bar(figure, image, axes.flat, "projection (units of the stream)")
     return figure
 
 
@@ -180,7 +182,7 @@ def write_grids(grids: dict[str, tuple[Tensor, Tensor]], label: str) -> Figure:
         axis.set_title(name)
         axis.set_xlabel("head")
     axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label=label)
+    colour_bar(figure, image, axes, label)
     return figure
 
 
