@@ -95,7 +95,8 @@ def gap_curves(curves: dict[str, dict[str, Tensor]]) -> Figure:
         step = 1 if n <= 12 else n // 8
         axis.set_xticks([*range(0, n, step), n + 1], [*map(str, range(0, n, step)), "logits"])
         axis.set_yscale("log")
-        axis.axhspan(1e-7, ROUNDING, color="grey", alpha=0.15, linewidth=0, label="rounding in fp32")
+        label = "rounding in fp32" if axis is axes[-1] else None  # the last entry of the legend
+        axis.axhspan(1e-7, ROUNDING, color="grey", alpha=0.15, linewidth=0, label=label)
         axis.set_title(model)
         axis.set_xlabel("layer (block input)")
     axes[0].set_ylabel("largest |hooks - weights|\n(units of the stream; logits)")
