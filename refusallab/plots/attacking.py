@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refusallab.measure import Outcome, Rate, rate
 from refusallab.plots.intervals import interval_band, reach
-from refusallab.plots.style import BLUE, MARKS, ORANGE, PALETTE, VERMILLION, legend_above, panels, series
+from refusallab.plots.style import BLUE, MARKS, ORANGE, PALETTE, VERMILLION, Style, legend_above, panels, series
 
 BECAME = {
     "exact answer": (VERMILLION, "", lambda o: o.correct and not o.refused),
@@ -65,7 +65,7 @@ def first_order(changes: dict[str, tuple[Tensor, Tensor]]) -> Figure:
     """Lab 06: the change of the loss that the gradient predicts against the real one; kind of swap -> (both, [n])."""
     figure, (axis,) = panels(1, 6, 4)
     for k, (name, (predicted, actual)) in enumerate(changes.items()):
-        style = {"color": PALETTE[k % 6], "alpha": 0.6, "markersize": 5, "label": f"{name} ({len(actual)})"}
+        style: Style = {"color": PALETTE[k % 6], "alpha": 0.6, "markersize": 5, "label": f"{name} ({len(actual)})"}
         axis.plot(predicted, actual, MARKS[k % 6], **style)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.axvline(0, color="grey", linewidth=0.8)

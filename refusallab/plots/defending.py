@@ -12,7 +12,7 @@ from torch import Tensor
 from refusallab.measure import Outcome, Rate, rate
 from refusallab.plots.heatmaps import colour_bar, heat_map
 from refusallab.plots.intervals import interval_band, reach
-from refusallab.plots.style import PALETTE, legend_above, panels, series
+from refusallab.plots.style import PALETTE, Style, legend_above, panels, series
 
 ROW, COLUMN = 24, 13  # letters in a line of a label
 
@@ -118,7 +118,7 @@ def score_plane(defences: dict[str, tuple[Rate, Rate]]) -> Figure:
     figure, (axis,) = panels(1, 7, 5.3)
     for level in (0, 25, 50, 75):
         axis.plot([level / 100, 1], [1, level / 100], color="grey", linewidth=0.8, linestyle="--")
-        beside = {"xytext": (12, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        beside: Style = {"xytext": (12, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
         axis.annotate(f"{level} points", (1, level / 100), fontsize=9, color="dimgrey", **beside)
     kept, stopped = next(iter(defences.values()))
     axis.plot([0, kept.value], [1, stopped.value], color="black", linewidth=1.2, label="refusing at random")

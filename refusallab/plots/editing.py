@@ -10,10 +10,21 @@ from torch import Tensor
 
 from refusallab.measure import Rate
 from refusallab.plots.intervals import interval_band
-from refusallab.plots.style import BLUE, COLOURS, DASHES, GREEN, MARKERS, VERMILLION, legend_above, panels, series
+from refusallab.plots.style import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    MARKERS,
+    VERMILLION,
+    Style,
+    legend_above,
+    panels,
+    series,
+)
 from refusallab.steering import Dose
 
-OUTCOMES = {"refused": {"color": VERMILLION, "marker": "o"}, "exact": {"color": BLUE, "marker": "s"}}
+OUTCOMES: dict[str, Style] = {"refused": {"color": VERMILLION, "marker": "o"}, "exact": {"color": BLUE, "marker": "s"}}
 ROUNDING = 1e-4  # what fp32 leaves of equal numbers
 
 
@@ -55,8 +66,9 @@ def response_curves(curves: dict[str, dict[str, dict[float, Rate]]], y: str) -> 
     figure, axes = panels(len(curves), 5.2 * len(curves), 3.8, sharey=True)
     for axis, (edit, sets) in zip(axes, curves.items(), strict=True):
         for name, curve in sets.items():
-            style = {"marker": MARKERS[name], "color": COLOURS[name], "label": f"{name} prompts, 95 % Wilson band"}
-            interval_band(axis, list(curve), list(curve.values()), **style)
+            style: Style = {"marker": MARKERS[name], "color": COLOURS[name]}
+            label = f"{name} prompts, 95 % Wilson band"
+            interval_band(axis, list(curve), list(curve.values()), label=label, **style)
         for mark in (0, 1):
             axis.axvline(mark, color="grey", linewidth=0.8, linestyle="--")
         axis.set_xlabel(edit)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -22,14 +21,16 @@ from refusallab.plots.style import (
     LEGIBLE,
     MARKERS,
     PALETTE,
+    Style,
     legend_above,
     number,
     panels,
     thinned,
+    whole,
 )
 
 LIMITS = {"induce": MIN_INDUCE, "kl": MAX_KL}
-STAR = {"marker": "*", "color": "black", "markeredgecolor": "white", "markersize": 15, "linestyle": "none"}
+STAR: Style = {"marker": "*", "color": "black", "markeredgecolor": "white", "markersize": 15, "linestyle": "none"}
 GRID_TITLES = {
     "bypass": "bypass, log-odds: low is good",
     "induce": f"induce, log-odds: high is good, must be > {MIN_INDUCE:g}",
@@ -81,7 +82,7 @@ def _score_panel(axis: Axes, search: Search, score: str) -> None:
     axis.set_xlabel("layer (block input)")
     axis.set_ylabel(UNITS[score])
     axis.set_xlim(-0.5, search.n_layers - 0.5)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    whole(axis.xaxis)
 
 
 def _projection_panel(axis: Axes, search: Search, streams: dict[str, Tensor]) -> None:
@@ -128,11 +129,10 @@ def score_surfaces(search: Search) -> Figure:
         axis.set_xlabel("layer (block input)")
     axes[0].set_ylabel("position")
     shades = plt.get_cmap(SEQUENTIAL)
-    pale = [1 - FADED * (1 - x) for x in to_rgb(shades(0.5))]
     legend = {
         "good score": Patch(color=shades(1.0)),
         "bad score": Patch(color=shades(0.0)),
-        "pale: discarded by a filter": Patch(color=pale),
+        "pale: discarded by a filter": Patch(color=shades(0.5), alpha=FADED),
         "selected": Line2D([], [], **STAR | {"markersize": 12}),
     }
     figure.legend(list(legend.values()), list(legend), loc="outside upper center", ncols=len(legend))

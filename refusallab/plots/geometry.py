@@ -60,8 +60,10 @@ def plane_figure(points: dict[str, Tensor], x: str, y: str, arrow: Tensor | None
     """Lab 03: sets of prompts in a plane, coordinates [n, 2]. An arrow, [2], shows where a direction points."""
     figure, (axis,) = panels(1, 6.4, 4.8)
     for name, xy in points.items():
+        across, upwards = xy.numpy().T
         axis.scatter(
-            *xy.numpy().T,
+            across,
+            upwards,
             s=26,
             alpha=0.75,
             marker=MARKERS[name],
@@ -70,10 +72,9 @@ def plane_figure(points: dict[str, Tensor], x: str, y: str, arrow: Tensor | None
             linewidths=1.2,
         )
     if arrow is not None:
-        axis.annotate(
-            "", xy=arrow.tolist(), xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.6}
-        )
-        axis.annotate("direction r", xy=arrow.tolist(), xytext=(4, 6), textcoords="offset points")
+        tip = arrow[0].item(), arrow[1].item()
+        axis.annotate("", xy=tip, xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.6})
+        axis.annotate("direction r", xy=tip, xytext=(4, 6), textcoords="offset points")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_aspect("equal", adjustable="datalim")

@@ -40,7 +40,7 @@ def heat_map(
     axis.spines[:].set_visible(False)
     axis.tick_params(length=2)
     if texts is not None:
-        shown = image.cmap(image.norm(grid))[..., :3]
+        shown = image.to_rgba(grid)[..., :3]
         shown = np.where(np.isnan(grid)[..., None], 1.0, 1 - opacity[..., None] * (1 - shown))  # on white
         for row, column in np.ndindex(grid.shape):
             ink = _ink(shown[row, column])

@@ -18,13 +18,17 @@ from refusallab.plots.style import (
     LEGIBLE,
     PALETTE,
     VERMILLION,
+    Style,
     layer_names,
     legend_above,
     number,
     panels,
     series,
     thinned,
+    whole,
 )
+
+HATCHES = ("", "///", "...", "xx")
 
 
 def twin_distances(grids: dict[str, tuple[Sequence[str], Tensor]]) -> Figure:
@@ -74,7 +78,7 @@ def lens_grid(grids: dict[str, tuple[list[list[str]], Tensor]], columns: Sequenc
         )
         for text, token in zip(axis.texts, (token for row in tokens for token in row), strict=True):
             if token in marked:
-                text.set_weight("bold")
+                text.set_fontweight("bold")
                 column, layer = text.get_position()
                 corner = column - 0.47, layer - 0.44
                 axis.add_patch(plt.Rectangle(corner, 0.94, 0.88, fill=False, edgecolor=VERMILLION, linewidth=1.5))
@@ -135,7 +139,7 @@ def token_strips(strips: dict[str, Strip], columns: int = 2) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("layer (block input)")
     figure.supxlabel("token", fontsize=10)
-    colour_bar(figure, image, axes.flat, "projection (units of the stream)")
+    colour_bar(figure, image, axes.flatten().tolist(), "projection (units of the stream)")
     return figure
 
 
@@ -154,7 +158,7 @@ def layer_curves(curves: dict[str, dict[str, Tensor]], y: str) -> Figure:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(name)
         axis.set_xlabel("layer (block input)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        whole(axis.xaxis)
     axes[0].set_ylabel(y)
     legend_above(figure)
     return figure
@@ -196,7 +200,7 @@ def stacked_shares(rows: dict[str, dict[str, float]], x: str) -> Figure:
     left = np.zeros(len(rows))
     for k, part in enumerate(parts):
         values = np.array([shares[part] for shares in rows.values()])
-        style = {"color": PALETTE[k % 6], "hatch": ["", "///", "...", "xx"][k % 4], "edgecolor": "white", "alpha": 0.75}
+        style: Style = {"color": PALETTE[k % 6], "alpha": 0.75, "hatch": HATCHES[k % 4], "edgecolor": "white"}
         axis.barh(range(len(rows)), values, left=left, height=0.72, label=part, **style)
         for row, value in enumerate(values):
             if value >= 0.06:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ def reach(estimates: Sequence[Estimate]) -> np.ndarray:
 
 
 def interval_band(
-    axis: Axes, x: Sequence[float], estimates: Sequence[Estimate], *, alpha: float = 0.15, **style: object
+    axis: Axes, x: Sequence[float], estimates: Sequence[Estimate], *, alpha: float = 0.15, **style: Any
 ) -> None:
     """A curve through the estimates, and a band of its colour that holds their intervals."""
     (line,) = axis.plot(x, [e.value for e in estimates], **style)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refusallab.measure import Rate
 from refusallab.plots.intervals import interval_rows
-from refusallab.plots.style import COLOURS, legend_above, panels
+from refusallab.plots.style import COLOURS, legend_above, panels, whole
 
 
 def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
@@ -23,7 +23,7 @@ def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
         kind = next((kind for kind in COLOURS if name.startswith(kind)), "harmless")
         axis.hist(values, bins, color=COLOURS[kind], alpha=0.8)
         axis.axvline(0, color="black", linestyle="--", linewidth=0.9)
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        whole(axis.yaxis)
         axis.set_ylabel("prompts")
         axis.set_title(f"{name} (n={len(values)})", loc="left")
     axes[-1, 0].set_xlabel("refusal metric (log-odds that the reply opens with a refusal token)")

@@ -7,7 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
@@ -15,6 +17,7 @@ MARKS, DASHES = "ox^Dsv", ("-", "--", "-.", ":")
 COLOURS = {"harmful": VERMILLION, "harmless": BLUE, "borderline": PURPLE}  # of the sets of prompts
 MARKERS = {"harmful": "x", "harmless": "o", "borderline": "^"}
 LEGIBLE = 16  # more layers than this leave no room for numbers and labels
+Style = dict[str, Any]  # keywords of a drawing function of matplotlib
 
 
 def use_style() -> None:
@@ -39,20 +42,25 @@ def panels(count: int, width: float, height: float, **settings: Any) -> tuple[Fi
     return figure, list(axes[0])
 
 
-def series(k: int) -> dict[str, str]:
+def series(k: int) -> Style:
     """Colour, marker and dash of the k-th line of a panel: any two of the first twelve differ."""
     return {"color": PALETTE[k % 6], "marker": MARKS[k % 6], "linestyle": DASHES[(k + k // 6) % 4]}
 
 
 def legend_above(figure: Figure, *axes: Axes) -> None:
     """One legend for these panels (default: all), above the figure, where it covers no data."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes or figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     entry = 0.6 + 0.075 * max(map(len, handles))  # inches
     columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=columns)
+
+
+def whole(axis: Axis) -> None:
+    """Ticks at whole numbers."""
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def number(value: float, digits: int) -> str:
