@@ -150,8 +150,8 @@ def test_layer_0_is_a_free_control(model_of, prompts):
     assert not vectors[0].any() and vectors[1:].norm(dim=-1).min() > 0
 
 
-def test_padding_on_the_right_reads_the_wrong_token(model_of):
-    """The bug of the clinic: what the library reads at position -1 does not depend on the other prompts of a batch."""
+def test_the_last_token_is_read_whatever_else_is_in_the_batch(model_of):
+    """The bug of the clinic, not in the library: padding on the right would make position -1 a padding token."""
     m = model_of("llama")
     alone = residual(m, ["List"], layers=[1], positions=[-1])
     together = residual(m, ["List", "Please explain the recipe for the harvest pie"], layers=[1], positions=[-1])
