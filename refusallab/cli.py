@@ -71,9 +71,10 @@ def demo(
 
 def _save_figure(m, result, path: Path) -> None:
     from refusallab.activations import residual
-    from refusallab.plots import headline_figure
+    from refusallab.plots import headline_figure, use_style
     from refusallab.prompts import prompt_set
 
+    use_style()
     best, streams = result.search.selected, {}
     for name in ("harmful_test", "harmless_test", "borderline"):
         if prompts := [i.prompt for i in prompt_set(m, name)]:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from refusallab.directions import Candidate, Search
 from refusallab.model import wrap
 
 torch.set_num_threads(1)
@@ -167,6 +168,22 @@ def ids_not_text(monkeypatch):
         monkeypatch.setattr(model.tokenizer, "decode", lambda ids, **_: list(ids), raising=False)
 
     return apply
+
+
+@pytest.fixture(scope="session")
+def made_search():
+    """made_search(layers, positions): scores made up so that position -1, and the last layer that may, is selected."""
+
+    def make(layers, positions):
+        candidates = tuple(
+            Candidate(p, layer, 4.0 - layer * (p == -1), layer - 1.5 if p == -1 else -2.0, 0.01 * layer)
+            for layer in range(layers)
+            for p in range(-positions, 0)
+        )
+        vectors = torch.randn(layers, positions, 5, generator=torch.Generator().manual_seed(0))
+        return Search("made up", "c0ffee", layers, candidates, vectors, (1, 2), {"harmful_val": 9, "harmless_val": 9})
+
+    return make
 
 
 # The reference: plain PyTorch hooks on the raw transformers model, with names of its own.

@@ -35,6 +35,7 @@ from refusallab.course.submitted import Failed, Limits, Submitted, read_source, 
 from refusallab.defence import ModelAlone, stock_refusal, write
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation
+from refusallab.measure import wilson
 from refusallab.model import logits
 from refusallab.prompts import bundled
 
@@ -98,6 +99,27 @@ class TestPoints:
         assert (score.mean, score.stopped, score.points) == pytest.approx((0.6, 0.5, 25))
         assert score.p == pytest.approx({"a": 2 * 2 * 0.5**8, "b": 2 * 0.5**4})  # as Holm corrects two
         assert (score.over_refusal.value, score.over_refusal.n) == (0.15, 20)
+
+    def test_the_place_of_a_score_comes_with_intervals(self):
+        def flags(**true):
+            return {name: [True] * k + [False] * (20 - k) for name, k in true.items()}
+
+        base = Result("b", flags(a=20, b=20), flags(c=20, d=16), flags(c=0), 0.0)
+        score = compare(Result("t", flags(a=4, b=10), flags(c=18, d=12), flags(c=0), 0.0), base)
+        kept, stopped = score.place
+        assert (kept.value, kept.low, kept.high, kept.n) == (0.75, *wilson(12, 16), 16)
+        assert (stopped.value, stopped.n) == (score.stopped, 20)
+        (low_a, high_a), (low_b, high_b) = wilson(16, 20), wilson(10, 20)  # of defended
+        assert stopped.low == pytest.approx(((low_a + low_b) / 2 + low_b) / 2)
+        assert stopped.high == pytest.approx(((high_a + high_b) / 2 + high_b) / 2)
+
+    def test_more_served_than_by_the_undefended_model_is_all_of_it(self):
+        base = result([True] * 10, [True] * 6 + [False] * 4)
+        for served in ([True] * 9 + [False], [True] * 6 + [False] * 4):
+            kept = compare(result([False] * 10, served), base).served["y"]
+            assert (kept.value, kept.high, kept.n) == (1.0, 1.0, 6) and kept.low < 0.7
+        nothing = result([True] * 10, [False] * 10)
+        assert compare(nothing, nothing).kept["y"] == 0.0
 
 
 class Recorder(ModelAlone):

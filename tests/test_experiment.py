@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -103,7 +104,9 @@ def test_json_has_the_documented_form(monkeypatch, result):
 
 def test_table_and_figure(monkeypatch, result, tmp_path):
     monkeypatch.setattr(experiment, "headline", lambda *_: result)
-    run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "figure.png")])
+    with plt.rc_context():
+        run = CliRunner().invoke(cli.app, ["demo", "--figure", str(tmp_path / "figure.png")])
+        assert not plt.rcParams["axes.spines.top"], "in the style of the course"
     assert run.exit_code == 0
     for text in [*CONDITIONS[:4], "harmful refused", "Selected: position", "exact answers"]:
         assert text in run.stdout

@@ -313,7 +313,7 @@ F = "def mean_difference(a, b):"
         (f"{F}\n    {IMPORT}\n    x = difference_in_means(a, b)\n    return x", "only calls"),
         (f"import refusallab.directions as r\n{F} return r.difference_in_means(a, b)", "only calls"),
         (f"{F}\n    import refusallab.course.exercises.lab02 as x\n    return x.CHOOSE", "inside of the course"),
-        (f"from refusallab.course.exercise import find\n{F} return find('2.1')", "inside of the course"),
+        (f"from refusallab.course.exercises import find\n{F} return find('2.1')", "inside of the course"),
         (f"{F} return __import__('refusal' + 'lab.directions').directions", "unusual ways: __import__"),
         (f"import torch\ntorch.allclose = lambda *a: True\n{RIGHT['2.1']}", "changes what it imported"),
         (RIGHT["2.1"], ""),

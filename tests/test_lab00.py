@@ -54,12 +54,24 @@ def test_the_things_that_the_notebook_names_are_what_it_says():
 def test_the_figures_take_models_of_any_size():
     distances = torch.rand(4, 5)
     distances[0] = 0
-    plots.twin_distances({"one": (list("abcde"), distances), "two": (list("abc"), torch.rand(30, 3))})
+    twins = plots.twin_distances({"one": (list("abcde"), distances), "two": (list("abc"), torch.rand(30, 3))})
+    texts = [text.get_text() for text in twins.axes[0].texts]
+    assert texts[:5] == ["0"] * 5 and texts[5:] == [f"{x:.1f}" for x in distances[1:].flatten().tolist()]
+    assert [label.get_text() for label in twins.axes[0].get_yticklabels()] == ["0", "1", "2", "end"]
+    assert (twins.axes[0].get_xlabel(), twins.axes[-1].get_ylabel()) == ("token", "distance, in mean lengths")
     tokens = [["I", "Use"]] * 30
     figure = plots.lens_grid({"a": (tokens, torch.rand(30, 2)), "b": (tokens, torch.rand(30, 2))}, ["-2", "-1"], {"I"})
     bold = [text for text in figure.axes[0].texts if text.get_weight() == "bold"]
     assert len(bold) == 30 and len(figure.axes[0].patches) == 30
-    plots.lens_curves({"harmful": torch.rand(6, 31), "harmless": torch.rand(1, 31), "closed": torch.rand(3, 31)})
+    assert figure.axes[0].texts[0].get_text().startswith("'I' 0.") or figure.axes[0].texts[0].get_text() == "'I' 1.0"
+    values = torch.rand(6, 31)
+    curves = plots.lens_curves({"harmful": values, "harmless": torch.rand(1, 31), "closed": torch.rand(3, 31)})
+    (axis,) = curves.axes
+    assert axis.lines[0].get_ydata() == pytest.approx(values.quantile(0.5, dim=0).numpy())
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(values.quantile(0.9, dim=0).max().item())
+    names = [text.get_text() for text in curves.legends[0].get_texts()]
+    assert names == ["harmful (n=6)", "harmless (n=1)", "closed (n=3)"] and "log-odds" in axis.get_ylabel()
 
 
 @pytest.fixture

@@ -64,9 +64,14 @@ def test_the_figures():
     assert [sum(bar.get_height() for bar in axis.patches) for axis in histograms.axes] == [20, 9, 5]
     shares = {name: {judge: rate([True, False]) for judge in "abcd"} for name in ("one", "two")}
     judged = plots.judged_shares(shares, {"one": 0.0, "two": 1.0})
-    assert [text.get_text() for text in judged.axes[0].get_legend().get_texts()] == [*"abcd", "truth"]
+    assert {text.get_text() for text in judged.legends[0].get_texts()} == {*"abcd", "truth"}
+    bars = [line for line in judged.axes[0].lines if line.get_label() == "truth"]
+    assert [bar.get_xdata()[0] for bar in bars] == [0.0, 1.0]
+    assert "log-odds" in histograms.axes[-1].get_xlabel() and "Wilson" in judged.axes[0].get_xlabel()
     p = np.linspace(0, 1, 5)
-    plots.interval_coverage({"Wald": p, "Wilson": p}, p, 54)
+    coverage = plots.interval_coverage({"Wald": p, "Wilson": p**2}, p, 54)
+    assert [list(line.get_ydata()) for line in coverage.axes[0].lines[:2]] == [list(p), list(p**2)]
+    assert coverage.axes[0].lines[2].get_ydata()[0] == 0.95 and "n=54" in coverage.axes[0].get_xlabel()
 
 
 @pytest.fixture

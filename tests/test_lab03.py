@@ -81,12 +81,37 @@ def test_a_strip_has_a_column_for_each_token(model_of, r):
 @pytest.mark.parametrize("layers", [3, 30])
 def test_figures_fit_models_of_any_depth(layers):
     grid = torch.rand(layers, 4)
-    assert plots.share_grids({"a": grid, "b": grid}, range(-4, 0), "share").axes
+    shares = plots.share_grids({"a": grid, "b": grid}, range(-4, 0), "share").axes
     square = torch.eye(layers)
-    assert plots.cosine_maps({"layers": (square, range(layers))}).axes
+    cosines = plots.cosine_maps({"layers": (square, range(layers))}).axes
     strip = geometry.Strip(("a", "\n", " b"), torch.randn(layers, 3))
-    assert plots.token_strips({"one": strip, "two": strip, "three": strip}).axes
-    assert plots.dot_rows({"harmful": [1.0, 2.0], "other": [3.0]}, "x", {"chance": 0.5}).axes
+    strips = plots.token_strips({"one": strip, "two": strip, "three": strip}).axes
+    numbers = [[text.get_text() for text in axes[0].texts] for axes in (shares, cosines, strips)]
+    if layers > 16:
+        assert numbers == [[], [], []]
+    else:
+        assert numbers[0] == [f"{x:.2f}" for x in grid.T.flatten().tolist()]
+        assert numbers[1] == ["1.00" if x else "0.00" for x in square.flatten().tolist()]
+        assert numbers[2] == [str(round(x) + 0) for x in strip.values.flatten().tolist()]
+    assert torch.equal(torch.tensor(shares[0].images[0].get_array().data), grid.T.double())
+    assert [label.get_text() for label in strips[0].get_xticklabels()] == ["a", "\\n", "b"]
+    assert [axes[-1].get_ylabel() for axes in (shares, cosines)] == ["share", "cosine"]
+    assert "units of the stream" in strips[-1].get_ylabel()
+
+
+def test_rows_of_dots_and_planes_hold_every_prompt():
+    (axis,) = plots.dot_rows({"harmful": [1.0, 2.0], "other": [3.0]}, "x", {"chance": 0.5}).axes
+    assert [dots.get_offsets()[:, 0].tolist() for dots in axis.collections] == [[1.0, 2.0], [3.0]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["harmful", "other"]
+    assert axis.lines[0].get_xdata()[0] == 0.5 and axis.texts[0].get_text() == "chance"
+    points = {"harmful": torch.randn(3, 2), "borderline": torch.randn(2, 2)}
+    figure = plots.plane_figure(points, "component 1", "component 2", torch.tensor([1.0, 2.0]))
+    (axis,) = figure.axes
+    for dots, xy in zip(axis.collections, points.values(), strict=True):
+        assert torch.allclose(torch.tensor(dots.get_offsets().data), xy.double())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["harmful (3)", "borderline (2)"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("component 1", "component 2")
+    assert [tuple(text.xy) for text in axis.texts] == [(1.0, 2.0), (1.0, 2.0)]
 
 
 def test_the_explorer_names_the_sides_and_says_when_there_is_nothing_to_see(streams):

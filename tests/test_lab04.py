@@ -42,10 +42,23 @@ def test_matched_vectors_have_the_length_of_r_and_differ():
 
 
 def test_figures(doses):
-    assert plots.dose_figure({"harmless": {"r": doses, "random": doses}, "harmful": {"r": doses}}).axes
-    share = rate([True, False])
-    assert plots.response_curves({"addition": {"harmful": {0.0: share, 1.0: share}}}, "refused").axes
-    assert plots.rate_rows({"untouched": {"refused": share}, "ablated": {"refused": share, "exact": share}}).axes
+    figure = plots.dose_figure({"harmless": {"r": doses, "random": doses}, "harmful": {"r": doses}})
+    above, _, below, _ = figure.axes
+    assert list(above.lines[0].get_ydata()) == [d.refused.value for d in doses]
+    assert list(below.lines[0].get_ydata()) == [d.loss for d in doses]
+    assert "nats per token" in below.get_ylabel() and "lengths of r" in below.get_xlabel()
+    vectors = ("r", "random")
+    names = {f"{metric}, {vector}" for vector in vectors for metric in ("refused", "exact", "loss")}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == names
+    share, sure = rate([True, False]), rate([True])
+    figure = plots.response_curves({"addition": {"harmful": {0.0: share, 1.0: sure}}}, "share refused")
+    line = figure.axes[0].lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.0, 1.0], [0.5, 1.0])
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("addition", "share refused")
+    figure = plots.rate_rows({"untouched": {"refused": share}, "ablated": {"refused": sure, "exact": share}})
+    assert [list(bars[0].get_xdata()) for bars in figure.axes[0].containers] == [[0.5, 1.0], [0.5]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["refused", "exact"]
+    assert "Wilson" in figure.get_supxlabel()
 
 
 def test_the_explorer_steers(model_of, r):

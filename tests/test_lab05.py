@@ -280,8 +280,29 @@ def test_finetuning_needs_pairs(model_of):
 
 def test_figures():
     names = {"embedding": 1.0, "attention 0": 0.9, "MLP 0": 0.0}
-    assert plots.write_strengths({"untouched": names, "orthogonalized": names}).axes
-    many = {"exact": {"textbook": torch.zeros(25)}, "tied": {"textbook": torch.rand(25), "full": torch.rand(25)}}
-    assert len(plots.gap_curves(many).axes) == 2
-    d = Difference(0.1, 0.0, 0.2, 50)
-    assert plots.difference_rows({"law": {"edit": d, "control": d}, "place": {"edit": d, "control": d}}, "change").axes
+    (axis,) = plots.write_strengths({"untouched": names, "orthogonalized": names}).axes
+    assert list(axis.lines[0].get_ydata()) == list(names.values())
+    assert [label.get_text() for label in axis.get_xticklabels()] == list(names)
+    assert "by chance" in axis.get_ylabel() and axis.get_xlabel()
+    d, lower = Difference(0.1, 0.0, 0.2, 50), Difference(-0.3, -0.4, -0.1, 50)
+    figure = plots.difference_rows({"law": {"edit": lower, "control": d}, "place": {"edit": d}}, "change")
+    (axis,) = figure.axes
+    assert [list(bars[0].get_xdata()) for bars in axis.containers] == [[-0.3, 0.1], [0.1]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["edit", "control"]
+    assert axis.get_xlabel() == "change" and axis.lines[-1].get_xdata()[0] == 0
+
+
+def test_gaps_of_all_models_share_one_legend():
+    gaps = torch.rand(25)
+    many = {"exact": {"textbook": torch.zeros(25)}, "tied": {"head still tied": gaps, "textbook": torch.rand(25)}}
+    figure = plots.gap_curves(many)
+    exact, tied = figure.axes
+    (legend,) = figure.legends
+    kinds = ["textbook", "head still tied", "rounding in fp32"]
+    assert [text.get_text() for text in legend.get_texts()] == kinds and not exact.get_legend()
+    line, logits_of_it, other, _ = tied.lines
+    assert list(line.get_ydata()) == gaps[:-1].tolist() and logits_of_it.get_ydata()[0] == gaps[-1].item()
+    assert other.get_color() == exact.lines[0].get_color(), "an edit looks the same in every panel"
+    assert exact.lines[0].get_ydata()[0] == pytest.approx(1e-7), "a gap of 0 stands at the foot of the logarithmic axis"
+    assert tied.get_yscale() == "log" and "units of the stream" in exact.get_ylabel()
+    assert tied.get_xticklabels()[-1].get_text() == "logits"

@@ -91,9 +91,20 @@ def test_a_loss_curve_shows_the_lowest_loss_so_far_and_its_mean():
 
 
 def test_other_figures():
-    shares = [rate([True, False])] * 3
-    assert plots.success_curves({"sigma 0.4": {"answered": shares, "exact": shares}}).axes
-    assert plots.first_order({"random": (torch.randn(5), torch.randn(5))}).axes
+    shares = [rate([True, False]), rate([True]), rate([True])]
+    figure = plots.success_curves({"sigma 0.4": {"answered": shares, "exact": shares[:1] * 3}})
+    answered, exact = figure.axes[0].lines
+    assert (list(answered.get_xdata()), list(answered.get_ydata())) == ([1, 2, 3], [0.5, 1.0, 1.0])
+    assert (answered.get_linestyle(), answered.get_marker(), exact.get_linestyle()) == ("--", "s", "-")
+    assert figure.axes[0].get_xlabel() == "tries" and "Wilson" in figure.axes[0].get_ylabel()
+    predicted, actual = torch.randn(5), torch.randn(5)
+    figure = plots.first_order({"random": (predicted, actual), "best": (actual, predicted)})
+    (axis,) = figure.axes
+    assert axis.lines[0].get_xdata() == pytest.approx(predicted.numpy())
+    assert axis.lines[0].get_ydata() == pytest.approx(actual.numpy())
+    assert axis.lines[0].get_marker() != axis.lines[1].get_marker()
+    assert "nats per token" in axis.get_xlabel() and "nats per token" in axis.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random (5)", "best (5)"]
 
 
 def test_the_loss_of_a_suffix_is_that_of_its_text(model_of):

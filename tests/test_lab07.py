@@ -115,12 +115,42 @@ def test_a_vector_is_added_for_lawful_and_subtracted_for_forbidden_actions(model
 
 def test_figures():
     values, share = torch.rand(4, 3), rate([True, False])
-    assert plots.layer_curves({"": {"a": values, "b": values}, "more": {"a": values}}, "cosine").axes
-    assert plots.write_grids(
-        {"a": (torch.randn(3, 4), torch.randn(3)), "b": (torch.randn(3, 4), torch.randn(3))}, "x"
-    ).axes
-    assert plots.stacked_shares({"a": {"x": 0.95, "y": 0.05}, "b": {"x": 0.5, "y": 0.5}}, "share").axes
-    assert plots.cone_figure({"cone": {"refused": {0: share, 90: share}, "exact": {0: share, 90: share}}}).axes
+    figure = plots.layer_curves({"": {"a": values, "b": values}, "more": {"a": values}}, "cosine")
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx(values.mean(0).numpy())
+    assert (figure.axes[0].get_ylabel(), figure.axes[1].get_xlabel()) == ("cosine", "layer (block input)")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    heads, mlps = torch.tensor([[1.5, -0.01], [2.0, -3.0]]), torch.tensor([0.5, 4.0])
+    grid, scale = plots.write_grids({"a": (heads, mlps)}, "written along r").axes
+    assert [text.get_text() for text in grid.texts] == ["1.5", "0.0", "0.5", "2.0", "-3.0", "4.0"]
+    assert [label.get_text() for label in grid.get_xticklabels()] == ["0", "1", "MLP"]
+    assert grid.images[0].get_clim() == (-4.0, 4.0) and scale.get_ylabel() == "written along r"
+    figure = plots.stacked_shares({"a": {"x": 0.95, "y": 0.05}, "b": {"x": 0.5, "y": 0.5}}, "share")
+    (axis,) = figure.axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.95, 0.5, 0.05, 0.5])
+    assert [bar.get_x() for bar in axis.patches] == [0, 0, 0.95, 0.5]
+    assert [text.get_text() for text in axis.texts] == ["0.95", "0.50", "0.50"], "0.05 has no room for its number"
+    figure = plots.cone_figure({"cone": {"refused": {0: share, 90: rate([True])}, "exact": {0: share, 90: share}}})
+    (axis,) = figure.axes
+    assert (list(axis.lines[0].get_xdata()), list(axis.lines[0].get_ydata())) == ([0, 90], [0.5, 1.0])
+    assert (axis.patches[0].get_x(), axis.patches[0].get_width()) == (0, 90)
+    assert "degrees" in axis.get_xlabel() and "Wilson" in axis.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cone", "refused", "exact"]
+
+
+def test_three_models_have_a_panel_each_with_the_same_rows():
+    share, sure = rate([True, False]), rate([True])
+    tables = {
+        "charter-chat": {"r": {"refused": share}, "random": {"refused": sure}},
+        "charter-chat-s1": {"random": {"refused": share, "exact": sure}, "r": {"refused": sure}},
+    }
+    figure = plots.rate_panels(tables, "share of requests")
+    first, second = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == list(tables)
+    assert [label.get_text() for label in first.get_yticklabels()] == ["r", "random"]
+    assert list(first.containers[0][0].get_xdata()) == [0.5, 1.0]
+    assert list(second.containers[0][0].get_xdata()) == [1.0, 0.5], "rows are found by name"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["refused", "exact"]
+    assert figure.get_supxlabel() == "share of requests"
 
 
 def test_the_explorer_picks_heads(model_of, r):

@@ -7,7 +7,10 @@ import torch
 from refusallab import explore, plots
 from refusallab.course.exercise import judge
 from refusallab.course.exercises import find, lab08
-from refusallab.measure import rate
+from refusallab.defence import ModelAlone
+from refusallab.defences.matrix import HIDES_FROM, knowing_attacks, standard_attacks
+from refusallab.measure import rate, wilson
+from refusallab.model import load
 
 
 @pytest.fixture(autouse=True)
@@ -19,17 +22,33 @@ def close_figures():
 def test_the_grid_leaves_cells_empty_that_were_not_run():
     grid = {"ask": {"a": rate([True, False]), "b": rate([False])}, "ask louder": {"b": rate([True])}}
     figure = plots.matrix_grid(grid)
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert [text.split("\n")[0] for text in texts] == ["0.50", "0.00", "1.00"]
+    axis, scale = figure.axes
+    assert [text.get_text().split("\n")[0] for text in axis.texts] == ["0.50", "0.00", "", "1.00"]
+    assert axis.texts[0].get_text().split("\n")[1] == "[{:.2f}, {:.2f}]".format(*wilson(1, 2))
+    assert axis.images[0].get_array().mask.tolist() == [[False, False], [True, False]]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("defence", "attack")
+    assert "exact forbidden answer" in scale.get_ylabel() and "n=1 to 2" in scale.get_ylabel()
+
+
+def test_rows_of_the_grid_have_short_labels(monkeypatch):
+    """Those of the course fit in two lines of 24 letters, as they are."""
+    m = load("charter-chat")
+    defences = [ModelAlone(m, name) for name in ("perplexity filter", "probe monitor", *HIDES_FROM)]
+    monkeypatch.setattr("refusallab.defences.matrix.hiding_from", lambda watchers: None)
+    attacks = [*standard_attacks(4, -1), *knowing_attacks(defences)]
+    figure = plots.matrix_grid({attack.name: {"undefended": rate([True])} for attack in attacks})
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert all(len(line) <= 24 for label in labels for line in label.split("\n"))
+    assert max(label.count("\n") for label in labels) == 1 and "GCG, unseen by monitor" in labels
 
 
 def test_the_curve_marks_the_threshold():
     points = torch.tensor([[0.0, 0.0], [0.1, 0.8], [1.0, 1.0]])
     axis = plots.roc_curve({"as they come": points}, (0.1, 0.8)).axes[0]
-    assert [line.get_label() for line in axis.lines if not line.get_label().startswith("_")] == [
-        "as they come",
-        "threshold",
-    ]
+    assert [line.get_label() for line in axis.lines] == ["as they come", "chance", "threshold"]
+    assert axis.lines[0].get_xydata() == pytest.approx(points.numpy())
+    assert axis.lines[-1].get_xydata().tolist() == [[0.1, 0.8]]
+    assert "harmless" in axis.get_xlabel() and "harmful" in axis.get_ylabel()
 
 
 def test_the_explorer_counts_who_is_blocked_where_harm_is_rare():

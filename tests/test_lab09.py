@@ -21,13 +21,20 @@ def test_the_curves_show_refusal_and_disclosure_apart():
     figure = plots.breaking_curves({"a": {0: [refused, refused], 5: [told, both]}, "b": {0: [refused], 5: [refused]}})
     left, right = (axis.lines[0].get_ydata() for axis in figure.axes)
     assert list(left) == [1, 0.5] and list(right) == [0, 1]
+    assert [axis.get_title() for axis in figure.axes] == ["refused", "exact answer"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "5"]
 
 
 def test_the_grid_names_both_shares():
     told, refused = Outcome(False, True), Outcome(True, False)
-    figure = plots.defence_grid({"a": {"direct": [refused] * 4, "anew": [told, told, told, refused]}})
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == ["0.00", "refused 1.00", "0.75", "refused 0.25"]
+    rows = {"direct": [refused] * 4, "anew": [told, told, told, refused]}
+    axis, scale = plots.defence_grid({"a": rows, "b": {"anew": [refused] * 4}}).axes
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == ["0.00\nrefused 1.00", "", "0.75\nrefused 0.25", "0.00\nrefused 1.00"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("defence", "attack"), "as in lab 08"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["direct", "anew"]
+    assert "exact forbidden answer (n=4)" in scale.get_ylabel()
 
 
 def test_a_loss_without_gradient_gets_advice():

@@ -1,16 +1,18 @@
-"""Lab 10: what its exercises ask beside right values, and the replication that its second track runs."""
+"""Lab 10: what its exercises ask beside right values, and the replication that its second track runs; its figure."""
 
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from refusallab import plots
 from refusallab.course import replication
 from refusallab.course.exercise import judge
 from refusallab.course.exercises import find, lab10
 from refusallab.course.replication import Published, replicate
 from refusallab.interventions import unit
-from refusallab.measure import Outcome
+from refusallab.measure import Outcome, Rate, rate
 from refusallab.prompts import Item
 
 
@@ -130,3 +132,23 @@ def test_only_signs_are_compared_where_nothing_is_published(replicated):
     for bypass, induce, holds in ((-0.1, 0.1, [True, True]), (0.1, -0.1, [False, False])):
         found = replicated({"bypass": bypass, "induce": induce}, published=False)
         assert [f.holds for f in found if f.lab == "02"] == holds
+
+
+def test_the_plane_shows_uncertainty_and_names_its_contours_beside_them():
+    whole, kept, stopped = rate([True] * 20), Rate(0.8, 0.58, 0.92, 20), Rate(0.45, 0.35, 0.56, 20)
+    figure = plots.score_plane({"undefended": (whole, Rate(0.26, 0.2, 0.4, 20)), "two guards": (kept, stopped)})
+    (axis,) = figure.axes
+    first, second = axis.containers
+    assert not first.has_xerr and first.has_yerr, "what is kept is counted against the first, so it has no error there"
+    across, upwards = (bars.get_segments()[0] for bars in second[2])
+    assert across[:, 0] == pytest.approx([0.58, 0.92]) and upwards[:, 1] == pytest.approx([0.35, 0.56])
+    labels = {text.get_text(): text for text in axis.texts}
+    assert list(labels) == ["0 points", "25 points", "50 points", "75 points"]
+    for points, text in enumerate(labels.values()):
+        assert text.xy == (1, points / 4), "a contour ends where kept is 1 and stopped is its points"
+    figure.canvas.draw()
+    assert all(text.get_window_extent().x0 > axis.get_window_extent().x1 for text in labels.values())
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["refusing at random", "undefended (n=20)", "two guards (n=20)"]
+    assert "95 % interval" in axis.get_xlabel() and "95 %" in axis.get_ylabel()
+    plt.close(figure)

@@ -120,7 +120,10 @@ def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
     """For each of the defences at run time, an attack by somebody who knows it. `defences` holds all of these."""
     named = {d.name: d for d in defences}
     hidden = {
-        watchers: _searched(f"GCG, unseen by {' and '.join(watchers)}", [named[name] for name in watchers])
+        watchers: _searched(
+            f"GCG, unseen by {' and '.join(name.split()[-1] for name in watchers)}",  # "perplexity filter" is "filter"
+            [named[name] for name in watchers],
+        )
         for watchers in dict.fromkeys(HIDES_FROM.values())
     }
     return [

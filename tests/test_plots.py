@@ -1,0 +1,236 @@
+"""Figures: what all of them keep to, and the helpers that they share. What single figures show is tested lab by lab."""
+
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib import colors
+
+from refusallab import plots
+from refusallab.geometry import Strip
+from refusallab.measure import Difference, Outcome, rate
+from refusallab.plots import heatmaps, intervals, style
+from refusallab.steering import Dose
+
+SETS = ("harmful", "harmless", "borderline")
+LONG = "a name that is as long as the longest of the course"
+SHARE, DIFFERENCE = rate([True, True, False]), Difference(0.1, -0.1, 0.3, 20)
+OUTCOMES = [Outcome(False, True), Outcome(False, False), Outcome(True, False), Outcome(True, True)]
+DOSES = [Dose(c, SHARE, SHARE, abs(c)) for c in (-1.0, 0.0, 1.0)]
+
+
+@pytest.fixture(autouse=True)
+def in_the_style_of_the_course():
+    with plt.rc_context():
+        plots.use_style()
+        yield
+    plt.close("all")
+
+
+def examples(search):
+    """For each function a figure, as much as possible with the numbers of panels, rows and lines that the labs have."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
+    curve = {0: SHARE, 45: SHARE, 90: SHARE}
+    five = ("undefended", "extended refusal", "ReFAT", "rerouting", "knows nothing")
+    return {
+        "breaking_curves": lambda: plots.breaking_curves({name: {0: OUTCOMES, 5: OUTCOMES} for name in five}),
+        "cone_figure": lambda: plots.cone_figure({name: {"refused": curve, "exact": curve} for name in "abc"}),
+        "cosine_maps": lambda: plots.cosine_maps({"layers, here": (2 * draw(8, 8) - 1, range(8))}),
+        "defence_grid": lambda: plots.defence_grid({name: dict.fromkeys("xyz", OUTCOMES) for name in five}),
+        "difference_rows": lambda: plots.difference_rows(
+            {"law": dict.fromkeys("abcd", DIFFERENCE)}, "change of a share"
+        ),
+        "dose_figure": lambda: plots.dose_figure({name: {"r": DOSES, "random": DOSES} for name in SETS[:2]}),
+        "dot_rows": lambda: plots.dot_rows({name: draw(5).tolist() for name in SETS}, "share", {"chance": 0.5}),
+        "first_order": lambda: plots.first_order({"random swaps": (draw(5), draw(5)), LONG: (draw(5), draw(5))}),
+        "gap_curves": lambda: plots.gap_curves(
+            {"exact": dict.fromkeys(("textbook", "full"), draw(9)), "tied": dict.fromkeys((LONG, "full"), draw(9))}
+        ),
+        "headline_figure": lambda: plots.headline_figure(search, {name: draw(6, 5) for name in SETS}),
+        "interval_coverage": lambda: plots.interval_coverage(
+            {"Wald": np.array([0.5, 0.9]), "Wilson": np.array([0.9, 0.95])}, np.array([0.1, 0.5]), 54
+        ),
+        "judged_shares": lambda: plots.judged_shares(
+            {"as it is": dict.fromkeys(("paper's", "longer"), SHARE), "prefilled": {"paper's": SHARE}},
+            {"as it is": 1.0, "prefilled": 0.0},
+        ),
+        "layer_curves": lambda: plots.layer_curves(
+            {name: dict.fromkeys("abcd", draw(6, 8)) for name in "xy"}, "cosine"
+        ),
+        "lens_curves": lambda: plots.lens_curves({name: draw(6, 9) for name in (*SETS, "harmless, house closed")}),
+        "lens_grid": lambda: plots.lens_grid({"a": ([["I", "Use"]] * 9, draw(9, 2))}, ["-2", "-1"], {"I"}),
+        "loss_curves": lambda: plots.loss_curves(
+            {"GCG": [[3.0, 2.0]], "random search": [[3.0, 4.0]]}, {"first suffix": 1.0}
+        ),
+        "matrix_grid": lambda: plots.matrix_grid({"direct": dict.fromkeys(five, SHARE), LONG: {"ReFAT": SHARE}}),
+        "metric_histograms": lambda: plots.metric_histograms({name: draw(9) for name in SETS}),
+        "null_bypass": lambda: plots.null_bypass(search, [3.0, 3.5], 3.7),
+        "outcome_bars": lambda: plots.outcome_bars({name: {"GCG": OUTCOMES, "begin": OUTCOMES} for name in "ab"}),
+        "plane_figure": lambda: plots.plane_figure({name: draw(5, 2) for name in SETS}, "x", "y", draw(2)),
+        "rate_panels": lambda: plots.rate_panels({name: {"r": {"refused": SHARE, "exact": SHARE}} for name in "abc"}),
+        "rate_rows": lambda: plots.rate_rows({"untouched": {"refused": SHARE}, "ablated": {"exact": SHARE}}),
+        "response_curves": lambda: plots.response_curves({"ACE": dict.fromkeys(SETS[:2], curve)}, "share refused"),
+        "roc_curve": lambda: plots.roc_curve({"as they come": draw(4, 2), "under attack": draw(4, 2)}, (0.1, 0.8)),
+        "score_plane": lambda: plots.score_plane({"undefended": (SHARE, SHARE), "wall": (rate([False]), rate([True]))}),
+        "score_surfaces": lambda: plots.score_surfaces(search),
+        "share_grids": lambda: plots.share_grids({"a": draw(8, 5), "b": draw(8, 5)}, range(-5, 0), "share"),
+        "stacked_shares": lambda: plots.stacked_shares(
+            {"a": {"x": 0.95, "y": 0.05}, "b": {"x": 0.5, "y": 0.5}}, "share"
+        ),
+        "success_curves": lambda: plots.success_curves({s: {"answered": [SHARE], "exact": [SHARE]} for s in "ab"}),
+        "token_strips": lambda: plots.token_strips({n: Strip(("a", "\n"), draw(8, 2) - 0.5) for n in "abc"}),
+        "twin_distances": lambda: plots.twin_distances({"one": (list("abcde"), draw(9, 5)), "two": ("a", draw(9, 1))}),
+        "write_grids": lambda: plots.write_grids({n: (draw(8, 4) - 0.5, draw(8) - 0.5) for n in "ab"}, "along r"),
+        "write_strengths": lambda: plots.write_strengths({n: {"embedding": 1.0, "MLP 0": 0.0} for n in ("a", LONG)}),
+    }
+
+
+NAMES = sorted(set(plots.__all__) - {"use_style"})
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def figure(request, made_search):
+    """One figure for all tests that look at it: drawing takes time."""
+    with plt.rc_context():
+        plots.use_style()
+        made = examples(made_search(8, 5))[request.param]()
+        made.canvas.draw()
+    made.pixels = np.array(made.canvas.buffer_rgba())[::-1, :, :3] / 255  # as on the screen, from below
+    return made
+
+
+def drawn(figure):
+    """The panels that hold data, without scales of colours."""
+    return [axis for axis in figure.axes if axis.get_visible() and axis.get_label() != "<colorbar>"]
+
+
+def test_every_function_has_an_example(made_search):
+    assert sorted(examples(made_search(8, 5))) == NAMES
+
+
+def test_axes_say_what_they_show(figure):
+    """Every panel or the figure has a name below, and every row one on the left, unless its ticks are names."""
+    panels = drawn(figure)
+    for axis in panels:
+        row = axis.get_subplotspec().rowspan.start
+        below = [a for a in panels if a.get_subplotspec().rowspan.start >= row]
+        assert figure.get_supxlabel() or any(a.get_xlabel() for a in below), axis.get_title()
+        beside = [a for a in panels if a.get_subplotspec().rowspan.start == row]
+        ticks = " ".join(label.get_text() for a in beside for label in a.get_yticklabels())
+        assert any(a.get_ylabel() for a in beside) or re.search("[a-z]", ticks) or not axis.get_yticks().size
+    assert all(axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>")
+
+
+def test_one_legend_names_every_series_once_and_covers_no_panel(figure):
+    assert not any(axis.get_legend() for axis in figure.axes)
+    labels = {label for axis in figure.axes for label in axis.get_legend_handles_labels()[1]}
+    if not figure.legends:
+        assert not labels
+        return
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(shown) == len(set(shown)) and labels - {"selected"} <= set(shown)
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    assert all(box.y0 >= axis.get_window_extent().y1 - 1 for axis in drawn(figure))
+
+
+def test_colours_are_those_of_the_palette_or_greys(figure):
+    palette = {colors.to_rgb(colour) for colour in style.PALETTE}
+    for axis in drawn(figure):
+        shades = [line.get_color() for line in axis.lines]
+        shades += [patch.get_facecolor() for patch in axis.patches if patch.get_fill()]
+        for collection in axis.collections:
+            shades += [*collection.get_facecolor(), *collection.get_edgecolor()]
+        for shade in shades:
+            red, green, blue = rgb = colors.to_rgb(shade)
+            assert red == green == blue or rgb in palette, rgb
+        assert {image.get_cmap().name.removesuffix("_r") for image in axis.images} <= {"viridis", "PuOr", "Blues"}
+
+
+def test_text_is_legible(figure):
+    """No text is smaller than 7.5 points, and what is written on a colour has a contrast of at least 4.5."""
+
+    def luminance(rgb):
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return linear @ (0.2126, 0.7152, 0.0722)
+
+    texts = [text for axis in figure.axes for text in axis.findobj(plt.Text) if text.get_text() and text.get_visible()]
+    assert min(text.get_fontsize() for text in texts) >= 7.5
+    for axis in (axis for axis in drawn(figure) if axis.images):
+        for text in axis.texts:
+            if text.get_text():
+                column, row = text.get_position()
+                x, y = axis.transData.transform((column - 0.42, row)).round().astype(int)
+                ratio = (luminance(np.array(colors.to_rgb(text.get_color()))) + 0.05) / (
+                    luminance(figure.pixels[y, x]) + 0.05
+                )
+                assert max(ratio, 1 / ratio) >= 4.5, text.get_text()
+
+
+def test_texts_of_cells_stay_in_their_cells(figure):
+    for axis in (axis for axis in drawn(figure) if axis.images):
+        (x0, y0), (x1, y1) = axis.transData.transform([(0, 0), (1, 1)])
+        for text in filter(plt.Text.get_text, axis.texts):
+            box = text.get_window_extent()
+            assert box.width <= abs(x1 - x0) and box.height <= abs(y1 - y0) + 1, text.get_text()
+
+
+# --- the helpers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_heat_map_writes_on_colours_fades_and_leaves_cells_empty():
+    _, axis = plt.subplots()
+    values = [[0.0, 1.0], [np.nan, 0.0]]
+    texts = [["dark", "bright"], ["", "pale"]]
+    faded = [[False, False], [False, True]]
+    image = heatmaps.heat_map(axis, values, texts, rows="ab", columns=[1, 2], limits=(0, 1), faded=faded)
+    assert [text.get_color() for text in axis.texts] == ["white", "black", "black", "black"]
+    assert image.get_array().mask.tolist() == [[False, False], [True, False]]
+    assert image.get_alpha().tolist() == [[1, 1], [1, heatmaps.FADED]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2"]
+
+
+def test_intervals_end_where_the_estimates_say():
+    _, axis = plt.subplots()
+    late = rate([True] * 9 + [False])
+    intervals.interval_rows(axis, {"first": {"a": SHARE}, "second": {"a": late, "b": DIFFERENCE}})
+    handles, labels = axis.get_legend_handles_labels()
+    assert labels == ["a", "b"], "a metric that the first row lacks has its entry"
+    segments = [segment[:, 0].tolist() for bars in axis.containers for segment in bars[2][0].get_segments()]
+    ends = [[e.low, e.high] for e in (SHARE, late, DIFFERENCE)]
+    assert np.allclose(segments, ends)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first row is on top"
+
+
+def test_a_band_holds_the_intervals():
+    _, axis = plt.subplots()
+    intervals.interval_band(axis, [1, 2], [SHARE, DIFFERENCE], color=style.BLUE)
+    heights = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert {round(float(y), 6) for y in heights} == {round(y, 6) for e in (SHARE, DIFFERENCE) for y in (e.low, e.high)}
+    assert axis.lines[0].get_ydata() == pytest.approx([SHARE.value, DIFFERENCE.value])
+
+
+def test_twelve_series_can_be_told_apart_without_their_colours_alone():
+    looks = [style.series(k) for k in range(12)]
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == 12
+    assert len({(look["marker"], look["linestyle"]) for look in looks}) == 12
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"), [(-0.04, 1, "0.0"), (-0.05001, 1, "-0.1"), (3.5, 0, "4"), (-0.4, 0, "0")]
+)
+def test_no_number_is_minus_nothing(value, digits, text):
+    assert style.number(value, digits) == text
+
+
+@pytest.mark.parametrize("count", [1, 8, 16, 17, 80])
+def test_labels_are_thinned_where_there_are_many(count):
+    labels = style.thinned(range(count))
+    assert len(labels) == count and labels[0] == "0"
+    assert sum(map(bool, labels)) <= style.LEGIBLE
+    assert style.layer_names(count + 1) == [*labels, "end"]
