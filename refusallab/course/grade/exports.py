@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,27 @@ from refusallab.course.grade.records import Records
 from refusallab.errors import RefusalLabError
 
 
+# What a spreadsheet may take for a formula: at the beginning, or after a sign that separates cells in other countries
+FORMULA = re.compile(r"(^|[;\t\r\n])(?='*\s*[=+\-@＝＋－＠\t\r])")
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
+
+
+def safe(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula: an apostrophe stands before it. Numbers stay numbers."""
+    return text if NUMBER.fullmatch(text) else FORMULA.sub(r"\1'", text)
+
+
+def as_it_was(cell: str) -> str:
+    """The text that `safe` made a cell of."""
+    return re.sub(r"(^|[;\t\r\n])'(?='*\s*[=+\-@＝＋－＠\t\r])", r"\1", cell)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Write a table of which no cell is a formula."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([safe(cell) for cell in row] for row in rows)
+
+
 def write_tables(records: Records, folder: Path) -> None:
     """Write grades.csv (all points), canvas.csv and moodle_<lab>.csv (totals, for their import of grades)."""
     submissions, grades = records.all_submissions(), records.all_grades()
@@ -22,16 +45,11 @@ def write_tables(records: Records, folder: Path) -> None:
     totals = {key: sum(g.points or 0 for g in rows) for key, rows in by_key.items()}
     labs = sorted({s.lab for s in submissions})
     accounts = {s.student: s.account for s in submissions}
-    _write(folder / "grades.csv", _all_points(grades))
-    _write(folder / "canvas.csv", _canvas(labs, accounts, totals))
+    write_csv(folder / "grades.csv", _all_points(grades))
+    write_csv(folder / "canvas.csv", _canvas(labs, accounts, totals))
     for lab in labs:
         own = [s for s in submissions if s.lab == lab]
-        _write(folder / f"moodle_{lab}.csv", _moodle(own, totals))
-
-
-def _write(path: Path, rows: list[list[str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
+        write_csv(folder / f"moodle_{lab}.csv", _moodle(own, totals))
 
 
 def _most(lab: str) -> str:
@@ -56,13 +74,14 @@ def _all_points(grades: list[Any]) -> list[list[str]]:
 
 
 def _canvas(labs: list[str], accounts: dict[str, str], totals: dict[Any, float]) -> list[list[str]]:
-    """Canvas finds students by ID, or by login where the download did not tell the ID."""
+    """Canvas finds students by ID, a number, or by login where the download did not tell the ID."""
     heading = ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *(f"Lab {lab}" for lab in labs)]
     possible = ["    Points Possible", "", "", "", "", *(_most(lab) for lab in labs)]
     rows = []
     for student, account in sorted(accounts.items()):
         values = [points(totals[lab, student]) if (lab, student) in totals else "" for lab in labs]
-        rows.append([student, account, "", "" if account else student, "", *values])
+        number = account if account.isdecimal() else ""
+        rows.append([student, number, "", "" if number else account or student, "", *values])
     return [heading, possible, *rows]
 
 
@@ -70,8 +89,9 @@ def _moodle(submissions: list[Any], totals: dict[Any, float]) -> list[list[str]]
     heading = ["Identifier", "Full name", "Grade", "Maximum Grade"]
     rows = []
     for s in submissions:
-        who = f"Participant {s.account}" if s.account else ""
-        rows.append([who, s.student, points(totals.get((s.lab, s.student), 0)), _most(s.lab)])
+        who = f"Participant {s.account}" if s.account.isdecimal() else ""
+        name = s.student.removesuffix(f"-{s.account}")
+        rows.append([who, name, points(totals.get((s.lab, s.student), 0)), _most(s.lab)])
     return [heading, *rows]
 
 
