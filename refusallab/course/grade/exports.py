@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,28 +11,8 @@ from typing import Any
 from refusallab.course.exercises import EXERCISES, QUESTIONS
 from refusallab.course.grade.pages import points
 from refusallab.course.grade.records import Records
+from refusallab.course.grade.tables import write_csv
 from refusallab.errors import RefusalLabError
-
-
-# What a spreadsheet may take for a formula: at the beginning, or after a sign that separates cells in other countries
-FORMULA = re.compile(r"(^|[;\t\r\n])(?='*\s*[=+\-@＝＋－＠\t\r])")
-NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
-
-
-def safe(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: an apostrophe stands before it. Numbers stay numbers."""
-    return text if NUMBER.fullmatch(text) else FORMULA.sub(r"\1'", text)
-
-
-def as_it_was(cell: str) -> str:
-    """The text that `safe` made a cell of."""
-    return re.sub(r"(^|[;\t\r\n])'(?='*\s*[=+\-@＝＋－＠\t\r])", r"\1", cell)
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    """Write a table of which no cell is a formula."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([safe(cell) for cell in row] for row in rows)
 
 
 def write_tables(records: Records, folder: Path) -> None:

@@ -90,6 +90,11 @@ class Submission:
     account: str = ""  # number or login in Canvas, Moodle, Blackboard, GitHub
     older: tuple[str, ...] = ()  # files of the same student and lab that it replaces
 
+    @property
+    def file(self) -> str:
+        """The name of the file, to be shown and stored."""
+        return storable(self.path.name)
+
     def read(self) -> bytes:
         """The bytes of the notebook. RefusalLabError or OSError if it cannot be read."""
         return contents(self.path)
@@ -402,7 +407,9 @@ def _around(name: str) -> bool:
     rest, titled = _without_title(name)
     words = re.findall(r"[^\W\d_]+|\d+", rest)
     lab = len(words) == 1 and words[0] in LABS
-    return lab or (titled and not words) or (bool(AROUND & set(words)) and all(w in AROUND or w.isdigit() for w in words))
+    return (
+        lab or (titled and not words) or (bool(AROUND & set(words)) and all(w in AROUND or w.isdigit() for w in words))
+    )
 
 
 def _maybe_around(name: str) -> bool:
@@ -490,7 +497,9 @@ class _Reader:
             down = [name for name in people if _is_around(name, level.levels[name])]
             self._unclear(level, above, [name for name in people if name not in down])
             return around + down, []
-        unclear = [name for name in around if _people(level.levels[name]) >= (1, 0) or _people(level.levels[name])[1] > 1]
+        unclear = [
+            name for name in around if _people(level.levels[name]) >= (1, 0) or _people(level.levels[name])[1] > 1
+        ]
         self._unclear(level, above, unclear)
         return [], [name for name in rest if name not in unclear]
 
@@ -595,7 +604,9 @@ def _settle(group: Sequence[_Claim], found: Found) -> None:
     reason = "equally old" if alike else "from different folders, names or accounts"
     hint = "" if alike else ", or pass --shape if these are different people"
     files = tuple(_shown(claim.file.parts) for claim in known)
-    found.conflicts.append(Conflict(newest.student, newest.lab, files, f"{reason}: leave only the one that counts{hint}"))
+    found.conflicts.append(
+        Conflict(newest.student, newest.lab, files, f"{reason}: leave only the one that counts{hint}")
+    )
 
 
 def _newest(versions: Sequence[_Claim]) -> tuple[_Claim, bool]:
