@@ -126,40 +126,36 @@ class Records:
             return now == "" or (now is not None and give(now))
 
     def carry_over(self, found: Found) -> list[str]:
-        """Give the rows of earlier runs to whom their files belong now, and say which.
+        """Give the rows of earlier runs to whom their files or accounts belong now, and say which.
 
         Points given by hand go along. A row that fits nobody is taken out, after the file of the records was copied.
         """
-        rows, lines = self.all_submissions(), []
+        lines, rows = [], self.all_submissions()
         taken = {(row.student, row.lab) for row in rows}
         current = {(s.student, s.lab) for s in found.submissions}
-        with_accounts = {(s.student.removesuffix(f"-{s.account}"), s.account, s.lab): s for s in found.submissions}
         for row in rows:
-            owner = found.owners.get(row.file)
-            if not owner and row.account and (s := with_accounts.get((row.student, row.account, row.lab))):
-                owner = s.student, s.lab
-            key = row.student, row.lab
-            if owner in (None, key):
+            owner = found.owners.get(row.file) or _owner_of_account(row, found)
+            who = f"{row.student}, lab {row.lab}"
+            if not owner or owner == (row.student, row.lab):
                 continue
-            if key in current:  # it has another file now, which must be graded even if it is the same
-                with self.engine.begin() as connection:
-                    mine = (submissions.c.student == row.student) & (submissions.c.lab == row.lab)
-                    connection.execute(update(submissions).where(mine).values(digest=""))
+            if (row.student, row.lab) in current:  # has another file now, which is graded even if it is the same
+                self._forget_digest(row.student, row.lab)
                 continue
-            kept = self._keep_copy()
             new = owner[0] if owner in current - taken and owner[1] == row.lab else ""
-            if not new and not kept:
-                lines.append(
-                    f"{row.student}, lab {row.lab}: the file is {owner[0]}'s now. The old row stays: remove it."
-                )
+            copy = self._keep_copy()
+            if not new and not copy:
+                lines.append(f"{who}: its file is {owner[0]}'s now, lab {owner[1]}. Remove that row from the records.")
                 continue
             self._rename(row.student, row.lab, new)
             taken.add((new, row.lab))
-            what = f"is {new} now" if new else f"was taken out, as its file is {owner[0]}'s, lab {owner[1]}"
-            lines.append(
-                f"{row.student}, lab {row.lab}, {what}." + (f" The old records are in {kept}." if kept else "")
-            )
+            what = f"is {new} now" if new else f"was taken out: its file is {owner[0]}'s, lab {owner[1]}"
+            lines.append(f"{who}, {what}." + (f" The records as they were: {copy}." if copy else ""))
         return lines
+
+    def _forget_digest(self, student: str, lab: str) -> None:
+        with self.engine.begin() as connection:
+            mine = (submissions.c.student == student) & (submissions.c.lab == lab)
+            connection.execute(update(submissions).where(mine).values(digest=""))
 
     def _rename(self, old: str, lab: str, new: str) -> None:
         with self.engine.begin() as connection:
@@ -193,6 +189,20 @@ class Records:
         order = (grades.c.lab, grades.c.student, grades.c.exercise)
         with self.engine.connect() as connection:
             return list(connection.execute(select(grades).order_by(*order)))
+
+
+def _owner_of_account(row: Any, found: Found) -> tuple[str, str] | None:
+    """Whose a row is by its account: as earlier runs named them, or under a new name, where accounts last.
+
+    (A number in Moodle is that of a participant in one assignment; another name may be another person.)
+    """
+    for s in found.submissions:
+        if row.account and (row.account, row.lab) == (s.account, s.lab):
+            earlier = row.student == s.student.removesuffix(f"-{s.account}")
+            renamed = s.platform != "moodle" and row.student.endswith(f"-{s.account}")
+            if earlier or renamed:
+                return s.student, s.lab
+    return None
 
 
 def _about(submission: Submission, graded: Graded) -> dict[str, Any]:

@@ -9,22 +9,17 @@ Every file that is found ends in exactly one list of `Found`, so that the sum ca
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import re
 import unicodedata
-import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refusallab.course.exercises import EXERCISES
-from refusallab.course.grade.cells import LARGEST, Cell, read_cells
+from refusallab.course.grade.files import LABS, File, Level, contents, read_folder, shown
 from refusallab.course.grade.plain import storable
 from refusallab.errors import RefusalLabError
 
-LABS = sorted({e.lab for e in EXERCISES})
 TITLES = (  # as in the names of the notebooks
     "meet the model",
     "measuring refusal",
@@ -51,26 +46,23 @@ PLATFORMS = {
         r"(?P<hint>.+?)_(?P<account>[^_]+)_attempt_(?P<time>\d{4}(?:-\d\d){5})(?:[_.](?P<file>.*))?", flags=re.S
     ),
 }
+_TITLE = "|".join(title.replace(" ", "[-_]") for title in TITLES)
 GITHUB = re.compile(
-    rf"(?P<hint>(?:[\w.]+-)*?(?P<sure>lab-?)?0?\d\d?(?P<title>-(?:{'|'.join(t.replace(' ', '[-_]') for t in TITLES)}))?)"
-    r"-(?P<account>[a-z0-9][a-z0-9-]*)",
+    rf"(?P<hint>(?:[\w.]+-)*?(?P<sure>lab-?)?0?\d\d?(?P<title>-(?:{_TITLE}))?)-(?P<account>[a-z0-9][a-z0-9-]*)",
     flags=re.I,
 )
 SHAPES = ("students", "labs", *PLATFORMS, "github")
 
 # What instructors call the folders around submissions
 OF_NBGRADER = {"source", "release", "autograded", "feedback", "downloaded"}  # beside its submitted/
-AROUND = set(
-    "submission submissions submitted download downloads downloaded upload uploads assignment assignments homework "
-    "homeworks hw lab labs week weeks section sections tutorial tutorials late all class students collected inbox "
-    "moodle canvas blackboard nbgrader github classroom gradebook repos abgabe abgaben".split()
+AROUND = re.compile(
+    "submissions?|submitted|(down|up)loads?|downloaded|assignments?|homeworks?|hw|labs?|weeks?|sections?|tutorials?|late|"
+    "all|class|students|collected|inbox|moodle|canvas|blackboard|nbgrader|github|classroom|gradebook|repos|abgaben?"
 )
 NUMBER = re.compile(r"(?:^|[_\- ])(?:lab[_\- ]?)?(\d\d)(?=[_\-. (]|$)|(?:^|[_\- ])lab[_\- ]?(\d)(?!\d)", flags=re.I)
 COPY = re.compile(r"(?: ?\((\d+)\)|-(\d{1,2})| - copy| copy| ?\(copy\))$", flags=re.I)
 ENDING = re.compile(r"(?:\.ipynb)?(?:\.(?:ipynb|json|txt|html?|zip|download))?$", flags=re.I)
-ARCHIVES = (".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 SAME_TIME = 2  # seconds: the resolution of times in zip files
-DEEPEST = 50  # folders in folders
 SHOWN = 5  # names in a line
 LONGEST_NAME = 150  # characters of a student's name; the records hold 200
 
@@ -89,6 +81,7 @@ class Submission:
     path: Path  # a notebook, or a zip file that holds one
     account: str = ""  # number or login in Canvas, Moodle, Blackboard, GitHub
     older: tuple[str, ...] = ()  # files of the same student and lab that it replaces
+    platform: str = ""  # whose account it is: a key of PLATFORMS, or github
 
     @property
     def file(self) -> str:
@@ -136,30 +129,6 @@ class Found:
         return dict(grouped)
 
 
-@dataclass
-class _File:
-    """A notebook in the folder."""
-
-    path: Path
-    parts: tuple[str, ...]  # of its path, from the folder
-    labs: list[str]  # that its contents may be; empty if they do not say
-    inner: str  # name in a zip file
-    changed: float  # seconds since 1970
-
-
-@dataclass
-class _Level:
-    """A folder in the tree."""
-
-    levels: dict[str, _Level] = field(default_factory=dict)
-    files: list[_File] = field(default_factory=list)
-
-    def all_files(self) -> Iterator[_File]:
-        yield from self.files
-        for level in self.levels.values():
-            yield from level.all_files()
-
-
 @dataclass(frozen=True)
 class _Part:
     """What a platform wrote into a name."""
@@ -176,7 +145,7 @@ class _Part:
 class _Claim:
     """A notebook, and whose it is by its path."""
 
-    file: _File
+    file: File
     student: str
     part: _Part | None
     source: tuple[str, ...]  # what said whose it is: differs for different folders, names and accounts
@@ -193,12 +162,12 @@ def find_submissions(folder: Path, lab: str = "", shape: str = "") -> Found:
         raise RefusalLabError(f"Lab {lab!r} has no exercises. Choose one of {', '.join(LABS)}.")
     if shape and shape not in SHAPES:
         raise RefusalLabError(f"There is no shape {shape!r}. Choose one of {', '.join(SHAPES)}.")
-    found, root = Found(), _Level()
-    _read(folder, (), root, found)
+    read = read_folder(folder)
+    found = Found(read.files, passed_over=read.passed_over)
     claims = []
-    for claim in _Reader(shape, found).claims(root):
+    for claim in _Reader(shape, found).claims(read.root):
         claim.lab, claim.known = _lab(claim, lab)
-        name = _shown(claim.file.parts)
+        name = shown(claim.file.parts)
         if "," in claim.lab:
             found.passed_over.append((name, f"it may be lab {claim.lab}: pass --lab"))
         elif claim.lab not in LABS:
@@ -214,144 +183,6 @@ def find_submissions(folder: Path, lab: str = "", shape: str = "") -> Found:
         raise RefusalLabError(f"{found.conflicts[0].student}: {found.conflicts[0].reason}.")
     found.submissions.sort(key=lambda s: (s.student, s.lab))
     return found
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def _read(folder: Path, parts: tuple[str, ...], level: _Level, found: Found, why: str = "") -> None:
-    """Sort everything in a folder into the tree or the list of what is passed over (for the reason `why`, if given)."""
-    try:
-        if len(parts) > DEEPEST:
-            raise OSError(0, f"more than {DEEPEST} folders in each other")
-        with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-    except OSError as error:
-        found.files += 1
-        found.passed_over.append((_shown(parts), f"a folder that cannot be read: {error.strerror}"))
-        return
-    for entry in entries:
-        name, path = (*parts, entry.name), Path(entry.path)
-        reason = why or _system(entry.name)
-        if entry.is_dir(follow_symlinks=False):
-            below = _Level() if reason else level.levels.setdefault(entry.name, _Level())
-            _read(path, name, below, found, reason)
-            continue
-        found.files += 1
-        try:
-            if entry.is_symlink():
-                reason = "a link, not a file"
-            elif not entry.is_file(follow_symlinks=False):
-                reason = "no ordinary file"
-            if not reason:
-                level.files.append(_notebook(path, name))
-        except RefusalLabError as error:
-            reason = str(error)
-        except Exception as error:  # whatever is in a file, it costs that file alone
-            reason = f"cannot be read: {storable(str(error))[:100] or type(error).__name__}"
-        if reason:
-            found.passed_over.append((_shown(name), reason))
-
-
-def _system(name: str) -> str:
-    if name == "__MACOSX":
-        return "left there by macOS"
-    return "hidden" if name.startswith(".") else ""
-
-
-def _shown(parts: Sequence[str]) -> str:
-    return storable("/".join(parts))
-
-
-def _notebook(path: Path, parts: tuple[str, ...]) -> _File:
-    """A file as a notebook. RefusalLabError, with the reason, if it is none."""
-    named = path.name.lower().endswith(".ipynb")
-    with path.open("rb") as file:
-        head = file.read(100)
-    if not named and not head.strip():
-        raise RefusalLabError("empty")
-    zipped = head.startswith(b"PK\x03\x04")
-    if not named and not zipped and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-        archive = path.name.lower().endswith(ARCHIVES)
-        raise RefusalLabError("an archive of another kind than zip: unpack it" if archive else "no notebook")
-    inner = _only_notebook(path).filename if zipped else ""
-    data = contents(path)
-    try:
-        cells = read_cells(data)
-    except RefusalLabError:
-        if not named and not zipped and b'"cell_type"' not in data:
-            raise RefusalLabError("no notebook") from None
-        cells = []
-    return _File(path, parts, _labs_of(cells, data), inner, path.stat().st_mtime)
-
-
-def contents(path: Path) -> bytes:
-    """The bytes of a notebook, or of the only notebook in a zip file; cut where `read_cells` refuses the length."""
-    with path.open("rb") as file:
-        data = file.read(LARGEST + 1)
-    if not data.startswith(b"PK\x03\x04"):
-        return data
-    member = _only_notebook(path)
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open(member) as file:
-            return file.read(LARGEST + 1)
-    except Exception as error:  # zipfile has no end of them
-        raise RefusalLabError(f"a zip that cannot be read: {storable(str(error))[:100]}") from error
-
-
-def _only_notebook(path: Path) -> zipfile.ZipInfo:
-    if path.stat().st_size > LARGEST:
-        raise RefusalLabError(f"a zip of more than {LARGEST >> 20} MB: unpack it")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except Exception as error:
-        raise RefusalLabError(f"a zip that cannot be read: {storable(str(error))[:100]}") from error
-    notebooks = [
-        m
-        for m in members
-        if m.filename.lower().endswith(".ipynb") and not any(_system(part) for part in m.filename.split("/"))
-    ]
-    if len(notebooks) != 1:
-        raise RefusalLabError(f"a zip with {len(notebooks) or 'no'} notebooks" + (": unpack it" if notebooks else ""))
-    if notebooks[0].flag_bits & 1:
-        raise RefusalLabError("a zip with a password")
-    if notebooks[0].file_size > LARGEST:
-        raise RefusalLabError(f"a zip with a notebook of more than {LARGEST >> 20} MB")
-    return notebooks[0]
-
-
-# --- which lab -----------------------------------------------------------------------------------------------------
-
-
-def _labs_of(cells: Sequence[Cell], data: bytes) -> list[str]:
-    """The lab that a notebook's contents tell; more than one if they leave it open, none if they say nothing."""
-    code = "\n".join(cell.source for cell in cells if cell.kind == "code") if cells else data.decode("utf-8", "replace")
-    start = r"^(?:async +)?" if cells else r"(?:\b|\\n)"  # a damaged file is read as it stands
-    defined = set(re.findall(rf"{start}def +(\w+)", code, flags=re.M))
-    defined |= set(re.findall(r"^(\w+) *= *lambda\b", code, flags=re.M))
-    functions = Counter(e.lab for e in EXERCISES if e.function in defined)
-    labs = _most(functions)
-    if len(labs) == 1 and functions[labs[0]] > 1:
-        return labs
-    told = Counter(lab for cell in cells for lab in _told(cell))
-    if len(labs) > 1:
-        told = Counter({lab: told[lab] for lab in labs if lab in told})
-    return _most(told) or labs
-
-
-def _told(cell: Cell) -> list[str]:
-    """The labs that a cell's metadata, a heading or a check name."""
-    numbers = re.findall(r"^(\d+)\.", str(cell.tag.get("exercise") or cell.tag.get("number")))
-    if cell.kind == "code":
-        numbers += re.findall(r"\bcheck\(\s*[\"'](\d+)\.", cell.source)
-    else:
-        numbers += re.findall(r"^#+ *(?:Lab|Exercise|Question) +(\d+)", cell.source, flags=re.M)
-    return [lab for n in numbers if (lab := f"{n:0>2}") in LABS]
-
-
-def _most(counts: Counter[str]) -> list[str]:
-    return sorted(lab for lab, n in counts.items() if n == max(counts.values()))
 
 
 def _lab(claim: _Claim, lab: str) -> tuple[str, bool]:
@@ -406,15 +237,15 @@ def _around(name: str) -> bool:
     """Whether a folder's name is one that instructors give to folders around submissions: submissions (1), Lab 02."""
     rest, titled = _without_title(name)
     words = re.findall(r"[^\W\d_]+|\d+", rest)
-    lab = len(words) == 1 and words[0] in LABS
-    return (
-        lab or (titled and not words) or (bool(AROUND & set(words)) and all(w in AROUND or w.isdigit() for w in words))
-    )
+    ordinary = [bool(AROUND.fullmatch(word)) for word in words]
+    if not any(ordinary):
+        return bool(re.fullmatch(rf"{'|'.join(LABS)}|20\d\d", " ".join(words))) or (titled and not words)
+    return all(known or word.isdigit() for known, word in zip(ordinary, words, strict=True))
 
 
 def _maybe_around(name: str) -> bool:
     rest, titled = _without_title(name)
-    return not GITHUB.fullmatch(name) and (titled or bool(AROUND & set(re.findall(r"[^\W\d_]+", rest))))
+    return not GITHUB.fullmatch(name) and (titled or any(map(AROUND.fullmatch, re.findall(r"[^\W\d_]+", rest))))
 
 
 def _without_title(name: str) -> tuple[str, bool]:
@@ -423,7 +254,7 @@ def _without_title(name: str) -> tuple[str, bool]:
     return rest, rest != words
 
 
-def _people(level: _Level) -> tuple[int, int]:
+def _people(level: Level) -> tuple[int, int]:
     """How many people a folder seems to hold, by its folders and by its files. What a platform wrote counts as many."""
     if any(_part(name) for name in (*level.levels, *(file.parts[-1] for file in level.files))):
         return 2, 2
@@ -448,7 +279,7 @@ class _Reader:
         self.found = found
         self._misfit = f"not where a submission stands in shape {shape}"
 
-    def claims(self, level: _Level, above: tuple[str, ...] = ()) -> Iterator[_Claim]:
+    def claims(self, level: Level, above: tuple[str, ...] = ()) -> Iterator[_Claim]:
         """The notebooks below, with their students. `above` are the folders around, from the top."""
         down, students = self._sort(level, above)
         for name in down:
@@ -474,7 +305,7 @@ class _Reader:
         for file in level.files:
             yield from self._of_name(file, above)
 
-    def _sort(self, level: _Level, above: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    def _sort(self, level: Level, above: tuple[str, ...]) -> tuple[list[str], list[str]]:
         """Which folders stand around submissions, and which are students'. What is neither is passed over."""
         rest = [name for name in level.levels if not self._part(name)]
         if self.shape == "students":
@@ -497,9 +328,8 @@ class _Reader:
             down = [name for name in people if _is_around(name, level.levels[name])]
             self._unclear(level, above, [name for name in people if name not in down])
             return around + down, []
-        unclear = [
-            name for name in around if _people(level.levels[name]) >= (1, 0) or _people(level.levels[name])[1] > 1
-        ]
+        held = {name: _people(level.levels[name]) for name in around}
+        unclear = [name for name, (folders, files) in held.items() if folders > 0 or files > 1]
         self._unclear(level, above, unclear)
         return [], [name for name in rest if name not in unclear]
 
@@ -507,7 +337,7 @@ class _Reader:
         part = _part(name)
         return part if part and self.shape in ("", "labs", part.platform) else None
 
-    def _of_name(self, file: _File, above: tuple[str, ...]) -> Iterator[_Claim]:
+    def _of_name(self, file: File, above: tuple[str, ...]) -> Iterator[_Claim]:
         """The claim of a file that stands in no student's folder."""
         name = file.parts[-1]
         if part := self._part(name):
@@ -515,7 +345,7 @@ class _Reader:
             hints = (ENDING.sub("", part.file), file.inner, part.hint, *reversed(above))
             yield _Claim(file, _student(part), part, own, hints)
         elif self.shape in PLATFORMS or self.shape == "github" or (self.shape == "labs" and not above):
-            self.found.passed_over.append((_shown(file.parts), self._misfit))
+            self.found.passed_over.append((shown(file.parts), self._misfit))
         else:
             stem = _stem(name)
             lab = file.labs[0] if len(file.labs) == 1 else ""
@@ -523,17 +353,17 @@ class _Reader:
             own = (*above, "", stem if person else name)
             yield _Claim(file, _label(person or stem), None, own, (*_names(file), *reversed(above)))
 
-    def _pass_over(self, level: _Level, names: Sequence[str], reason: str) -> None:
+    def _pass_over(self, level: Level, names: Sequence[str], reason: str) -> None:
         files = [file for name in names for file in level.levels[name].all_files()]
-        self.found.passed_over += [(_shown(file.parts), reason) for file in files]
+        self.found.passed_over += [(shown(file.parts), reason) for file in files]
 
-    def _unclear(self, level: _Level, above: tuple[str, ...], names: Sequence[str]) -> None:
+    def _unclear(self, level: Level, above: tuple[str, ...], names: Sequence[str]) -> None:
         for name in names:
-            files = tuple(_shown(file.parts) for file in level.levels[name].all_files())
+            files = tuple(shown(file.parts) for file in level.levels[name].all_files())
             if files:
                 self.found.conflicts.append(
                     Conflict(
-                        _shown((*above, name)),
+                        shown((*above, name)),
                         "",
                         files,
                         "it cannot be told whether this folder is a student's or stands around submissions. Pass "
@@ -543,7 +373,7 @@ class _Reader:
                 )
 
 
-def _is_around(name: str, level: _Level) -> bool:
+def _is_around(name: str, level: Level) -> bool:
     """Whether a folder that holds several people has a name like CS101 Lab 02, or COURSE-Task-4711 with nothing in it
     but what a platform wrote."""
     names = [*level.levels, *(file.parts[-1] for file in level.files)]
@@ -551,7 +381,7 @@ def _is_around(name: str, level: _Level) -> bool:
     return platform or (_maybe_around(name) and max(_people(level)) > 1)
 
 
-def _names(file: _File) -> tuple[str, ...]:
+def _names(file: File) -> tuple[str, ...]:
     return ENDING.sub("", file.parts[-1]), ENDING.sub("", file.inner)
 
 
@@ -593,20 +423,22 @@ def _settle(group: Sequence[_Claim], found: Found) -> None:
     for claim in group:
         if claim not in known:
             reason = f"nothing of lab {claim.lab} is in it, beside files of this student that have it"
-            found.passed_over.append((_shown(claim.file.parts), reason))
+            found.passed_over.append((shown(claim.file.parts), reason))
     newest, sure = _newest(known)
-    if sure and len({claim.source for claim in known}) == 1:
-        older = tuple(_shown(claim.file.parts[-1:]) for claim in known if claim is not newest)
-        account = newest.part.account if newest.part else ""
-        found.submissions.append(Submission(newest.student, newest.lab, newest.file.path, account, older))
-        return
     alike = len({claim.source for claim in known}) == 1
-    reason = "equally old" if alike else "from different folders, names or accounts"
-    hint = "" if alike else ", or pass --shape if these are different people"
-    files = tuple(_shown(claim.file.parts) for claim in known)
-    found.conflicts.append(
-        Conflict(newest.student, newest.lab, files, f"{reason}: leave only the one that counts{hint}")
-    )
+    if sure and alike:
+        older = tuple(shown(claim.file.parts[-1:]) for claim in known if claim is not newest)
+        account, platform = (newest.part.account, newest.part.platform) if newest.part else ("", "")
+        found.submissions.append(Submission(newest.student, newest.lab, newest.file.path, account, older, platform))
+        return
+    reason = "equally old: leave only the one that counts"
+    if not alike:
+        reason = (
+            "from different folders, names or accounts: leave only the one that counts, "
+            "or pass --shape if these are different people"
+        )
+    files = tuple(shown(claim.file.parts) for claim in known)
+    found.conflicts.append(Conflict(newest.student, newest.lab, files, reason))
 
 
 def _newest(versions: Sequence[_Claim]) -> tuple[_Claim, bool]:
