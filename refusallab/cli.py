@@ -194,7 +194,7 @@ def grade(
 
         out.mkdir(parents=True, exist_ok=True)
         records = Records(database or f"sqlite:///{out / 'grades.sqlite'}")
-        read_by_hand(records, out / "by_hand.csv")  # under the names of the run that wrote it
+        read_by_hand(records, out / "by_hand.csv", early=True)  # under the names of the run that wrote it
         with tqdm(total=0, file=sys.stderr, leave=False, unit="submission") as bar:
 
             def step(done: int, of: int) -> None:

@@ -194,7 +194,9 @@ def test_the_first_part_that_the_platform_wrote_decides(tmp_path, name):
 @pytest.mark.parametrize("claims", [
     ("Bob/02.ipynb", "bob/02.ipynb"), ("bob/02.ipynb", "bob /02.ipynb"), ("bob/02.ipynb", "bo\u200bb/02.ipynb"),
     ("Jos\u00e9/02.ipynb", "Jose\u0301/02.ipynb"), ("bob/02.ipynb", "\uff42ob/02.ipynb"),
-    ("bob/02.ipynb", "bob_02.ipynb"), ("bob_02.ipynb", "bob-02.ipynb"), ("bob_02.ipynb", "bob_02_final.ipynb"), ("02.ipynb", "02 (1).ipynb"),
+    ("bob/02.ipynb", "bob_02.ipynb"), ("bob_02.ipynb", "bob-02.ipynb"),
+    ("bob_02.ipynb", "bob_02_final.ipynb"),
+    ("bob_02.ipynb", "bob_02 (1).ipynb"), ("02.ipynb", "02 (1).ipynb"),
     ("bob/02.ipynb", "bob/old/02.ipynb"), ("01/bob/02.ipynb", "02/bob/02.ipynb"), ("01/bob.ipynb", "02/bob.ipynb"),
     (f"bob_42_{MOODLE}/02.ipynb", f"rob_42_{MOODLE}/02.ipynb"),
     (f"bob_42_{MOODLE}/02.ipynb", f"bob_42_{MOODLE}_02.ipynb"),
@@ -227,9 +229,38 @@ def test_the_platforms_own_time_of_an_attempt_decides(tmp_path):
     assert (found.path.name, found.older) == (new, (old,))
 
 
-def test_flat_copies_of_one_name_are_versions(tmp_path):
-    [found] = find(tmp_path, "ada_02.ipynb", "ada_02 (1).ipynb").submissions
-    assert (found.student, found.path.name, found.older) == ("ada", "ada_02 (1).ipynb", ("ada_02.ipynb",))
+@pytest.mark.parametrize(("names", "expected"), [
+    (["s-04.ipynb", "s-05.ipynb"], ["s-04", "s-05"]),
+    (["student_01.ipynb", "student_02.ipynb", "student_17.ipynb"], ["student_01", "student_02", "student_17"]),
+    (["ada_02.ipynb", "bob_02.ipynb"], ["ada", "bob"]),
+    (["02_ada.ipynb", "02_bob.ipynb"], ["02_ada", "02_bob"]),
+])  # fmt: skip
+def test_people_in_a_flat_folder(tmp_path, names, expected):
+    assert students(find(tmp_path, *names)) == expected
+
+
+def test_a_notebook_with_nothing_of_the_lab_replaces_none_that_has(tmp_path):
+    hand_in(tmp_path, "ada/02_notes.ipynb", "bob/02.ipynb", data=NOTES)
+    hand_in(tmp_path, "ada/02.ipynb", "cem/02.ipynb")
+    hand_in(tmp_path, "cem/02 (1).ipynb", data=b"damaged")
+    for name, age in (("ada/02.ipynb", 100), ("cem/02.ipynb", 100)):
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    found = find(tmp_path)
+    assert [s.path.name for s in found.submissions] == ["02.ipynb", "02.ipynb", "02 (1).ipynb"]
+    assert [name for name, _ in found.passed_over] == ["ada/02_notes.ipynb"]
+
+
+def test_grades_in_the_folder_itself_change_nothing(tmp_path):
+    hand_in(tmp_path, "grades/feedback/ada_02.html", "grades/seed", data=b"x")
+    assert students(find(tmp_path, "submitted/ada/02/02.ipynb", "submitted/bob/02/02.ipynb")) == ["ada", "bob"]
+
+
+def test_a_whole_download_that_is_still_a_zip_is_nobodys(tmp_path):
+    hand_in(tmp_path, "submissions.zip", data=zipped(("ada/02.ipynb", notebook())))
+    hand_in(tmp_path, "x.zip", data=zipped((f"ada_7_{MOODLE}/02.ipynb", notebook())))
+    assert find(tmp_path).reasons() == {
+        "a zip that may hold what others submitted: unpack it": ["submissions.zip", "x.zip"]
+    }
 
 
 @pytest.mark.parametrize("names", [
@@ -417,6 +448,13 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
     hand_in(tmp_path, "bob/lying.zip", data=lying)
     found = find(tmp_path, "cem/02.ipynb")
     assert [name for name, _ in found.passed_over] == ["ada/bomb.zip", "bob/lying.zip"]
+
+
+def test_a_zip_of_very_many_files_is_not_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_IN_ZIP", 10)
+    data = zipped(("02.ipynb", notebook()), *((f"{n}.txt", b"") for n in range(10)))
+    [(_, reason)] = find(tmp_path, "ada/02.zip", data=data).passed_over
+    assert "or 10 files" in reason
 
 
 def test_what_is_no_file_is_not_opened(tmp_path):
@@ -620,6 +658,18 @@ def test_a_table_that_a_spreadsheet_saved(tmp_path):
         table.write_bytes(data)
         with pytest.raises(RefusalLabError, match="save it as"):
             pages.read_by_hand(records, table)
+
+
+def test_points_by_hand_outlive_the_records(tmp_path, ungraded, monkeypatch):
+    hand_in(tmp_path / "in", "ada/02.ipynb")
+    monkeypatch.chdir(tmp_path)
+    command = ["grade", "in", "--out", "out"]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    table = tmp_path / "out" / "by_hand.csv"
+    table.write_text(table.read_text().replace("2.6,,", "2.6,2,"))
+    (tmp_path / "out" / "grades.sqlite").unlink()
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert by_hand(Records("sqlite:///out/grades.sqlite")) == {"ada": 2}
 
 
 # --- records of an earlier run -------------------------------------------------------------------------------------

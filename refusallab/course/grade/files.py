@@ -17,6 +17,8 @@ from refusallab.course.grade.plain import storable
 from refusallab.errors import RefusalLabError
 
 LABS = sorted({e.lab for e in EXERCISES})
+ZIP = b"PK\x03\x04"
+MOST_IN_ZIP = 10_000  # files
 ARCHIVES = (".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 DEEPEST = 50  # folders in folders
 
@@ -28,6 +30,7 @@ class File:
     path: Path
     parts: tuple[str, ...]  # of its path, from the folder
     labs: list[str]  # that its contents may be; empty if they do not say
+    damaged: bool  # then its contents say little
     inner: str  # name in a zip file
     changed: float  # seconds since 1970
 
@@ -111,49 +114,51 @@ def _notebook(path: Path, parts: tuple[str, ...]) -> File:
     named = path.name.lower().endswith(".ipynb")
     with path.open("rb") as file:
         head = file.read(100)
-    if not named and not head.strip():
-        raise RefusalLabError("empty")
-    zipped = head.startswith(b"PK\x03\x04")
+    zipped = head.startswith(ZIP)
     if not named and not zipped and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         archive = path.name.lower().endswith(ARCHIVES)
-        raise RefusalLabError("an archive of another kind than zip: unpack it" if archive else "no notebook")
-    inner = _only_notebook(path).filename if zipped else ""
-    data = contents(path)
+        kind = "an archive of another kind than zip: unpack it" if archive else "no notebook"
+        raise RefusalLabError(kind if head.strip() else "empty")
+    data, inner = _contents(path)
+    cells, damaged = [], False
     try:
         cells = read_cells(data)
     except RefusalLabError:
+        damaged = True
         if not named and not zipped and b'"cell_type"' not in data:
             raise RefusalLabError("no notebook") from None
-        cells = []
-    return File(path, parts, _labs_of(cells, data), inner, path.stat().st_mtime)
+    return File(path, parts, _labs_of(cells, data), damaged, inner, path.stat().st_mtime)
 
 
 def contents(path: Path) -> bytes:
     """The bytes of a notebook, or of the only notebook in a zip file; cut where `read_cells` refuses the length."""
+    return _contents(path)[0]
+
+
+def _contents(path: Path) -> tuple[bytes, str]:
+    """The bytes, and the name in the zip file."""
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
-    if not data.startswith(b"PK\x03\x04"):
-        return data
-    member = _only_notebook(path)
+    if not data.startswith(ZIP):
+        return data, ""
+    if len(data) > LARGEST or data.count(b"PK\x01\x02") > MOST_IN_ZIP:
+        raise RefusalLabError(f"a zip of more than {LARGEST >> 20} MB or {MOST_IN_ZIP} files: unpack it")
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open(member) as file:
-            return file.read(LARGEST + 1)
-    except Exception as error:  # zipfile has no end of them
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            member = _only_notebook(archive)
+            with archive.open(member) as file:
+                return file.read(LARGEST + 1), member.filename
+    except RefusalLabError:
+        raise
+    except Exception as error:  # zipfile has many kinds of them
         raise RefusalLabError(f"a zip that cannot be read: {storable(str(error))[:100]}") from error
 
 
-def _only_notebook(path: Path) -> zipfile.ZipInfo:
-    if path.stat().st_size > LARGEST:
-        raise RefusalLabError(f"a zip of more than {LARGEST >> 20} MB: unpack it")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except Exception as error:
-        raise RefusalLabError(f"a zip that cannot be read: {storable(str(error))[:100]}") from error
+def _only_notebook(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     notebooks = [
-        m
-        for m in members
-        if m.filename.lower().endswith(".ipynb") and not any(_system(part) for part in m.filename.split("/"))
+        member
+        for member in archive.infolist()
+        if member.filename.lower().endswith(".ipynb") and not any(map(_system, member.filename.split("/")))
     ]
     if not notebooks:
         raise RefusalLabError("a zip without a notebook")

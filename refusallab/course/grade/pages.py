@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from refusallab.course.exercises import EXERCISES, QUESTIONS
 from refusallab.course.grade.cells import read_cells
 from refusallab.course.grade.records import Records
+from refusallab.course.grade.submissions import some
 from refusallab.course.grade.tables import as_it_was, write_csv
 from refusallab.errors import RefusalLabError
 
@@ -36,7 +37,7 @@ def points(value: float | None) -> str:
 def _environment() -> Environment:
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["points"] = points
+    environment.filters |= {"points": points, "some": some}
     environment.globals["titles"] = TITLES
     return environment
 
@@ -120,8 +121,11 @@ def read_rubrics(folder: Path) -> dict[str, str]:
     return {cell.tag["number"]: cell.source for cell in cells if cell.tag.get("role") == "rubric"}
 
 
-def read_by_hand(records: Records, path: Path) -> None:
-    """Take over the points that people have filled in. RefusalLabError if a line makes no sense."""
+def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
+    """Take over the points that people have filled in. RefusalLabError if a line makes no sense.
+
+    `early` stands for a run that has not graded yet: lines for what the records do not know may make sense later.
+    """
     if not path.exists():
         return
     most = {question.number: question.points for question in QUESTIONS}
@@ -136,7 +140,7 @@ def read_by_hand(records: Records, path: Path) -> None:
             fits = 0 <= value <= most[row["question"]]
         except (ValueError, KeyError):
             fits = False
-        if not fits or not records.write_points(student, lab, row["question"], value, comment):
+        if not fits or not (records.write_points(student, lab, row["question"], value, comment) or early):
             raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Mend that line.")
 
 

@@ -63,13 +63,12 @@ NUMBER = re.compile(r"(?:^|[_\- ])(?:lab[_\- ]?)?(\d\d)(?=[_\-. (]|$)|(?:^|[_\- 
 COPY = re.compile(r"(?: ?\((\d+)\)|-(\d{1,2})| - copy| copy| ?\(copy\))$", flags=re.I)
 ENDING = re.compile(r"(?:\.ipynb)?(?:\.(?:ipynb|json|txt|html?|zip|download))?$", flags=re.I)
 SAME_TIME = 2  # seconds: the resolution of times in zip files
-SHOWN = 5  # names in a line
 LONGEST_NAME = 150  # characters of a student's name; the records hold 200
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], shown: int = 5) -> str:
     """The first of many names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _lab(claim: _Claim, lab: str) -> tuple[str, bool]:
         return labs[0], True
     named = [number for name in claim.names if (number := _number(name)) and number in (labs or LABS)]
     if named:
-        return named[0], True
+        return named[0], bool(labs) or claim.file.damaged
     if lab and lab in (labs or LABS):
         return lab, bool(labs)
     return ", ".join(labs), True
@@ -212,13 +211,20 @@ def _number(name: str) -> str:
 
 def _stem(name: str) -> str:
     """The name of a file without its endings and the marks of a copy: 02 of `Copy of 02 (1).ipynb.txt`."""
-    return COPY.sub("", re.sub(r"^copy of ", "", ENDING.sub("", name), flags=re.I))
+    match = COPY.search(stem := re.sub(r"^copy of ", "", ENDING.sub("", name), flags=re.I))
+    return stem[: match.start()] if match and not match[2] else stem
 
 
 def _person(stem: str, lab: str = "") -> str:
     """ada in ada_02 and ada_02_the_refusal_direction (the number of its lab, where that is known); else ""."""
     numbers = [match for match in _numbers(stem) if lab in ("", match[1] or f"0{match[2]}")]
     return stem[: numbers[-1].start()].strip("_- ") if numbers else stem
+
+
+def _is_numbered(person: str, lab: str, other: str) -> bool:
+    """Whether another file shows that numbers stand for people: student_17 beside student_02, both of lab 02."""
+    match = re.fullmatch(rf"{re.escape(person)}[_\- ]?(\d+)", other)
+    return bool(match) and match[1].zfill(2) != lab
 
 
 def _part(name: str) -> _Part | None:
@@ -284,10 +290,11 @@ class _Reader:
         down, students = self._sort(level, above)
         for name in down:
             yield from self.claims(level.levels[name], (*above, name))
-        accounts = [match for name in students if (match := GITHUB.fullmatch(name))]
+        named = [name for name in students if not _around(name)]
+        accounts = [match for name in named if (match := GITHUB.fullmatch(name))]
         github = self.shape == "github" or (
             not self.shape
-            and len(accounts) == len(students)
+            and len(accounts) == len(named)
             and all(match["sure"] or match["title"] for match in accounts)
         )
         for name, below in level.levels.items():
@@ -303,7 +310,7 @@ class _Reader:
                     hints = (*reversed(inner), part.hint if part else "", *reversed(above))
                     yield _Claim(file, student, part, (*above, name, *inner), (*_names(file), *hints))
         for file in level.files:
-            yield from self._of_name(file, above)
+            yield from self._of_name(file, above, level)
 
     def _sort(self, level: Level, above: tuple[str, ...]) -> tuple[list[str], list[str]]:
         """Which folders stand around submissions, and which are students'. What is neither is passed over."""
@@ -323,6 +330,8 @@ class _Reader:
         if "submitted" in around and set(people) <= OF_NBGRADER:
             self._pass_over(level, people, "nbgrader's own, not what was submitted")
             return around, []
+        if not any(any(level.levels[name].all_files()) for name in people):
+            return around, []
         least = 1 if len(people) == 1 and _maybe_around(people[0]) else 2
         if all(max(_people(level.levels[name])) >= least for name in people):
             down = [name for name in people if _is_around(name, level.levels[name])]
@@ -337,21 +346,24 @@ class _Reader:
         part = _part(name)
         return part if part and self.shape in ("", "labs", part.platform) else None
 
-    def _of_name(self, file: File, above: tuple[str, ...]) -> Iterator[_Claim]:
+    def _of_name(self, file: File, above: tuple[str, ...], level: Level) -> Iterator[_Claim]:
         """The claim of a file that stands in no student's folder."""
         name = file.parts[-1]
         if part := self._part(name):
             own = (*above, part.platform, part.name, part.account, part.hint)
             hints = (ENDING.sub("", part.file), file.inner, part.hint, *reversed(above))
             yield _Claim(file, _student(part), part, own, hints)
+        elif file.inner and (_around(_stem(name)) or any(map(_part, file.inner.split("/")))):
+            self.found.passed_over.append((shown(file.parts), "a zip that may hold what others submitted: unpack it"))
         elif self.shape in PLATFORMS or self.shape == "github" or (self.shape == "labs" and not above):
             self.found.passed_over.append((shown(file.parts), self._misfit))
         else:
             stem = _stem(name)
-            lab = file.labs[0] if len(file.labs) == 1 else ""
+            lab = file.labs[0] if len(file.labs) == 1 else _number(stem)
             person = _person(stem, lab)
-            own = (*above, "", stem if person else name)
-            yield _Claim(file, _label(person or stem), None, own, (*_names(file), *reversed(above)))
+            if any(_is_numbered(person, lab, _stem(f.parts[-1])) for f in level.files if f.labs == file.labs):
+                person = stem
+            yield _Claim(file, _label(person or stem), None, (*above, name), (*_names(file), *reversed(above)))
 
     def _pass_over(self, level: Level, names: Sequence[str], reason: str) -> None:
         files = [file for name in names for file in level.levels[name].all_files()]
