@@ -331,7 +331,7 @@ class _Reader:
             self._pass_over(level, people, "nbgrader's own, not what was submitted")
             return around, []
         if not any(any(level.levels[name].all_files()) for name in people):
-            return around, []
+            return self._labs_or_numbers(level, above, around)
         least = 1 if len(people) == 1 and _maybe_around(people[0]) else 2
         if all(max(_people(level.levels[name])) >= least for name in people):
             down = [name for name in people if _is_around(name, level.levels[name])]
@@ -341,6 +341,19 @@ class _Reader:
         unclear = [name for name, (folders, files) in held.items() if folders > 0 or files > 1]
         self._unclear(level, above, unclear)
         return [], [name for name in rest if name not in unclear]
+
+    def _labs_or_numbers(self, level: Level, above: tuple[str, ...], around: list[str]) -> tuple[list[str], list[str]]:
+        """Folders 01, 02 and so on with one lab in all of them may be those of students who have numbers."""
+        numbers = [name for name in around if name in LABS]
+        held = [_people(level.levels[name]) for name in numbers]
+        labs = {tuple(file.labs) for name in numbers for file in level.levels[name].all_files() if file.labs}
+        if len(numbers) < 2 or len(labs) != 1 or any(max(people) > 1 for people in held):
+            return around, []
+        others = [name for name in around if name not in numbers]
+        if any(any(people) for people in held):
+            self._unclear(level, above, numbers)
+            return others, []
+        return others, numbers
 
     def _part(self, name: str) -> _Part | None:
         part = _part(name)
