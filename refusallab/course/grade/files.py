@@ -105,8 +105,8 @@ def _system(name: str) -> str:
 
 
 def shown(parts: Sequence[str]) -> str:
-    """The name of a file in the folder, as it is shown and kept."""
-    return storable("/".join(parts))
+    """The name of a file in the folder, as it is shown and kept: on one line."""
+    return re.sub(r"[^\S ]", lambda found: found[0].encode("unicode_escape").decode(), storable("/".join(parts)))
 
 
 def _notebook(path: Path, parts: tuple[str, ...]) -> File:

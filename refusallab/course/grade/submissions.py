@@ -85,7 +85,7 @@ class Submission:
     @property
     def file(self) -> str:
         """The name of the file, to be shown and stored."""
-        return storable(self.path.name)
+        return shown([self.path.name])
 
     def read(self) -> bytes:
         """The bytes of the notebook. RefusalLabError or OSError if it cannot be read."""
@@ -401,9 +401,9 @@ class _Reader:
 def _is_around(name: str, level: Level) -> bool:
     """Whether a folder that holds several people has a name like CS101 Lab 02, or COURSE-Task-4711 with nothing in it
     but what a platform wrote."""
-    names = [*level.levels, *(file.parts[-1] for file in level.files)]
-    platform = bool(re.search(r"\d{3}", name)) and all(_part(n) for n in names)
-    return platform or (_maybe_around(name) and max(_people(level)) > 1)
+    parts = [_part(name) for name in (*level.levels, *(file.parts[-1] for file in level.files))]
+    several = all(parts) and len({part.account for part in parts if part}) > 1
+    return (several and bool(re.search(r"\d{3}", name))) or (_maybe_around(name) and max(_people(level)) > 1)
 
 
 def _names(file: File) -> tuple[str, ...]:
