@@ -20,7 +20,7 @@ from refusallab.course.grade.cells import read_cells
 from refusallab.course.grade.examine import Graded, Task, examine
 from refusallab.course.grade.records import Records
 from refusallab.course.grade.server import Limits, shared
-from refusallab.course.grade.submissions import Submission, find_submissions
+from refusallab.course.grade.submissions import Found, Submission, find_submissions
 from refusallab.errors import RefusalLabError
 
 USUAL = Limits()
@@ -33,8 +33,32 @@ class Batch:
 
     graded: int = 0
     unchanged: int = 0
-    skipped: list[str] = field(default_factory=list)  # files that were passed over
     failed: list[str] = field(default_factory=list)  # submissions that the grader itself could not deal with
+    found: Found = field(default_factory=Found)  # what became of the files
+    carried: list[str] = field(default_factory=list)  # rows of an earlier run that belong to somebody else now
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the files that were found, in numbers of files."""
+        return {
+            "graded": self.graded,
+            "unchanged": self.unchanged,
+            "failed": len(self.failed),
+            "older versions": self.found.older,
+            "in conflict": sum(len(conflict.files) for conflict in self.found.conflicts),
+            "passed over": len(self.found.passed_over),
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file that was found is accounted for."""
+        return self.found.files == sum(self.counts.values())
+
+    @property
+    def account(self) -> str:
+        """The sum of files, in words."""
+        terms = " + ".join(f"{n} {what}" for what, n in self.counts.items())
+        return f"{self.found.files} files found {'=' if self.complete else '≠'} {terms}."
 
 
 def read_seed(out: Path, file: Path | None = None) -> int:
@@ -66,6 +90,7 @@ def grade_class(
     seed: int,
     *,
     lab: str = "",
+    shape: str = "",
     workers: int = 2,
     limits: Limits = USUAL,
     sandboxed: bool = True,
@@ -74,9 +99,10 @@ def grade_class(
     on_graded: Callable[[int, int], None] = lambda done, of: None,
 ) -> Batch:
     """Grade every submission in a folder that is not in the records as it is. A failure costs one submission."""
-    found, skipped = find_submissions(folder, lab)
-    batch, known, todo = Batch(skipped=skipped), records.digests(), []
-    for submission in found:
+    found = find_submissions(folder, lab, shape)
+    batch = Batch(found=found, carried=records.carry_over(found))
+    known, todo = records.digests(), []
+    for submission in found.submissions:
         digest = _digest(submission, seed, limits)
         if known.get((submission.student, submission.lab)) == digest:
             batch.unchanged += 1
@@ -87,7 +113,7 @@ def grade_class(
     with _executor(workers, sandboxed, cluster) as (executor, width):
 
         def start(submission: Submission) -> Future[Graded]:
-            data, sources = submission.path.read_bytes(), (released or {}).get(submission.lab, ())
+            data, sources = submission.read(), (released or {}).get(submission.lab, ())
             task = Task(submission.student, submission.lab, data, seed, limits, sandboxed, sources)
             return executor.submit(examine, task)
 
@@ -96,7 +122,7 @@ def grade_class(
                 records.write(submission, graded, digest)
                 batch.graded += 1
             else:
-                batch.failed.append(f"{submission.path.name} of {submission.student}: {graded}")
+                batch.failed.append(f"{submission.file} of {submission.student}: {graded}")
             on_graded(batch.graded + len(batch.failed), len(todo))
     return batch
 
@@ -153,4 +179,4 @@ def _digest(submission: Submission, seed: int, limits: Limits) -> str:
     definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
     questions = [q for q in QUESTIONS if q.lab == submission.lab]
     parts = (submission.lab, seed, limits, refusallab.__version__, definition, questions, sys.version_info[:2])
-    return hashlib.sha256(repr(parts).encode() + submission.path.read_bytes()).hexdigest()
+    return hashlib.sha256(repr(parts).encode() + submission.read()).hexdigest()
