@@ -223,8 +223,7 @@ def _either(parent: Any, *names: str, optional: bool = False) -> Any:
     if isinstance(parent, Model):
         raise RefusalLabError("Give m.hf, the model of transformers, or m.nn in a trace, not the Model around both.")
     raise RefusalLabError(
-        f"{type(module).__name__} has no {' or '.join(names)}: use a model of the Llama, Qwen, Gemma, "
-        "OLMo-2, Mistral, Phi-3 or GPT-2 family."
+        f"{type(module).__name__} has no {' or '.join(names)}: use a model of the Llama kind, such as qwen2.5-0.5b."
     )
 
 
@@ -265,16 +264,10 @@ def load(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        _check_report(report, name, type(hf).__name__)
         hf = hf.to(device)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RefusalLabError(
-            f"{name} does not fit into the memory of {device}: take a smaller model, or dtype=torch.bfloat16."
-        ) from error
-    except RefusalLabError:
-        raise
     except Exception as error:
         raise RefusalLabError(_reading_failed(name, error)) from error
+    _check_report(report, name, type(hf).__name__)
     return wrap(hf, tokenizer, name, commit or sha256_of_weights(folder), remote=remote)
 
 
@@ -300,6 +293,8 @@ def wrap(
 
 def _assemble(nn: TransformersModel, tokenizer: Any, name: str, commit: str, remote: bool | str) -> Model:
     hf = nn._module
+    if hasattr(hf, "merge_and_unload"):
+        raise RefusalLabError(f"{name} carries an adapter: give hf.merge_and_unload(), which has it in the weights.")
     _check_config(hf.config, type(hf).__name__, name)
     _check_parts(hf, name)
     if remote:  # NDIF does not have this library: its functions travel with the request
@@ -337,7 +332,7 @@ def _check_place(dtype: torch.dtype, device: str) -> None:
     if dtype not in FLOATS.values():
         raise RefusalLabError(f"dtype={dtype!r} cannot hold weights: give torch.float32, bfloat16 or float16.")
     try:
-        torch.zeros(1, device=device).item()  # also fails for "meta", which holds nothing
+        torch.zeros(1, dtype=dtype, device=device).item()  # also fails for "meta", which holds nothing
     except Exception as error:  # RuntimeError, AssertionError, TypeError, by the kind of device
         raise RefusalLabError(
             f"device={device!r} cannot be used here ({_first_line(error)}). Leave it out to run on the CPU."
@@ -373,10 +368,12 @@ def is_on_disk(name: str) -> bool:
         return True
     try:
         folder = huggingface_hub.snapshot_download(_hub_id(name), allow_patterns=HUB_FILES, local_files_only=True)
-        _weight_files(Path(folder), name)
-    except (LocalEntryNotFoundError, RefusalLabError):
+    except LocalEntryNotFoundError:
         return False
-    return True
+    try:
+        return bool(_weight_files(Path(folder), name))
+    except RefusalLabError:  # a download that broke off
+        return False
 
 
 def _hub_id(name: str) -> str:
@@ -400,19 +397,18 @@ def _read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
         raise RefusalLabError(
             f"The weights of {name} are not in {folder}. Train it with python -m smallmodels.recipe."
         )
-    adapter = folder / "adapter_config.json"
+    adapters = sorted(folder.glob("adapter_*"))
     if not (folder / "config.json").is_file():
-        if adapter.is_file():
-            base = _read_json(adapter, name).get("base_model_name_or_path") or "its base model"
+        if adapters:
             raise RefusalLabError(
-                f"{name} is an adapter without the model that it changes ({base}): merge the two with "
-                "merge_and_unload() of peft, save the result and load that."
+                f"{name} is an adapter without the model that it changes: merge the two with merge_and_unload() of "
+                "peft, save the result and load that."
             )
         raise RefusalLabError(_no_weights(folder, name, f"no config.json in {folder}"))
-    if adapter.is_file():
+    if adapters:
         raise RefusalLabError(
             f"{name} holds a whole model and an adapter, which would be ignored. Merge it with merge_and_unload() of "
-            "peft and save the result, or take adapter_config.json away to study the model without it."
+            f"peft and save the result, or take {adapters[0].name} away to study the model without it."
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -470,7 +466,8 @@ def _sibling(model_type: str) -> str:
         a, b = (re.sub(r"[^a-z0-9]", "", text) for text in (model_type, alias))
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    return max((alias for alias, entry in catalog().items() if entry.kind == "hub"), key=alike)
+    aliases = [alias for alias, entry in catalog().items() if entry.kind == "hub"]
+    return max(aliases, key=lambda alias: max(alike(alias), 3))  # fewer letters in common are chance
 
 
 def _in_full(name: str) -> str:
@@ -488,12 +485,12 @@ BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)position_id
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors that transformers reads, all of them there."""
+    """The safetensors that transformers reads: none, or all of them."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise RefusalLabError(_no_weights(folder, name, f"no *.safetensors that transformers reads in {folder}"))
+        return []
     shards = sorted({str(file) for file in _weight_map(index, name).values()})
     if missing := [file for file in shards if not (folder / file).is_file()]:
         raise RefusalLabError(
@@ -522,6 +519,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 def _check_weights(folder: Path, name: str) -> None:
     """Read the headers: the files are whole, agree with their index and hold full numbers, not codes."""
     files = _weight_files(folder, name)
+    if not files:
+        raise RefusalLabError(_no_weights(folder, name, f"no *.safetensors in {folder}, as transformers names them"))
     where = {}
     for path in files:
         types = _stored_types(path, name)
@@ -574,9 +573,10 @@ def _no_weights(folder: Path, name: str, what: str) -> str:
     if not Path(name).is_dir():
         with suppress(Exception):  # no hub, no further news
             names += huggingface_hub.list_repo_files(_hub_id(name), revision=folder.name)
-    endings = {Path(file).suffix for file in names}
-    if ".gguf" in endings:
-        return f"{name} has its weights as GGUF, for other programs. {_in_full(name)}"
+    weights = [file for file in names if not file.startswith(("training_args", "optimizer", "scheduler", "rng_state"))]
+    endings = {Path(file).suffix for file in weights}
+    if others := sorted(endings & {".gguf", ".onnx", ".h5", ".msgpack"}):
+        return f"{name} has its weights as {others[0]}, for other programs. Take the same model as safetensors."
     if endings & {".bin", ".pt", ".pth"}:
         return (
             f"{name} has only pickled weights, which can run code when read. "
@@ -586,6 +586,8 @@ def _no_weights(folder: Path, name: str, what: str) -> str:
 
 
 def _reading_failed(name: str, error: Exception) -> str:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"{name} does not fit into memory: take a smaller model, or dtype=torch.bfloat16."
     if "trust_remote_code" in str(error):
         return f"{name} needs code from its repository, which this library never runs. Use another model."
     if "does not recognize this architecture" in str(error):
@@ -603,10 +605,12 @@ def _fetching_failed(name: str, error: Exception) -> str:
             f"The hub does not accept your token, so {name} cannot be fetched: it is wrong or has expired. "
             "Log in again with `hf auth login`, or log out with `hf auth logout` (and unset HF_TOKEN)."
         )
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, GatedRepoError):  # also with a token that is good, so this stands before the plain 403
         return (
             f"{name} is gated: accept its licence on the model's hub page, then log in with `hf auth login`."
         )
+    if getattr(response, "status_code", None) == 403:
+        return f"The hub forbids you to fetch {name}: log in with `hf auth login` and a token that may read it."
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no model {name} on the hub: check the spelling. If it is private, log in with `hf auth login`."
@@ -708,12 +712,13 @@ LARGEST_WEIGHTS = 1000.0
 
 
 def _test_weights(m: Model) -> None:
-    """The matrices that write to the stream hold numbers, of the size that weights have."""
+    """All weights are numbers, and those of the matrices that write to the stream have the size of weights."""
+    for key, weight in m.hf.named_parameters():
+        if weight.dtype not in FLOATS.values():
+            raise RefusalLabError(f"{m.name}: {key} is of type {weight.dtype}, not numbers. {_in_full(m.name)}")
     for i, block in enumerate(blocks(m.hf)):
         for part, write in (("attention", attention_writes(block)), ("MLP", mlp_writes(block))):
             weight = write.weight
-            if weight.dtype not in FLOATS.values():
-                raise RefusalLabError(f"{m.name}: weights of type {weight.dtype} are codes. {_in_full(m.name)}")
             inputs = weight.numel() // m.width
             size = weight.flatten()[:: max(1, weight.numel() // 10_000)].float().square().mean().item() * inputs
             if size > LARGEST_WEIGHTS:
