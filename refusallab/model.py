@@ -546,7 +546,7 @@ def _stored_types(path: Path, name: str) -> dict[str, str]:
                 f"{name}: {path.name} only points to the weights: say `git lfs pull` in its folder."
             ) from error
         raise RefusalLabError(
-            f"{name}: the weights in {path.name} are cut off or damaged ({_first_line(error)[:120]}): fetch them again."
+            f"{name}: the weights in {path.name} are cut off or damaged ({_first_line(error)}): fetch them again."
         ) from error
 
 
@@ -595,7 +595,7 @@ def _reading_failed(name: str, error: Exception) -> str:
             f"{name} cannot be read: transformers {transformers.__version__} does not know its architecture. "
             "Use another model."
         )
-    return f"{name} cannot be read ({_first_line(error)[:200]}). The files may be damaged: fetch them again."
+    return f"{name} cannot be read ({_first_line(error)}). The files may be damaged: fetch them again."
 
 
 def _fetching_failed(name: str, error: Exception) -> str:
@@ -624,7 +624,8 @@ def _fetching_failed(name: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) < 160 else f"{line[:150]} ..."
 
 
 @contextmanager
