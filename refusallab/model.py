@@ -415,6 +415,8 @@ def _read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
     except Exception as error:
         raise RefusalLabError(_reading_failed(name, error)) from error
     _check_config(config, (config.architectures or [""])[0], name)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RefusalLabError(f"{name} does not predict the next token ({config.model_type}). {_instead(config)}")
     try:
         with torch.device("meta"), no_init_weights():
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -426,23 +428,20 @@ def _read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
 
 def _check_config(config: transformers.PreTrainedConfig, architecture: str, name: str) -> None:
     """Refuse what is no decoder of text in full precision, and say what to take in its place."""
-    instead = f"Take a model that only reads text and predicts the next token, such as {_sibling(config.model_type)}."
+    instead = _instead(config)
     configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
     for settings in (getattr(c, key, None) for c in configs for key in ("quantization_config", "quantization")):
         if settings:
-            settings = settings if isinstance(settings, dict) else settings.to_dict()
-            method = settings.get("quant_method") or "quantization"
+            fields = settings if isinstance(settings, dict) else vars(settings)
+            method = fields.get("quant_method") or "quantization"
             raise RefusalLabError(f"{name} is quantized ({getattr(method, 'value', method)}). {_in_full(name)}")
     if any(getattr(config, f"{sense}_config", None) for sense in ("vision", "audio", "speech")):
         raise RefusalLabError(f"{name} reads more than text ({architecture or config.model_type}). {instead}")
     if config.is_encoder_decoder:
         raise RefusalLabError(f"{name} is an encoder with a decoder, which has two streams. {instead}")
-    causal = {str(x) for x in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    if hasattr(transformers, architecture) and architecture not in causal:
+    if hasattr(transformers, architecture) and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         what = "scores texts" if "Classification" in architecture else "does not predict the next token"
         raise RefusalLabError(f"{name} {what} ({architecture}). {instead}")
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise RefusalLabError(f"{name} does not predict the next token ({config.model_type}). {instead}")
 
 
 def _check_parts(hf: torch.nn.Module, name: str) -> None:
@@ -457,6 +456,10 @@ def _check_parts(hf: torch.nn.Module, name: str) -> None:
                 f"{name} is a mixture of experts ({type(hf).__name__}), not one MLP for each block. {instead}"
             ) from error
         raise RefusalLabError(f"{name} ({type(hf).__name__}): {error}") from error
+
+
+def _instead(config: transformers.PreTrainedConfig) -> str:
+    return f"Take a model that only reads text and predicts the next token, such as {_sibling(config.model_type)}."
 
 
 def _sibling(model_type: str) -> str:

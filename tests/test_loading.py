@@ -505,6 +505,14 @@ def test_the_sibling_in_full_precision(name, plain):
     assert f"perhaps {plain}: " in model_module._in_full(name)
 
 
+def test_a_class_of_your_own_is_read_by_its_parts(make, model_of, prompts):
+    """transformers does not know it, and need not: the parts have the names of Llama and the stream adds up."""
+    hf = make.hf("llama")
+    hf.config.model_type = "mine"
+    hf.__class__ = type("MineForCausalLM", (type(hf),), {})
+    same_logits(wrap(hf, make.tokenizer()), model_of("llama"), prompts)
+
+
 def test_a_wrapped_adapter(make):
     hf = make.hf("llama")
     hf.merge_and_unload = lambda: hf
