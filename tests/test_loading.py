@@ -87,7 +87,8 @@ def another_scale(hf):
 
 def a_norm_after_the_mlp(hf):
     """As GLM-4 was before its norms were known: what the MLP puts out is not what the stream gets."""
-    layer, norm = hf.model.layers[2], torch.nn.RMSNorm(32)
+    layer = hf.model.layers[2]
+    layer.another_norm = norm = torch.nn.RMSNorm(32)
     torch.nn.init.uniform_(norm.weight)
 
     def forward(x, **kwargs):
