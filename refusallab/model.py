@@ -417,7 +417,7 @@ def _read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
     _check_config(config, (config.architectures or [""])[0], name)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise RefusalLabError(f"{name} does not predict the next token ({config.model_type}). {_instead(config)}")
-    if folder == weights_dir(name):  # bundled: made by the recipe, so the parts are known and the time is saved
+    if (entry := catalog().get(name)) and entry.kind == "bundled":  # the recipe made it, so its parts are known
         return config
     try:
         with torch.device("meta"), no_init_weights():
