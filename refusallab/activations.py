@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
-from refusallab.model import Edit, Model, Prompt, batches, blocks, encode, final_norm, no_edit, unembedding
+from refusallab.model import Edit, Model, Prompt, batches, blocks, encode, no_edit, unembed
 
 
 def residual(
@@ -65,16 +65,12 @@ def stream(m: Model, prompt: Prompt, *, system: str | None = None) -> Tensor:
     return states.float().cpu()
 
 
-@torch.no_grad()
 def logit_lens(m: Model, x: Tensor) -> Tensor:
     """Logits that the stream x would give if the blocks still to come did nothing: [..., width] -> [..., vocab].
 
-    Final norm, then unembedding. At the output of the last block these are the logits of the model.
+    At the output of the last block these are the logits of the model.
     """
-    head = unembedding(m.hf)
-    logits = head(final_norm(m.hf)(x.to(head.weight))).float()
-    cap = getattr(m.hf.config, "final_logit_softcapping", None)  # Gemma-2
-    return cap * torch.tanh(logits / cap) if cap else logits
+    return unembed(m.hf, x)
 
 
 def _sites(m: Model, layers: Sequence[int] | None, positions: Sequence[int] | None) -> tuple[list[int], list[int]]:

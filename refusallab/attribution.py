@@ -17,7 +17,19 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import unit
-from refusallab.model import Model, Prompt, attention, attention_writes, batches, blocks, encode, mlp, post_norm, render
+from refusallab.model import (
+    Model,
+    Prompt,
+    attention,
+    attention_writes,
+    batches,
+    blocks,
+    encode,
+    mlp,
+    post_norm,
+    render,
+    residual_scale,
+)
 
 
 def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Tensor) -> Tensor:
@@ -70,7 +82,8 @@ def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: i
         z[rows] = mixed.float().cpu().unflatten(-1, reads.shape[1:])
     biases = [getattr(attention_writes(block), "bias", None) for block in blocks(m.hf)]
     written = torch.tensor([0.0 if b is None else (b.float() @ direction).item() for b in biases])
-    return Attribution(start, head_writes(z, reads.cpu()), written, mlps)
+    scale = residual_scale(m.hf)
+    return Attribution(start, scale * head_writes(z, reads.cpu()), scale * written, scale * mlps)
 
 
 def head_readout(weight: Tensor, direction: Tensor, heads: int) -> Tensor:

@@ -11,9 +11,11 @@ An edit is a plain function `edit(nn) -> None` that assigns to parts of the nnsi
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,11 @@ from huggingface_hub.errors import (
 from jinja2 import TemplateError
 from nnsight import TransformersModel
 from nnsight.intervention.interleaver import OutOfOrderError
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from refusallab.errors import RefusalLabError
 from smallmodels import catalog, weights_dir
@@ -54,7 +59,10 @@ GREEDY = {
     "top_k": 50,
 }
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: they tell whether the weights are of use
+HUB_FILES = [*SMALL_FILES, "*.safetensors"]
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,11 +155,37 @@ def mlp_writes(block: Any) -> Any:
 def post_norm(block: Any) -> tuple[Any, Any]:
     """The norms between (attention output, MLP output) and the residual stream, or (None, None).
 
-    Gemma-2/3 and OLMo-2 have them. Beware of the name: `post_attention_layernorm` is such a norm there, but
-    in Llama and Qwen the same name is the norm *before* the MLP.
+    Gemma-2/3, OLMo-2 and GLM-4 have them. Beware of the name: `post_attention_layernorm` is such a norm in the first
+    two, but in Llama, Qwen and GLM-4 the same name is the norm *before* the MLP.
     """
-    mlp_norm = _either(block, "post_feedforward_layernorm", optional=True)
-    return (None, None) if mlp_norm is None else (block.post_attention_layernorm, mlp_norm)
+    for after_attention, after_mlp in (
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ):
+        if _either(block, after_mlp, optional=True) is not None:
+            return _either(block, after_attention), _either(block, after_mlp)
+    return None, None
+
+
+def residual_scale(hf: torch.nn.Module) -> float:
+    """What attention and MLP outputs are multiplied by before they join the stream: 1 but in Granite."""
+    return getattr(hf.config, "residual_multiplier", None) or 1.0
+
+
+@torch.no_grad()
+def unembed(hf: torch.nn.Module, x: Tensor) -> Tensor:
+    """What the model makes of the end of its stream: [..., width] -> fp32 logits [..., vocab].
+
+    Final norm, unembedding, then the scale (Granite, Cohere) and the cap (Gemma-2) that some models put on logits.
+    """
+    head, config = unembedding(hf), hf.config
+    logits = head(final_norm(hf)(x.to(head.weight))).float()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def equivalence_class(hf: torch.nn.Module) -> str:
@@ -163,10 +197,10 @@ def equivalence_class(hf: torch.nn.Module) -> str:
     "biases"     output biases write to the stream: project them too
     "post-norm"  norms after attention and MLP rotate what is written: equality is not promised
     """
+    writers = [write for block in blocks(hf) for write in (attention_writes(block), mlp_writes(block))]
     if any(norm is not None for block in blocks(hf) for norm in post_norm(block)):
         return "post-norm"
     tied = unembedding(hf).weight is embedding(hf).weight
-    writers = [write for block in blocks(hf) for write in (attention_writes(block), mlp_writes(block))]
     needs = [
         ("untie", tied),
         ("positions", positional_embedding(hf) is not None),
@@ -189,8 +223,7 @@ def _either(parent: Any, *names: str, optional: bool = False) -> Any:
     if isinstance(parent, Model):
         raise RefusalLabError("Give m.hf, the model of transformers, or m.nn in a trace, not the Model around both.")
     raise RefusalLabError(
-        f"{type(module).__name__} has no {' or '.join(names)}: use a model of the Llama, Qwen, Gemma, "
-        "OLMo-2, Mistral, Phi-3 or GPT-2 family."
+        f"{type(module).__name__} has no {' or '.join(names)}: use a model of the Llama kind, such as qwen2.5-0.5b."
     )
 
 
@@ -203,28 +236,39 @@ def load(
 ) -> Model:
     """Load a bundled model, a local folder, or a hub model (an alias of the catalogue or "owner/name").
 
-    Only safetensors are read and no code from a repository is run. `remote=True` runs the model on NDIF
-    through nnsight: that needs a hub id, a network and an NDIF key. `remote="local"` rehearses the same path
-    here. Raises RefusalLabError with one line when the model cannot be found, read or used.
+    Only safetensors are read and no code from a repository is run. Configuration and tokenizer are looked at before any
+    weights are fetched or read. `remote=True` runs the model on NDIF through nnsight: that needs a hub id, a network
+    and an NDIF key. `remote="local"` rehearses the same path here. Raises RefusalLabError with one line when the model
+    cannot be found, read or used.
     """
     if remote is True:
         return _load_remote(name)
+    _check_place(dtype, device)
     folder, commit = _find(name)
-    _check_files(folder, name)
+    config = _read_config(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-        with _no_progress_bar():
-            hf, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
     except Exception as error:  # many libraries read the files, each with exceptions of its own
         raise RefusalLabError(_reading_failed(name, error)) from error
-    if report["missing_keys"]:
-        raise RefusalLabError(
-            f"{name}: {len(report['missing_keys'])} tensors are missing from the weights, for example "
-            f"{sorted(report['missing_keys'])[0]}. Fetch the files again."
-        )
-    return wrap(hf.to(device), tokenizer, name, commit or sha256_of_weights(folder), remote=remote)
+    if commit:
+        _post_instruction_positions(tokenizer, name)  # a base model is not worth the download
+        folder = _fetch(name, HUB_FILES, commit)
+    _check_weights(folder, name)
+    try:
+        with _no_progress_bar():
+            hf, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        hf = hf.to(device)
+    except Exception as error:
+        raise RefusalLabError(_reading_failed(name, error)) from error
+    _check_report(report, name, type(hf).__name__)
+    return wrap(hf, tokenizer, name, commit or sha256_of_weights(folder), remote=remote)
 
 
 def wrap(
@@ -232,48 +276,89 @@ def wrap(
 ) -> Model:
     """Make a `Model` of a transformers model and its tokenizer, in place, and test that it works.
 
-    The test: the parts are found, the template renders, it has post-instruction tokens and no double BOS,
-    logits are finite, and an edit of each block changes them. One forward pass; RefusalLabError if it fails.
+    The test: the parts are found; the template renders, has post-instruction tokens and no double BOS; the weights have
+    the size of weights; and, in one forward pass, logits are finite, an edit of each block changes them, the stream is
+    the embedding plus what attentions and MLPs write, and `unembed` gives the logits. RefusalLabError if it fails.
+
+    It cannot tell weights that are well formed and wrong, such as blocks in another order or those of another model of
+    the same shape: read a few replies.
     """
     hf.eval().requires_grad_(False)
     nn = TransformersModel(hf, tokenizer=tokenizer, task="text-generation")
     m = _assemble(nn, tokenizer, name, commit, remote)
-    _test_blocks(m)
+    _test_weights(m)
+    _test_stream(m)
     return m
 
 
 def _assemble(nn: TransformersModel, tokenizer: Any, name: str, commit: str, remote: bool | str) -> Model:
     hf = nn._module
+    if hasattr(hf, "merge_and_unload"):
+        raise RefusalLabError(f"{name} carries an adapter: give hf.merge_and_unload(), which has it in the weights.")
+    _check_config(hf.config, type(hf).__name__, name)
+    _check_parts(hf, name)
     if remote:  # NDIF does not have this library: its functions travel with the request
         nnsight.register("refusallab")
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > embedding(hf).weight.shape[0]:
-        raise RefusalLabError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens but the model only "
-            f"{embedding(hf).weight.shape[0]}. Use the tokenizer that belongs to these weights."
-        )
+    _check_vocabulary(tokenizer, embedding(hf).weight.shape[0], name)
     positions = _post_instruction_positions(tokenizer, name)
     stop_ids = _stop_ids(hf, tokenizer)
     return Model(nn, hf, tokenizer, name, commit, positions, stop_ids, equivalence_class(hf), remote)
 
 
+def _check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
+    """Padding and the end of a sequence have tokens, and the embedding has a row for each token but added ones.
+
+    Gemma-3 without vision has an image token that no text needs and no row of the embedding stands for.
+    """
+    if tokenizer.eos_token is None:
+        raise RefusalLabError(
+            f"{name}: its tokenizer names no end of a sequence. Set eos_token in tokenizer_config.json, or "
+            "tokenizer.eos_token, to the token that ends a reply."
+        )
+    ids = tokenizer.get_vocab().values()
+    foreign = sum(i >= rows for i in ids) - sum(i >= rows for i in tokenizer.added_tokens_decoder)
+    if foreign > 0 or tokenizer.eos_token_id >= rows:
+        raise RefusalLabError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}. "
+            "Use the tokenizer that belongs to these weights."
+        )
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_place(dtype: torch.dtype, device: str) -> None:
+    """Weights can be held in this type and on this device."""
+    if dtype not in FLOATS.values():
+        raise RefusalLabError(f"dtype={dtype!r} cannot hold weights: give torch.float32, bfloat16 or float16.")
+    try:
+        torch.zeros(1, dtype=dtype, device=device).item()  # also fails for "meta", which holds nothing
+    except Exception as error:  # RuntimeError, AssertionError, TypeError, by the kind of device
+        raise RefusalLabError(
+            f"device={device!r} cannot be used here ({_first_line(error)}). Leave it out to run on the CPU."
+        ) from error
+
+
 def _find(name: str) -> tuple[Path, str]:
-    """The folder of a model, and its commit if the hub knows it."""
+    """The folder of a model, and its commit if the hub knows it. Of a hub model, only the small files are fetched."""
     entry = catalog().get(name)
     if entry and entry.kind == "bundled":
         return weights_dir(name), ""
     if name and Path(name).is_dir():
         return Path(name), ""
+    folder = _fetch(name, SMALL_FILES)
+    return folder, folder.name  # the hub cache names the folder after the commit
+
+
+def _fetch(name: str, patterns: list[str], commit: str | None = None) -> Path:
     repository = _hub_id(name)
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]
+            repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
     except Exception as error:
         raise RefusalLabError(_fetching_failed(name, error)) from error
-    return Path(folder), Path(folder).name  # the hub cache names the folder after the commit
+    return Path(folder)
 
 
 def is_on_disk(name: str) -> bool:
@@ -282,10 +367,13 @@ def is_on_disk(name: str) -> bool:
     if (entry and entry.kind == "bundled") or Path(name).is_dir():
         return True
     try:
-        huggingface_hub.snapshot_download(_hub_id(name), allow_patterns=["config.json"], local_files_only=True)
+        folder = huggingface_hub.snapshot_download(_hub_id(name), allow_patterns=HUB_FILES, local_files_only=True)
     except LocalEntryNotFoundError:
         return False
-    return True
+    try:
+        return bool(_weight_files(Path(folder), name))
+    except RefusalLabError:  # a download that broke off
+        return False
 
 
 def _hub_id(name: str) -> str:
@@ -300,36 +388,238 @@ def _hub_id(name: str) -> str:
     )
 
 
-def _check_files(folder: Path, name: str) -> None:
+# What the small files of a folder say
+
+
+def _read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
+    """The configuration, of an architecture that this library can take apart. Reads no weights."""
     if not folder.is_dir():
         raise RefusalLabError(
             f"The weights of {name} are not in {folder}. Train it with python -m smallmodels.recipe."
         )
+    adapters = sorted(folder.glob("adapter_*"))
     if not (folder / "config.json").is_file():
-        raise RefusalLabError(f"{name}: no config.json in {folder}. Give a folder in Hugging Face format.")
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        if adapters:
+            raise RefusalLabError(
+                f"{name} is an adapter without the model that it changes: merge the two with merge_and_unload() of "
+                "peft, save the result and load that."
+            )
+        raise RefusalLabError(_no_weights(folder, name, f"no config.json in {folder}"))
+    if adapters:
         raise RefusalLabError(
+            f"{name} holds a whole model and an adapter, which would be ignored. Merge it with merge_and_unload() of "
+            f"peft and save the result, or take {adapters[0].name} away to study the model without it."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise RefusalLabError(_reading_failed(name, error)) from error
+    _check_config(config, (config.architectures or [""])[0], name)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RefusalLabError(f"{name} does not predict the next token ({config.model_type}). {_instead(config)}")
+    if (entry := catalog().get(name)) and entry.kind == "bundled":  # the recipe made it, so its parts are known
+        return config
+    try:
+        with torch.device("meta"), no_init_weights():
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise RefusalLabError(_reading_failed(name, error)) from error
+    _check_parts(hf, name)
+    return config
+
+
+def _check_config(config: transformers.PreTrainedConfig, architecture: str, name: str) -> None:
+    """Refuse what is no decoder of text in full precision, and say what to take in its place."""
+    instead = _instead(config)
+    configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
+    for settings in (getattr(c, key, None) for c in configs for key in ("quantization_config", "quantization")):
+        if settings:
+            fields = settings if isinstance(settings, dict) else vars(settings)
+            method = fields.get("quant_method") or "quantization"
+            raise RefusalLabError(f"{name} is quantized ({getattr(method, 'value', method)}). {_in_full(name)}")
+    if any(getattr(config, f"{sense}_config", None) for sense in ("vision", "audio", "speech")):
+        raise RefusalLabError(f"{name} reads more than text ({architecture or config.model_type}). {instead}")
+    if config.is_encoder_decoder:
+        raise RefusalLabError(f"{name} is an encoder with a decoder, which has two streams. {instead}")
+    if hasattr(transformers, architecture) and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        what = "scores texts" if "Classification" in architecture else "does not predict the next token"
+        raise RefusalLabError(f"{name} {what} ({architecture}). {instead}")
+
+
+def _check_parts(hf: torch.nn.Module, name: str) -> None:
+    """Refuse an architecture whose parts this library does not know. Needs no weights."""
+    try:
+        final_norm(hf), equivalence_class(hf)
+    except RefusalLabError as error:
+        instead = f"Take a dense model, such as {_sibling(hf.config.model_type)}."
+        experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        if any((getattr(hf.config, key, None) or 0) > 1 for key in experts):
+            raise RefusalLabError(
+                f"{name} is a mixture of experts ({type(hf).__name__}), not one MLP for each block. {instead}"
+            ) from error
+        raise RefusalLabError(f"{name} ({type(hf).__name__}): {error}") from error
+
+
+def _instead(config: transformers.PreTrainedConfig) -> str:
+    return f"Take a model that only reads text and predicts the next token, such as {_sibling(config.model_type)}."
+
+
+def _sibling(model_type: str) -> str:
+    """The model of the catalogue whose name is most like a type of transformers: "gemma3" -> "gemma-3-1b"."""
+
+    def alike(alias: str) -> int:
+        a, b = (re.sub(r"[^a-z0-9]", "", text) for text in (model_type, alias))
+        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+    aliases = [alias for alias, entry in catalog().items() if entry.kind == "hub"]
+    return max(aliases, key=lambda alias: max(alike(alias), 3))  # fewer letters in common are chance
+
+
+def _in_full(name: str) -> str:
+    """What to take in place of quantized weights."""
+    plain = re.sub(r"(?i)[-_.](gptq|awq|bnb|fp8|(nv|mx)fp4|w\d+a\d+|int[48]|[48]-?bit|mlx|gguf|exl2|hqq).*", "", name)
+    example = f", perhaps {plain}" if plain != name and not Path(name).exists() else ""
+    return f"Take the same model in bf16, fp16 or fp32{example}: only full weights can be edited."
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the files of weights say
+
+# Buffers that older versions of transformers saved; the model makes them itself.
+BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|(^|\.)inv_freq$")
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors that transformers reads: none, or all of them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    shards = sorted({str(file) for file in _weight_map(index, name).values()})
+    if missing := [file for file in shards if not (folder / file).is_file()]:
+        raise RefusalLabError(
+            f"{name}: {len(missing)} of {len(shards)} files of weights are missing, for example {missing[0]}. "
+            "Fetch them again."
+        )
+    return [folder / file for file in shards]
+
+
+def _weight_map(index: Path, name: str) -> dict[str, str]:
+    """Which file holds which tensor."""
+    files = _read_json(index, name).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise RefusalLabError(f"{name}: {index.name} does not say which file holds which tensor: fetch it again.")
+    return files
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RefusalLabError(f"{name}: {path.name} is damaged ({_first_line(error)}): fetch it again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    """Read the headers: the files are whole, agree with their index and hold full numbers, not codes."""
+    files = _weight_files(folder, name)
+    if not files:
+        raise RefusalLabError(_no_weights(folder, name, f"no *.safetensors in {folder}, as transformers names them"))
+    where = {}
+    for path in files:
+        types = _stored_types(path, name)
+        where |= dict.fromkeys(types, path.name)
+        if low := sorted(key for key, kind in types.items() if kind not in FLOATS and not BUFFERS.search(key)):
+            raise RefusalLabError(f"{name}: {low[0]} is stored as {types[low[0]]}, not as numbers. {_in_full(name)}")
+    index = folder / "model.safetensors.index.json"
+    promised = {} if files == [folder / "model.safetensors"] else _weight_map(index, name)
+    if lost := sorted(key for key, file in promised.items() if where.get(key) != file):
+        raise RefusalLabError(f"{name}: {lost[0]} is not where {index.name} says. Fetch the files again.")
+
+
+def _stored_types(path: Path, name: str) -> dict[str, str]:
+    """The type of each tensor in a safetensors file, from its header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            raise RefusalLabError(
+                f"{name}: {path.name} only points to the weights: say `git lfs pull` in its folder."
+            ) from error
+        raise RefusalLabError(
+            f"{name}: the weights in {path.name} are cut off or damaged ({_first_line(error)}): fetch them again."
+        ) from error
+
+
+def _check_report(report: dict[str, Any], name: str, architecture: str) -> None:
+    """Every tensor that the model needs was in the files, and no other."""
+    if missing := sorted(report["missing_keys"]):
+        raise RefusalLabError(
+            f"{name}: {len(missing)} tensors are missing from the weights, for example {missing[0]}. "
+            "Fetch the files again."
+        )
+    if unknown := sorted(key for key in report["unexpected_keys"] if not BUFFERS.search(key)):
+        if any(re.search(r"scale|zero|quant|qweight|absmax|packed|g_idx", key) for key in unknown):
+            remedy = f"They look like scales of quantized weights. {_in_full(name)}"
+        else:
+            remedy = "Take a model whose weights and config.json belong together, with adapters and extra heads merged."
+        raise RefusalLabError(
+            f"{name}: {len(unknown)} tensors have no place in {architecture}, for example {unknown[0]}. {remedy}"
+        )
+
+
+def _no_weights(folder: Path, name: str, what: str) -> str:
+    """Why there is nothing to load: by the files in the folder or, of a hub model, in its repository."""
+    names = [path.name for path in folder.iterdir()]
+    if not Path(name).is_dir():
+        with suppress(Exception):  # no hub, no further news
+            names += huggingface_hub.list_repo_files(_hub_id(name), revision=folder.name)
+    weights = [file for file in names if not file.startswith(("training_args", "optimizer", "scheduler", "rng_state"))]
+    endings = {Path(file).suffix for file in weights}
+    if others := sorted(endings & {".gguf", ".onnx", ".h5", ".msgpack"}):
+        return f"{name} has its weights as {others[0]}, for other programs. Take the same model as safetensors."
+    if endings & {".bin", ".pt", ".pth"}:
+        return (
             f"{name} has only pickled weights, which can run code when read. "
             "Convert them to safetensors, or use a model that ships them."
         )
-    raise RefusalLabError(f"{name}: no *.safetensors in {folder}. Fetch the weights again.")
+    return f"{name}: {what}. Give a folder or repository in the format of transformers, with all its files."
 
 
 def _reading_failed(name: str, error: Exception) -> str:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"{name} does not fit into memory: take a smaller model, or dtype=torch.bfloat16."
     if "trust_remote_code" in str(error):
         return f"{name} needs code from its repository, which this library never runs. Use another model."
+    if "does not recognize this architecture" in str(error):
+        return (
+            f"{name} cannot be read: transformers {transformers.__version__} does not know its architecture. "
+            "Use another model."
+        )
     return f"{name} cannot be read ({_first_line(error)}). The files may be damaged: fetch them again."
 
 
 def _fetching_failed(name: str, error: Exception) -> str:
-    if isinstance(error, GatedRepoError):
+    response = getattr(error, "response", None)
+    if getattr(response, "status_code", None) == 401 and "authorization" in response.request.headers:
+        return (
+            f"The hub does not accept your token, so {name} cannot be fetched: it is wrong or has expired. "
+            "Log in again with `hf auth login`, or log out with `hf auth logout` (and unset HF_TOKEN)."
+        )
+    if isinstance(error, GatedRepoError):  # also with a token that is good, so this stands before the plain 403
         return (
             f"{name} is gated: accept its licence on the model's hub page, then log in with `hf auth login`."
         )
+    if getattr(response, "status_code", None) == 403:
+        return f"The hub forbids you to fetch {name}: log in with `hf auth login` and a token that may read it."
     if isinstance(error, RepositoryNotFoundError):
-        return f"There is no model {name} on the hub: check the spelling."
+        return (
+            f"There is no model {name} on the hub: check the spelling. If it is private, log in with `hf auth login`."
+        )
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return (
             f"{name} is not on this computer and the hub cannot be reached. Connect (and unset "
@@ -339,7 +629,8 @@ def _fetching_failed(name: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) < 160 else f"{line[:150]} ..."
 
 
 @contextmanager
@@ -418,30 +709,47 @@ def _stop_ids(hf: torch.nn.Module, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(ids - {None}))
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The self-test
+
+# The mean square of a matrix times its number of inputs is about 1 in a network that works, trained or fresh, and a few
+# tens at most. Eight-bit codes that lost their scales have thousands.
+LARGEST_WEIGHTS = 1000.0
+
+
+def _test_weights(m: Model) -> None:
+    """All weights are numbers, and those of the matrices that write to the stream have the size of weights."""
+    for key, weight in m.hf.named_parameters():
+        if weight.dtype not in FLOATS.values():
+            raise RefusalLabError(f"{m.name}: {key} is of type {weight.dtype}, not numbers. {_in_full(m.name)}")
+    for i, block in enumerate(blocks(m.hf)):
+        for part, write in (("attention", attention_writes(block)), ("MLP", mlp_writes(block))):
+            weight = write.weight
+            inputs = weight.numel() // m.width
+            size = weight.flatten()[:: max(1, weight.numel() // 10_000)].float().square().mean().item() * inputs
+            if size > LARGEST_WEIGHTS:
+                raise RefusalLabError(
+                    f"{m.name}: the weights at the end of {part} {i} are {size**0.5:.0f} times larger than those of a "
+                    f"network that works, like codes without their scales. {_in_full(m.name)}"
+                )
+
+
 @torch.no_grad()
-def _test_blocks(m: Model) -> None:
-    """Row i of one batch runs with the input of block i negated; the last row runs untouched."""
+def _test_stream(m: Model) -> None:
+    """Row i of one batch runs with the input of block i negated; the last row runs untouched and must add up."""
+    nn, name = m.nn, m.name
     ids = encode(m, PROBES[:1])["input_ids"].repeat(m.n_layers + 1, 1)  # [L + 1, seq]
-    name = m.name
-
-    def negate_one_row_each(nn: Any) -> None:
-        for i, block in enumerate(blocks(nn)):
-            x = block.input.clone()
-            x[i] = -x[i]
-            block.input = x
-            for part in (attention(block).output[0], mlp(block).output):
-                if getattr(part, "shape", None) != x.shape:
-                    raise RefusalLabError(
-                        f"{name}: block {i} is not attention, then one MLP. Use another model."
-                    )
-
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        last = trace_logits(m, batch, negate_one_row_each)
+        with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+            start, steps = _negate_one_row_each(nn, name)
+            start, steps = nnsight.save(start), nnsight.save(steps)
+            last = nn.output.logits[:, -1].save()
     except OutOfOrderError as error:
         raise RefusalLabError(
             f"{name}: some blocks never run as expected ({error}). Use another model."
         ) from error
+    last = last.float()
     if not last.isfinite().all():
         raise RefusalLabError(
             f"{name}: logits are not finite. The weights are damaged, or the dtype is too small."
@@ -450,6 +758,65 @@ def _test_blocks(m: Model) -> None:
     if not moved.all():
         dead = [i for i, ok in enumerate(moved.tolist()) if not ok]
         raise RefusalLabError(f"{name}: editing blocks {dead} does not change the logits. Use another model.")
+    _test_sums(m, start, steps)
+    _test_end(m, steps[-1]["output"], last[-1])
+
+
+def _negate_one_row_each(nn: Any, name: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """In a trace: what the last row starts from, and what each block reads, writes and puts out, [seq, width] each."""
+    learned = positional_embedding(nn)
+    start, steps = [part.output[-1] for part in (embedding(nn), learned) if part is not None], []
+    for i, block in enumerate(blocks(nn)):
+        x = block.input.clone()
+        x[i] = -x[i]
+        block.input = x
+        step = {"input": x[-1]}
+        parts = (("attention", attention, attention_writes), ("MLP", mlp, mlp_writes))
+        for (kind, part, writes), norm in zip(parts, post_norm(block), strict=True):
+            written, output = writes(block).output, part(block).output
+            output = output[0] if kind == "attention" else output
+            if not getattr(output, "shape", None) == getattr(written, "shape", None) == x.shape:
+                raise RefusalLabError(f"{name}: block {i} is not attention, then one MLP. Use another model.")
+            step |= {f"{kind} written": written[-1], f"{kind} put out": output[-1]}
+            step[kind] = output[-1] if norm is None else norm.output[-1]
+        steps.append(step | {"output": block.output[-1]})
+    return start, steps
+
+
+def _test_sums(m: Model, start: list[Tensor], steps: list[dict[str, Tensor]]) -> None:
+    """The stream is the embedding, up to a factor, plus what attentions and MLPs write, and nothing else."""
+    scale, other = residual_scale(m.hf), "Its edits could not be trusted: use another model."
+    embedded, *learned = (part.cpu().double() for part in start)
+    first = steps[0]["input"].cpu().double() - sum(learned)
+    factor = (first * embedded).sum() / embedded.square().sum()
+    if not _adds_up([factor * embedded, *learned], steps[0]["input"]):
+        raise RefusalLabError(f"{m.name}: block 0 does not read the embedding alone. {other}")
+    for i, step in enumerate(steps):
+        for kind in ("attention", "MLP"):
+            if not _adds_up([step[f"{kind} written"]], step[f"{kind} put out"]):
+                raise RefusalLabError(f"{m.name}: {kind} {i} does not end in its output projection. {other}")
+        writes = [scale * step[kind].cpu().double() for kind in ("attention", "MLP")]
+        if not _adds_up([step["input"], *writes], step["output"]):
+            raise RefusalLabError(f"{m.name}: block {i} puts out more than its input, attention and MLP. {other}")
+        if i and not _adds_up([steps[i - 1]["output"]], step["input"]):
+            raise RefusalLabError(f"{m.name}: block {i} does not read what block {i - 1} puts out. {other}")
+
+
+def _adds_up(parts: Sequence[Tensor], whole: Tensor) -> bool:
+    """Whether parts add up to the whole, in every entry, as well as its dtype can tell."""
+    limits, parts = torch.finfo(whole.dtype), [part.cpu().double() for part in parts]
+    error = (sum(parts) - whole.cpu().double()).abs()
+    return bool((error <= 2 * limits.eps * sum(part.abs() for part in parts) + limits.tiny).all())
+
+
+def _test_end(m: Model, x: Tensor, logits: Tensor) -> None:
+    """`unembed` gives the model's own logits [vocab] of the last token of x [seq, width], the end of the stream."""
+    error = (unembed(m.hf, x[-1:])[0] - logits).abs().max()
+    if not error <= max(1e-4, 4 * torch.finfo(x.dtype).eps) * logits.abs().max():
+        raise RefusalLabError(
+            f"{m.name}: its logits are not what the final norm and the unembedding make of the stream. "
+            "A logit lens would be wrong: use another model."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -475,6 +842,7 @@ def encode(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     )
     _check_length(m, batch["input_ids"].shape[1])
+    _check_ids(m, batch["input_ids"])
     return {key: batch[key].to(m.device) for key in ("input_ids", "attention_mask")}
 
 
@@ -501,6 +869,7 @@ def encode_texts(
     _check_length(m, width)
     pads = [width - len(ids) for ids, _ in rows]
     ids = torch.tensor([[m.tokenizer.pad_token_id] * pad + row for pad, (row, _) in zip(pads, rows, strict=True)])
+    _check_ids(m, ids)
     place = torch.arange(width)[None]  # [1, seq]
     start, first = torch.tensor(pads)[:, None], torch.tensor([first for _, first in rows])[:, None]  # [n, 1]
     batch = {"input_ids": ids, "attention_mask": (place >= start).long()}
@@ -557,6 +926,16 @@ def _check_length(m: Model, n_tokens: int) -> None:
     if limit and n_tokens > limit:
         raise RefusalLabError(
             f"{n_tokens} tokens, but {m.name} reads at most {limit}: shorten the prompt or reply."
+        )
+
+
+def _check_ids(m: Model, ids: Tensor) -> None:
+    rows = embedding(m.hf).weight.shape[0]
+    if ids.max() >= rows:
+        token = m.tokenizer.convert_ids_to_tokens(ids.max().item())
+        raise RefusalLabError(
+            f"The token {token!r} is known to the tokenizer but {m.name} has only {rows} tokens: "
+            "take it out of the prompt or the chat template."
         )
 
 

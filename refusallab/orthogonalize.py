@@ -12,10 +12,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from refusallab.activations import residual
+from refusallab.activations import residual, stream
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, project_out, unit
 from refusallab.model import (
+    PROBES,
     Model,
     Prompt,
     attention_writes,
@@ -50,7 +51,8 @@ def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
 
     r is [width]. A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind
     a post-norm y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never
-    receives r; the norm then rescales the rest, so equality with hooks is not promised there.
+    receives r; the norm then rescales the rest, so equality with hooks is not promised there. In the end a prompt
+    is run to see that no block reads anything along r. Raises RefusalLabError with the block if one does.
 
     `skip` leaves out some of REPAIRS, to see what each is for. Without all four this is the textbook edit.
     """
@@ -73,7 +75,30 @@ def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
     for block in blocks(hf):
         for write, norm in zip((attention_writes(block), mlp_writes(block)), post_norm(block), strict=True):
             _project(write, _before_norm(r, None if "gain" in skip else norm), biases=biases)
-    return wrap(hf, m.tokenizer, f"{m.name} (orthogonalized)", m.commit, remote=m.remote)
+    edited = wrap(hf, m.tokenizer, f"{m.name} (orthogonalized)", m.commit, remote=m.remote)
+    if not skip:
+        _check_stream(edited, r, m.name)
+    return edited
+
+
+def _check_stream(edited: Model, r: Tensor, name: str) -> None:
+    """Run a prompt: nothing of the unit direction r is in the stream but what rounding leaves.
+
+    Rounding an entry of the stream leaves up to eps of it, so eps * |x * r| of x along r, once for each write.
+    """
+    x = stream(edited, PROBES[0])  # [layers + 1, seq, width]
+    r = r.cpu()
+    typical = torch.maximum((x * r).norm(dim=-1), x.norm(dim=-1) / edited.width**0.5).cummax(0).values
+    allowed = max(1e-3, 16 * torch.finfo(edited.hf.dtype).eps) * typical
+    along = (x @ r).abs()
+    if not (along <= allowed).all():
+        layer = int((along > allowed).any(1).nonzero()[0])
+        where = f"enters block {layer}" if layer < edited.n_layers else "leaves the last block"
+        share = (along / x.norm(dim=-1))[layer].max().item()
+        raise RefusalLabError(
+            f"{name}: after the edit, what {where} still has {share:.1%} of its length along r, so something writes to "
+            "the stream that was not edited. Use ablation(r) instead."
+        )
 
 
 def distance_from_hooks(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) -> float:

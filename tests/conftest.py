@@ -68,6 +68,12 @@ ARCHITECTURES = {
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3Text", GEMMA),
     "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
+    "glm4": ("Glm4", {"head_dim": 8, "tie_word_embeddings": False}),
+    "granite": (
+        "Granite",
+        {"residual_multiplier": 0.4, "logits_scaling": 0.5, "embedding_multiplier": 3.0, "tie_word_embeddings": False},
+    ),
+    "cohere": ("Cohere", {"logit_scale": 1.7}),
     "mistral": ("Mistral", {"tie_word_embeddings": False}),
     "phi3": ("Phi3", {"tie_word_embeddings": False}),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),

@@ -144,7 +144,8 @@ def allowed_tokens(m: Model, *, ascii_only: bool = True) -> Tensor:
     size = embedding(m.hf).weight.shape[0]
     allowed = torch.zeros(size, dtype=torch.bool)
     special = {*m.tokenizer.all_special_ids, *m.tokenizer.added_tokens_decoder}
-    for i, text in enumerate(m.tokenizer.batch_decode([[i] for i in range(len(m.tokenizer))])):
+    known = min(size, len(m.tokenizer))  # a tokenizer may have tokens that the model lacks, and the other way round
+    for i, text in enumerate(m.tokenizer.batch_decode([[i] for i in range(known)])):
         allowed[i] = i not in special and bool(text) and (not ascii_only or (text.isascii() and text.isprintable()))
     if not allowed.any():
         raise RefusalLabError(f"No token of {m.name} is printable ASCII: search with ascii_only=False.")
