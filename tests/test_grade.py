@@ -15,7 +15,7 @@ from refusallab.course.exercises import EXERCISES
 from refusallab.course.grade import batch, exports, pages
 from refusallab.course.grade.cells import Cell, Notebook, read_cells
 from refusallab.course.grade.examine import Graded, Outcome, Task, _judge, hidden_inputs, written_answers
-from refusallab.course.grade.plain import Foreign, decode, encode
+from refusallab.course.grade.plain import Foreign, decode, encode, storable
 from refusallab.course.grade.policy import flags
 from refusallab.course.grade.records import Records
 from refusallab.course.grade.report import write_all
@@ -237,6 +237,13 @@ def test_every_exercise_can_be_graded_from_plain_data(number):
         said.append({"value": value, "inputs": inputs})
     outcome = _judge(exercise, encode({"cases": said}), Task("ada", exercise.lab, b"", 31))
     assert (outcome.points, outcome.problem) == (exercise.points, "")
+
+
+def test_text_is_made_storable():
+    bad = "a\udcffb\ud800c\x00d\x1b[2Je\x85f"
+    assert storable(bad) == r"a\udcffb\ud800c\x00d\x1b[2Je\x85f"
+    assert storable("tab\there, naïve\r\n日本 \u2028 😀") == "tab\there, naïve\r\n日本 \u2028 😀"
+    storable("".join(map(chr, range(0x11000)))).encode()
 
 
 # --- verdicts on what the sandbox says -----------------------------------------------------------------------------

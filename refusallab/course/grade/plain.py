@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,13 @@ from refusallab.errors import RefusalLabError
 
 TYPES = {"float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 DEPTH = 50
+UNSTORABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def storable(text: str) -> str:
+    """A text that any file, database and terminal takes: escapes (`\\x1b`, `\\udcff`) stand for lone surrogates and
+    control characters, but for tabs and ends of lines."""
+    return UNSTORABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Foreign:
