@@ -24,6 +24,8 @@ LARGEST = 50 << 20  # bytes of a notebook, with its outputs
 MOST_CELLS = 2_000
 MOST_CODE = 1_000_000  # characters in all code cells
 LONGEST = 200_000  # characters of a cell that is read
+MAGIC = re.compile(r"^[ \t]*[%!?,;/]|\?[ \t]*$|=[ \t]*[%!]", flags=re.M)  # a line that IPython may have to rewrite
+MOST_MAGIC = 1_000_000  # of such lines times the characters of their cell, each of which IPython reads for each line
 HARMLESS = {"print", "display", "check", "progress", "help", "len", "type"}  # skipping such a call changes no answer
 
 
@@ -67,7 +69,7 @@ def _cell(raw: dict[str, Any]) -> Cell:
 
 
 def lines_as_in_python(text: str) -> str:
-    """A text whose lines end with \\n alone. For Python nothing but \\n, \\r and \\r\\n ends one; `splitlines` knows more."""
+    """A text whose lines end with \\n alone. Python ends them at \\n, \\r and \\r\\n; `splitlines` at more than that."""
     return re.sub(r"\r\n?", "\n", text)
 
 
@@ -97,10 +99,13 @@ class Notebook:
     @cached_property
     def trees(self) -> dict[int, ast.Module]:
         """The syntax of every code cell that has one. Fills `problems`."""
-        found = {}
+        found, magic = {}, 0
         for index, cell in enumerate(self.cells):
             if cell.kind == "code":
                 try:
+                    magic += len(MAGIC.findall(cell.source)) * len(cell.source)
+                    if magic > MOST_MAGIC:
+                        raise ValueError("too many magics and shell lines")
                     found[index] = _parse(cell.source)
                 except SyntaxError as error:
                     self.problems[index] = f"line {error.lineno}: {error.msg}"

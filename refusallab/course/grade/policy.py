@@ -111,10 +111,8 @@ def _is_inside(origin: str) -> bool:
 def _origins(code: list[ast.stmt], known: dict[str, str]) -> Iterator[str]:
     """What the code uses, by full name, and texts in it that may name a module."""
     yield from (name for _, name in _full_names(code, known))
-    for node in _nodes(code):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
-            if all(part.isidentifier() for part in node.value.split(".")):
-                yield node.value
+    texts = (n.value for n in _nodes(code) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    yield from (text for text in texts if all(part.isidentifier() for part in text.split(".")))
 
 
 def _looks(code: list[ast.stmt], known: dict[str, str]) -> Iterator[str]:
