@@ -45,7 +45,10 @@ def classroom(tmp_path, monkeypatch):
     return run
 
 
-def breaks(function, error=ValueError("broken")):
+BROKEN = ValueError("broken")
+
+
+def breaks(function, error=BROKEN):
     """The function, raising wherever mallory is among what it is given."""
 
     def wrapped(*args, **settings):
@@ -175,7 +178,7 @@ RAISES = json.dumps({"dict": [["cases", [{"dict": [["error", "Value" + BAD], ["m
 CONTENTS = {
     "text that is none, in an answer": notebook(written=BAD * 100),
     "enormous text": notebook(written="x" * 3_000_000),
-    "text that is none, in code": save([answer("2.1", f"x = '{BAD}'\n{RIGHT['2.1']}"), cell(BAD), cell(BAD, "markdown")]),
+    "text that is none, in code": save([answer("2.1", f"x = '{BAD}'\n{RIGHT['2.1']}"), cell(BAD, "markdown")]),
     "500 magics in a cell": notebook(before=["\n".join(["%time 1"] * 500)]),
     "an attribute chain 400 deep": notebook(before=[f"import torch\ntorch{'.a' * 400} = 1"]),
     "an attribute chain 5000 deep": notebook(before=[f"import torch\ntorch{'.a' * 5000} = 1"]),

@@ -21,8 +21,8 @@ HABITS = {
     "a measured time": "%%time\nimport time\nstart = time.perf_counter()\nprint(time.time() - start)",
     "timeit": "import timeit\nprint(timeit.timeit(lambda: 1, number=3))",
     "memory": "import gc, torch\ngc.collect()\ngc.disable()\ngc.enable()\ntorch.cuda.empty_cache()",
-    "help": "import inspect\nfrom refusallab.directions import select\nprint(inspect.signature(select), inspect.getdoc(select))"
-    "\nhelp(select)\nselect?\nprint(select.__doc__, select.__name__, dir(select))",
+    "help": "import inspect\nfrom refusallab.directions import select\nprint(inspect.signature(select))\n"
+    "print(inspect.getdoc(select))\nhelp(select)\nselect?\nprint(select.__doc__, select.__name__, dir(select))",
     "its source, to learn": "import inspect\nfrom refusallab import directions\nprint(inspect.getsource(directions))",
     "the course again": "import importlib, refusallab\nimportlib.reload(refusallab)\nprint(refusallab.__version__)",
     "is it installed": "import importlib.util\nprint(importlib.util.find_spec('refusallab') is None)",
@@ -33,18 +33,20 @@ HABITS = {
     "    w = getattr(m.hf.model.layers[0].self_attn, part)\nsetattr(m, 'note', 1)\nprint(vars(m), m.__dict__)",
     "evaluation mode": "m.hf.eval()\nimport re, torch\nP = re.compile('a')\nf = torch.compile(lambda x: x)\n"
     "print(list(m.hf.modules()))",
-    "a class": "class Best:\n    def __init__(self, x):\n        self.x = x\n    def __eq__(self, other): return self.x == other.x",
-    "logging": "import logging\nlogging.basicConfig(level=logging.INFO)\nlog = logging.getLogger(__name__)\nlog.info('x')",
+    "a class": "class Best:\n    def __init__(self, x):\n        self.x = x\n    def __eq__(self, other):\n"
+    "        return self.x == other.x",
+    "logging": "import logging\nlogging.basicConfig(level=10)\nlog = logging.getLogger(__name__)\nlog.info('x')",
     "a pinned seed": "import random, numpy as np, torch\nrandom.seed(0)\nnp.random.seed(0)\ntorch.manual_seed(0)",
     "a look at the kernel": "ip = get_ipython()\nip.run_line_magic('time', '1')\nprint(type(ip).__name__)",
     "a traceback": "import traceback\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n    traceback.print_exc()",
-    "the check, again": "from refusallab.course import check, progress\nprogress()\nimport refusallab.course as course\n"
-    "course.check",
+    "the check, again": "from refusallab.course import check, progress\nprogress()\n"
+    "import refusallab.course as course\ncourse.check",
     "the set-up cell with a line more": "import importlib.util, sys, zipfile\nfrom pathlib import Path\n"
     "if importlib.util.find_spec('refusallab') is None:\n    sys.path.insert(0, 'x')\n"
     "    importlib.import_module('refusallab.bootstrap').install()\nprint('ready')",
-    "a comparison with the library": "from refusallab.directions import difference_in_means\nfrom refusallab.measure import"
-    " wilson\nimport torch\na = torch.randn(3, 2)\nprint(difference_in_means(a, a), wilson(1, 2))",
+    "a comparison with the library": "from refusallab.directions import difference_in_means\n"
+    "from refusallab.measure import wilson\nimport torch\na = torch.randn(3, 2)\n"
+    "print(difference_in_means(a, a), wilson(1, 2))",
 }
 
 
@@ -70,11 +72,13 @@ def test_honest_habits_are_valid_code(habit):
 
 F = "def mean_difference(a, b):\n    "
 WRAPPED = "only calls the library: refusallab.directions.difference_in_means"
+DIRECTIONS = "import refusallab.directions as r\n" + F
+COURSE = "import refusallab.course.exercises.lab02 as x\n    return x.CHOOSE"
 FETCHED = {
     "a wrapper": ("from refusallab.directions import difference_in_means as d\n" + F + "return d(a, b)", WRAPPED),
-    "a lambda": ("from refusallab.directions import difference_in_means as d\nmean_difference = lambda a, b: d(a, b)", WRAPPED),
+    "a lambda": ("import refusallab.directions as r\nmean_difference = lambda *x: r.difference_in_means(*x)", WRAPPED),
     "a lambda under another name": (
-        "from refusallab import directions\ngo = lambda a, b: directions.difference_in_means(a, b)\nmean_difference = go",
+        "import refusallab.directions as r\ngo = lambda a, b: r.difference_in_means(a, b)\nmean_difference = go",
         WRAPPED,
     ),
     "a class": (
@@ -82,15 +86,15 @@ FETCHED = {
         "        return r.difference_in_means(a, b)",
         WRAPPED,
     ),
-    "the definition": (F + "import refusallab.course.exercises.lab02 as x\n    return x.CHOOSE", "inside of the course"),
-    "the definition by dots": ("import refusallab.course\n" + F + "return refusallab.course.exercises.lab02", "inside of the"),
-    "the definition from the package": ("from refusallab import course\n" + F + "return course.exercises", "inside of the"),
+    "the definition": (F + COURSE, "inside of the course"),
+    "the definition by dots": ("import refusallab.course\n" + F + "return refusallab.course.exercises", "inside"),
+    "the definition from the package": ("from refusallab import course\n" + F + "return course.exercises", "inside"),
     "the definition by text": (
         "import importlib\n" + F + "return importlib.import_module('refusallab.course.exercises.lab02')",
         "inside of the",
     ),
     "a module by text": (
-        "import importlib\nd = importlib.import_module('refusallab.directions')\n" + F + "return d.difference_in_means(a, b)",
+        "import importlib\nd = importlib.import_module('refusallab.directions')\n" + F + "return d.x(a, b)",
         "importlib.import_module",
     ),
     "a module by a made text": (
@@ -106,14 +110,14 @@ FETCHED = {
     "code": (F + "return type(a)(a.__code__.replace(co_name='f'))", "__code__"),
     "globals": (F + "return a.__globals__", "__globals__"),
     "globals by text": ("from operator import attrgetter\n" + F + "return attrgetter('__globals__')(a)", "__globals__"),
-    "an attribute of the library": ("import refusallab.directions as r\n" + F + "return getattr(r, 'differ' + b)", "getattr"),
-    "the names of the library": ("import refusallab.directions as r\n" + F + "return r.__dict__['d']", "__dict__"),
+    "an attribute of the library": (DIRECTIONS + "return getattr(r, 'differ' + b)", "getattr"),
+    "the names of the library": (DIRECTIONS + "return r.__dict__['d']", "__dict__"),
     "the file of the library": ("import refusallab\n" + F + "return open(refusallab.__file__)", "__file__"),
     "the shell": (F + "return get_ipython().user_ns", "user_ns"),
-    "a patched library": ("import torch\ntorch.allclose = lambda *a: True\n", "changes what it imported: torch.allclose"),
-    "a patched class": ("from torch import Tensor\nTensor.__eq__ = print\n", "changes what it imported: torch.Tensor.__eq__"),
-    "patched by setattr": ("import torch\nsetattr(torch, 'equal', print)\n", "changes what it imported: torch.equal"),
-    "patched in a loop": ("import torch\nfor torch.equal in [print]: pass\n", "changes what it imported: torch.equal"),
+    "a patched library": ("import torch\ntorch.allclose = lambda *a: True\n", "what it imported: torch.allclose"),
+    "a patched class": ("from torch import Tensor\nTensor.__eq__ = print\n", "what it imported: torch.Tensor.__eq__"),
+    "patched by setattr": ("import torch\nsetattr(torch, 'equal', print)\n", "what it imported: torch.equal"),
+    "patched in a loop": ("import torch\nfor torch.equal in [print]: pass\n", "what it imported: torch.equal"),
     "a mock": ("from unittest import mock\nmock.patch('torch.equal', print).start()\n", "unittest.mock"),
 }  # fmt: skip
 

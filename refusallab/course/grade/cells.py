@@ -69,7 +69,7 @@ def _cell(raw: dict[str, Any]) -> Cell:
 
 
 def lines_as_in_python(text: str) -> str:
-    """A text whose lines end with \\n alone. Python ends them at \\n, \\r and \\r\\n; `splitlines` at more than that."""
+    """A text whose lines end with \\n alone. Python ends them at \\n, \\r and \\r\\n; `splitlines` at more."""
     return re.sub(r"\r\n?", "\n", text)
 
 

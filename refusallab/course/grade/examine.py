@@ -223,7 +223,9 @@ class Run:
     def _run_cell(self, index: int, source: str) -> None:
         reply = self._run(source)
         if reply.timed_out:
-            self.notes[index] = f"Cell {index + 1} {LATE}, and was stopped: {_limit(reply.timed_out, self.task.limits)}."
+            self.notes[index] = (
+                f"Cell {index + 1} {LATE}, and was stopped: {_limit(reply.timed_out, self.task.limits)}."
+            )
         elif reply.error:
             self.notes[index] = f"Cell {index + 1} failed with {reply.error}"
         if reply.output.strip() and len(self.output) < LONGEST_OUTPUT:

@@ -50,7 +50,7 @@ class Limits:
 
     @staticmethod
     def by_the_clock(seconds: float) -> float:
-        """What may pass by the clock before so many seconds of processor time are used: on a busy machine it is much."""
+        """What may pass by the clock before so many seconds of processor time are used: a busy machine takes longer."""
         return 5 * seconds
 
 
@@ -97,7 +97,7 @@ class ForkServer:
     def start_kernel(
         self, connection: dict[str, Any], limits: Limits, folder: str = HOME, env: dict[str, str] | None = None
     ) -> tuple[socket.socket, int]:
-        """Start a kernel with its sockets in a folder from `new_folder`. Returns its lifeline and meter (see zygote)."""
+        """Start a kernel with its sockets in a folder from `new_folder`. Returns lifeline and meter (see zygote)."""
         ours, theirs = socket.socketpair()
         meter = os.memfd_create("meter")
         sockets = Path(connection["ip"])
