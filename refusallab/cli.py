@@ -172,6 +172,13 @@ def grade(
     submissions: Annotated[Path, typer.Argument(help="The folder with the notebooks, as it was downloaded.")],
     out: Annotated[Path, typer.Option(help="The folder for records, feedback and tables.")],
     lab: Annotated[str, typer.Option(help="Grade this lab only, such as 02.")] = "",
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="What the folder holds, where that cannot be told: students (a folder or file for each), labs (a "
+            "folder for each, with the students in it), moodle, canvas, blackboard or github."
+        ),
+    ] = "",
     workers: Annotated[int, typer.Option(min=1, help="Submissions at a time.")] = 2,
     timeout: Annotated[
         float,
@@ -192,12 +199,14 @@ def grade(
     """Grade a class. Run it again after resubmissions, or after a break: only what is new is graded."""
     with _errors_in_one_line():
         from refusallab.course.grade import batch as grading
+        from refusallab.course.grade.pages import read_by_hand
         from refusallab.course.grade.records import Records
         from refusallab.course.grade.report import write_all
         from refusallab.course.grade.server import Limits
 
         out.mkdir(parents=True, exist_ok=True)
         records = Records(database or f"sqlite:///{out / 'grades.sqlite'}")
+        read_by_hand(records, out / "by_hand.csv", early=True)  # under the names of the run that wrote it
         with tqdm(total=0, file=sys.stderr, leave=False, unit="submission") as bar:
 
             def step(done: int, of: int) -> None:
@@ -209,6 +218,7 @@ def grade(
                 records,
                 grading.read_seed(out, seed_file),
                 lab=lab,
+                shape=shape,
                 workers=workers,
                 limits=Limits(timeout, memory),
                 sandboxed=not unsafe,
@@ -217,16 +227,34 @@ def grade(
                 regrade_timeouts=regrade is Regrade.timeouts,
                 on_graded=step,
             )
-        unwritten = write_all(records, out, Path("solutions"), gradebook)
-        for line in (*(f"passed over: {s}" for s in done.skipped), *(f"not graded: {f}" for f in done.failed)):
-            print(line)
+        unwritten = write_all(records, out, Path("solutions"), gradebook, done)
+        _print_files(done)
         if late := len(records.timed_out()):
             print(f"{late} ran into a limit of time. `--regrade timeouts` grades them again, `--timeout` gives more.")
         print(f"{done.graded} graded, {done.unchanged} unchanged. Begin with {out / 'overview.html'}.")
+        if not done.complete:
+            raise RefusalLabError("The sum of files does not hold, so some were lost: compare it with the folder.")
         if unwritten:
             raise RefusalLabError(f"Not everything could be written: {'; '.join(unwritten)}")
         if done.failed:
             raise RefusalLabError("Some submissions were not graded: run the command again, then look at them by hand.")
+        if done.found.conflicts:
+            raise RefusalLabError("Some files are in conflict and were not graded: settle them, then run it again.")
+
+
+def _print_files(done) -> None:
+    from refusallab.course.grade.submissions import some
+
+    for line in done.carried:
+        print(line)
+    for reason, names in done.found.reasons().items():
+        print(f"passed over, {reason}: {some(names)}")
+    for submission in done.found.submissions:
+        if submission.older:
+            print(f"older than {submission.file}: {submission.student}, {some(submission.older)}")
+    for line in (*(f"conflict: {c}" for c in done.found.conflicts), *(f"not graded: {f}" for f in done.failed)):
+        print(line)
+    print(done.account)
 
 
 @app.command()

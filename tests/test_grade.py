@@ -2,13 +2,12 @@
 
 import csv
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from grading import RIGHT, cell, notebook, put, save
+from grading import RIGHT, cell, notebook, save
 
 from refusallab.course.exercise import Case, find
 from refusallab.course.exercises import EXERCISES
@@ -19,61 +18,8 @@ from refusallab.course.grade.plain import Foreign, decode, encode, storable
 from refusallab.course.grade.policy import flags
 from refusallab.course.grade.records import Records
 from refusallab.course.grade.report import write_all
-from refusallab.course.grade.submissions import Submission, find_submissions
+from refusallab.course.grade.submissions import Submission
 from refusallab.errors import RefusalLabError
-
-# --- finding submissions -------------------------------------------------------------------------------------------
-
-SHAPES = {
-    "submitted/ada/02_the_refusal_direction/02_the_refusal_direction.ipynb": ("ada", "02", ""),
-    "ada/02/02 (1).ipynb": ("ada", "02", ""),
-    "submitted/ada/02/Untitled7.ipynb": ("ada", "02", ""),
-    "lovelaceada_LATE_1234_99887_02_the_refusal_direction-2.ipynb": ("lovelaceada-1234", "02", "1234"),
-    "lovelaceada_1234_99887_Untitled.ipynb": ("lovelaceada-1234", "02", "1234"),
-    "Ada Lovelace_77_assignsubmission_file_/02_the_refusal_direction.ipynb": ("Ada Lovelace", "02", "77"),
-    "Ada Lovelace_77_assignsubmission_file_02_the_refusal_direction.ipynb": ("Ada Lovelace", "02", "77"),
-    "Ada Lovelace_77_assignsubmission_file/Copy of lab.ipynb": ("Ada Lovelace", "02", "77"),
-    "ada_02.ipynb": ("ada", "02", ""),
-    "ada-02_the_refusal_direction (3).ipynb": ("ada", "02", ""),
-    "ada_lab02.ipynb": ("ada", "02", ""),
-    "02/ada.ipynb": ("ada", "02", ""),
-    "ada/notebook.ipynb": ("ada", "02", ""),
-    "02 (1).ipynb": ("02", "02", ""),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_whose_and_for_which_lab(tmp_path, name):
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(notebook())
-    [found], skipped = find_submissions(tmp_path)
-    assert ((found.student, found.lab, found.account), skipped) == (SHAPES[name], [])
-
-
-def test_the_newest_of_several_counts(tmp_path):
-    for name, age in (("02.ipynb", 30), ("02 (1).ipynb", 20), ("02 (2).ipynb", 20)):
-        path = put(tmp_path, "ada", notebook(), name)
-        os.utime(path, (1e9 - age, 1e9 - age))
-    [found], _ = find_submissions(tmp_path)
-    assert (found.path.name, found.older) == ("02 (2).ipynb", ("02.ipynb", "02 (1).ipynb"))
-
-
-def test_what_is_no_submission_is_named(tmp_path):
-    (tmp_path / "ada").mkdir()
-    (tmp_path / "ada" / "shopping.ipynb").write_bytes(save([cell("x = 1")]))
-    (tmp_path / "bob_02.ipynb").symlink_to(tmp_path / "ada" / "shopping.ipynb")
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    (tmp_path / ".ipynb_checkpoints" / "cem_02.ipynb").write_bytes(notebook())
-    found, skipped = find_submissions(tmp_path)
-    assert found == []
-    assert [line.split(":")[1][:7] for line in skipped] == [" no lab", " a link"]
-    assert [s.lab for s in find_submissions(tmp_path, "02")[0]] == ["02"]  # then the shopping list is one
-    with pytest.raises(RefusalLabError, match="no folder"):
-        find_submissions(tmp_path / "nowhere")
-    with pytest.raises(RefusalLabError, match="Lab '77' has no exercises"):
-        find_submissions(tmp_path, "77")
-
 
 # --- cells ---------------------------------------------------------------------------------------------------------
 
@@ -437,7 +383,7 @@ def test_tables_for_canvas_and_moodle(records, tmp_path):
     assert possible[-1] == "14"
     assert (ada[1], ada[3], ada[-1]) == ("1234", "", "7")
     assert (bob[1], bob[3], bob[-1]) == ("", "bob", "11")
-    assert read(tmp_path / "moodle_02.csv")[1] == ["Participant 1234", "ada-1234", "7", "14"]
+    assert read(tmp_path / "moodle_02.csv")[1] == ["Participant 1234", "ada", "7", "14"]
     assert len(read(tmp_path / "grades.csv")) == 13
 
 

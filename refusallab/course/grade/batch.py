@@ -22,7 +22,7 @@ from refusallab.course.grade.examine import Graded, Task, examine, not_graded
 from refusallab.course.grade.plain import storable
 from refusallab.course.grade.records import Records
 from refusallab.course.grade.server import Limits, shared
-from refusallab.course.grade.submissions import Submission, find_submissions
+from refusallab.course.grade.submissions import Found, Submission, find_submissions
 from refusallab.errors import RefusalLabError
 
 USUAL = Limits()
@@ -35,8 +35,32 @@ class Batch:
 
     graded: int = 0
     unchanged: int = 0
-    skipped: list[str] = field(default_factory=list)  # files that were passed over
     failed: list[str] = field(default_factory=list)  # submissions that the grader itself could not deal with
+    found: Found = field(default_factory=Found)  # what became of the files
+    carried: list[str] = field(default_factory=list)  # rows of an earlier run that belong to somebody else now
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the files that were found, in numbers of files."""
+        return {
+            "graded": self.graded,
+            "unchanged": self.unchanged,
+            "failed": len(self.failed),
+            "older versions": self.found.older,
+            "in conflict": sum(len(conflict.files) for conflict in self.found.conflicts),
+            "passed over": len(self.found.passed_over),
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file that was found is accounted for."""
+        return self.found.files == sum(self.counts.values())
+
+    @property
+    def account(self) -> str:
+        """The sum of files, in words."""
+        terms = " + ".join(f"{n} {what}" for what, n in self.counts.items())
+        return f"{self.found.files} files found {'=' if self.complete else '≠'} {terms}."
 
 
 def read_seed(out: Path, file: Path | None = None) -> int:
@@ -68,6 +92,7 @@ def grade_class(
     seed: int,
     *,
     lab: str = "",
+    shape: str = "",
     workers: int = 2,
     limits: Limits = USUAL,
     sandboxed: bool = True,
@@ -80,10 +105,11 @@ def grade_class(
 
     `regrade_timeouts`: those also of which the records say that they ran into a limit of time.
     """
-    found, skipped = find_submissions(folder, lab)
-    batch, known, todo = Batch(skipped=skipped), records.digests(), []
+    found = find_submissions(folder, lab, shape)
+    batch = Batch(found=found, carried=records.carry_over(found))
+    known, todo = records.digests(), []
     again = records.timed_out() if regrade_timeouts else set()
-    for submission in found:
+    for submission in found.submissions:
         key = (submission.student, submission.lab)
         try:
             digest = _digest(submission, seed, limits)
@@ -99,7 +125,7 @@ def grade_class(
     with _executor(workers, sandboxed, cluster) as (executor, width):
 
         def start(submission: Submission) -> Future[Graded]:
-            data, sources = submission.path.read_bytes(), (released or {}).get(submission.lab, ())
+            data, sources = submission.read(), (released or {}).get(submission.lab, ())
             task = Task(submission.student, submission.lab, data, seed, limits, sandboxed, sources)
             return executor.submit(examine, task)
 
@@ -114,7 +140,7 @@ def grade_class(
 
 
 def _failure(submission: Submission, error: Exception) -> str:
-    return storable(f"{submission.path.name} of {submission.student}: {error}"[:1000])
+    return storable(f"{submission.file} of {submission.student}: {error}"[:1000])
 
 
 def _record(records: Records, submission: Submission, graded: Graded, digest: str) -> Exception | None:
@@ -191,4 +217,4 @@ def _digest(submission: Submission, seed: int, limits: Limits) -> str:
     definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
     questions = [q for q in QUESTIONS if q.lab == submission.lab]
     parts = (submission.lab, seed, limits.memory, refusallab.__version__, definition, questions, sys.version_info[:2])
-    return hashlib.sha256(repr(parts).encode() + submission.path.read_bytes()).hexdigest()
+    return hashlib.sha256(repr(parts).encode() + submission.read()).hexdigest()

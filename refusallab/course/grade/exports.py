@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from itertools import groupby
@@ -12,6 +11,7 @@ from typing import Any
 from refusallab.course.exercises import EXERCISES, QUESTIONS
 from refusallab.course.grade.pages import points
 from refusallab.course.grade.records import Records
+from refusallab.course.grade.tables import write_csv
 from refusallab.errors import RefusalLabError
 
 
@@ -22,16 +22,11 @@ def write_tables(records: Records, folder: Path) -> None:
     totals = {key: sum(g.points or 0 for g in rows) for key, rows in by_key.items()}
     labs = sorted({s.lab for s in submissions})
     accounts = {s.student: s.account for s in submissions}
-    _write(folder / "grades.csv", _all_points(grades))
-    _write(folder / "canvas.csv", _canvas(labs, accounts, totals))
+    write_csv(folder / "grades.csv", _all_points(grades))
+    write_csv(folder / "canvas.csv", _canvas(labs, accounts, totals))
     for lab in labs:
         own = [s for s in submissions if s.lab == lab]
-        _write(folder / f"moodle_{lab}.csv", _moodle(own, totals))
-
-
-def _write(path: Path, rows: list[list[str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
+        write_csv(folder / f"moodle_{lab}.csv", _moodle(own, totals))
 
 
 def _most(lab: str) -> str:
@@ -56,13 +51,14 @@ def _all_points(grades: list[Any]) -> list[list[str]]:
 
 
 def _canvas(labs: list[str], accounts: dict[str, str], totals: dict[Any, float]) -> list[list[str]]:
-    """Canvas finds students by ID, or by login where the download did not tell the ID."""
+    """Canvas finds students by ID, a number, or by login where the download did not tell the ID."""
     heading = ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *(f"Lab {lab}" for lab in labs)]
     possible = ["    Points Possible", "", "", "", "", *(_most(lab) for lab in labs)]
     rows = []
     for student, account in sorted(accounts.items()):
         values = [points(totals[lab, student]) if (lab, student) in totals else "" for lab in labs]
-        rows.append([student, account, "", "" if account else student, "", *values])
+        number = account if account.isdecimal() else ""
+        rows.append([student, number, "", "" if number else account or student, "", *values])
     return [heading, possible, *rows]
 
 
@@ -70,8 +66,9 @@ def _moodle(submissions: list[Any], totals: dict[Any, float]) -> list[list[str]]
     heading = ["Identifier", "Full name", "Grade", "Maximum Grade"]
     rows = []
     for s in submissions:
-        who = f"Participant {s.account}" if s.account else ""
-        rows.append([who, s.student, points(totals.get((s.lab, s.student), 0)), _most(s.lab)])
+        who = f"Participant {s.account}" if s.account.isdecimal() else ""
+        name = s.student.removesuffix(f"-{s.account}")
+        rows.append([who, name, points(totals.get((s.lab, s.student), 0)), _most(s.lab)])
     return [heading, *rows]
 
 

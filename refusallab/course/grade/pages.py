@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 
 from refusallab.course.exercises import EXERCISES, QUESTIONS
 from refusallab.course.grade.cells import read_cells
 from refusallab.course.grade.records import Records
+from refusallab.course.grade.submissions import some
+from refusallab.course.grade.tables import as_it_was, write_csv
 from refusallab.errors import RefusalLabError
+
+if TYPE_CHECKING:
+    from refusallab.course.grade.batch import Batch
 
 TITLES = {item.number: item.title for item in (*EXERCISES, *QUESTIONS)}
 BY_HAND = ("student", "lab", "question", "points", "comment", "answer")
@@ -31,7 +37,7 @@ def points(value: float | None) -> str:
 def _environment() -> Environment:
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["points"] = points
+    environment.filters |= {"points": points, "some": some}
     environment.globals["titles"] = TITLES
     return environment
 
@@ -66,8 +72,11 @@ def write_feedback(records: Records, folder: Path) -> list[str]:
     return failed
 
 
-def write_overview(records: Records, path: Path, rubrics: dict[str, str]) -> None:
-    """Write the page of the class: distributions, mistakes, and what needs a person. `rubrics` are by question."""
+def write_overview(records: Records, path: Path, rubrics: dict[str, str], done: Batch | None = None) -> None:
+    """Write the page of the class: distributions, mistakes, what needs a person, and what became of each file.
+
+    `rubrics` are by question, `done` is what the run did.
+    """
     submissions, grades = records.all_submissions(), records.all_grades()
     waiting = [g for g in grades if g.answer and g.points is None]
     page = (
@@ -78,6 +87,7 @@ def write_overview(records: Records, path: Path, rubrics: dict[str, str]) -> Non
             labs=[_lab(lab, list(rows), submissions) for lab, rows in groupby(grades, key=lambda g: g.lab)],
             damaged=[s for s in submissions if s.problem],
             flagged=[g for g in grades if g.flags],
+            done=done,
             questions=[
                 {"number": n, "rubric": rubrics.get(n, ""), "answers": [g for g in waiting if g.exercise == n]}
                 for n in sorted({g.exercise for g in waiting})
@@ -115,38 +125,47 @@ def read_rubrics(folder: Path) -> dict[str, str]:
     return {cell.tag["number"]: cell.source for cell in cells if cell.tag.get("role") == "rubric"}
 
 
-def read_by_hand(records: Records, path: Path) -> None:
-    """Take over the points that people have filled in. RefusalLabError if a line makes no sense."""
+def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
+    """Take over the points that people have filled in. RefusalLabError if a line makes no sense.
+
+    `early` stands for a run that has not graded yet: lines for what the records do not know may make sense later.
+    """
     if not path.exists():
         return
     most = {question.number: question.points for question in QUESTIONS}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            given = (row.get("points") or "").strip().replace(",", ".")
-            if not given:
-                continue
-            try:
-                value = float(given)
-                fits = 0 <= value <= most[row["question"]]
-            except (ValueError, KeyError):
-                fits = False
-            if not fits or not records.write_points(
-                row["student"], row["lab"], row["question"], value, row.get("comment") or ""
-            ):
-                raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Mend that line.")
+    for number, row in enumerate(_read_table(path), 2):
+        given = row["points"].strip().replace(",", ".")
+        if not given:
+            continue
+        student, comment = as_it_was(row["student"]), as_it_was(row["comment"])
+        lab = row["lab"].zfill(2)  # spreadsheets write 2 for 02
+        try:
+            value = float(given)
+            fits = 0 <= value <= most[row["question"]]
+        except (ValueError, KeyError):
+            fits = False
+        if not fits or not (records.write_points(student, lab, row["question"], value, comment) or early):
+            raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Mend that line.")
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of by_hand.csv, which a spreadsheet may have saved with semicolons."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RefusalLabError(f"{path.name} is no text in UTF-8: save it as `CSV UTF-8`.") from error
+    heading = text.partition("\n")[0]
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if heading.count(";") > 3 else ",")
+    if missing := [name for name in BY_HAND if name not in (table.fieldnames or ())]:
+        raise RefusalLabError(f"{path.name} has no column {missing[0]!r}: save it as CSV, with its first line.")
+    return [{name: row[name] or "" for name in BY_HAND} for row in table]
 
 
 def write_by_hand(records: Records, path: Path) -> None:
     """Write the table in which people fill in points for written answers."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(BY_HAND)
-        for g in records.all_grades():
-            if g.answer:
-                given = "" if g.points is None else points(g.points)
-                table.writerow((g.student, g.lab, g.exercise, given, g.problem, _safe(g.answer)))
-
-
-def _safe(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text
+    rows = [
+        (g.student, g.lab, g.exercise, "" if g.points is None else points(g.points), g.problem, g.answer)
+        for g in records.all_grades()
+        if g.answer
+    ]
+    write_csv(path, [BY_HAND, *rows])

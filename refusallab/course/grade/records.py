@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -25,7 +28,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from refusallab.course.exercises import QUESTIONS
 from refusallab.course.grade.examine import Graded
 from refusallab.course.grade.kernel import LATE
-from refusallab.course.grade.submissions import Submission
+from refusallab.course.grade.plain import storable
+from refusallab.course.grade.submissions import Found, Submission
 from refusallab.errors import RefusalLabError
 
 _metadata = MetaData()
@@ -62,11 +66,21 @@ grades = Table(
 )
 
 
+renamed = Table(
+    "renamed",
+    _metadata,
+    Column("lab", String(10), primary_key=True),
+    Column("old", String(200), primary_key=True),
+    Column("student", String(200)),  # who it is now; "" if the row was taken out
+)
+
+
 class Records:
     """The database of a course."""
 
     def __init__(self, url: str):
         try:
+            self.copy = ""  # name of the copy that was made of it
             self.engine: Engine = create_engine(url)
             _metadata.create_all(self.engine)
         except (ArgumentError, SQLAlchemyError, ImportError) as error:
@@ -99,11 +113,77 @@ class Records:
                 connection.execute(insert(grades), rows)
 
     def write_points(self, student: str, lab: str, question: str, points: float, comment: str) -> bool:
-        """Note what a person gave for a written answer. False if there is no such answer."""
-        own = (grades.c.student == student) & (grades.c.lab == lab) & (grades.c.exercise == question)
-        own &= grades.c.answer.is_not(None)
+        """Note what a person gave for a written answer. False if there is no such answer.
+
+        A table that was filled in before an identity changed may still use the old one.
+        """
         with self.engine.begin() as connection:
-            return bool(connection.execute(update(grades).where(own).values(points=points, problem=comment)).rowcount)
+
+            def give(name: str) -> bool:
+                own = (grades.c.student == name) & (grades.c.lab == lab) & (grades.c.exercise == question)
+                own &= grades.c.answer.is_not(None)
+                values = {"points": points, "problem": comment}
+                return bool(connection.execute(update(grades).where(own).values(values)).rowcount)
+
+            if give(student):
+                return True
+            where = (renamed.c.lab == lab) & (renamed.c.old == student)
+            now = connection.execute(select(renamed.c.student).where(where)).scalar()
+            return now == "" or (now is not None and give(now))
+
+    def carry_over(self, found: Found) -> list[str]:
+        """Give the rows of earlier runs to whom their files or accounts belong now, and say which.
+
+        Points given by hand go along. A row that fits nobody is taken out, after the file of the records was copied.
+        """
+        lines, rows = [], self.all_submissions()
+        taken = {(row.student, row.lab) for row in rows}
+        current = {(s.student, s.lab) for s in found.submissions}
+        for row in rows:
+            owner = found.owners.get(row.file) or _owner_of_account(row, found)
+            who = f"{row.student}, lab {row.lab}"
+            if not owner or owner == (row.student, row.lab):
+                continue
+            if (row.student, row.lab) in current:  # has another file now, which is graded even if it is the same
+                self._forget_digest(row.student, row.lab)
+                continue
+            new = owner[0] if owner in current - taken and owner[1] == row.lab else ""
+            copy = self._keep_copy()
+            if not new and not copy:
+                lines.append(f"{who}: its file is {owner[0]}'s now, lab {owner[1]}. Remove that row from the records.")
+                continue
+            self._rename(row.student, row.lab, new)
+            taken.add((new, row.lab))
+            what = f"is {new} now" if new else f"was taken out: its file is {owner[0]}'s, lab {owner[1]}"
+            lines.append(f"{who}, {what}." + (f" The records as they were: {copy}." if copy else ""))
+        return lines
+
+    def _forget_digest(self, student: str, lab: str) -> None:
+        with self.engine.begin() as connection:
+            mine = (submissions.c.student == student) & (submissions.c.lab == lab)
+            connection.execute(update(submissions).where(mine).values(digest=""))
+
+    def _rename(self, old: str, lab: str, new: str) -> None:
+        with self.engine.begin() as connection:
+            for table in (submissions, grades):
+                mine = (table.c.student == old) & (table.c.lab == lab)
+                connection.execute(update(table).where(mine).values(student=new) if new else delete(table).where(mine))
+            connection.execute(delete(renamed).where((renamed.c.lab == lab) & (renamed.c.old == old)))
+            connection.execute(insert(renamed).values(lab=lab, old=old, student=new))
+
+    def _keep_copy(self) -> str:
+        """Copy the file of the records once in a run, and give its name; "" for a database that is no file."""
+        file = self.engine.url.database
+        if self.engine.dialect.name != "sqlite" or not file or file == ":memory:":
+            return ""
+        if not self.copy:
+            number = 1
+            while (copy := Path(f"{file}.old{number}")).exists():
+                number += 1
+            with closing(sqlite3.connect(file)) as now, closing(sqlite3.connect(copy)) as then:
+                now.backup(then)
+            self.copy = copy.name
+        return self.copy
 
     def all_submissions(self) -> list[Any]:
         """Every row of `submissions`, by lab and student."""
@@ -117,13 +197,27 @@ class Records:
             return list(connection.execute(select(grades).order_by(*order)))
 
 
+def _owner_of_account(row: Any, found: Found) -> tuple[str, str] | None:
+    """Whose a row is by its account: as earlier runs named them, or under a new name, where accounts last.
+
+    (A number in Moodle is that of a participant in one assignment; another name may be another person.)
+    """
+    for s in found.submissions:
+        if row.account and (row.account, row.lab) == (s.account, s.lab):
+            earlier = row.student == s.student.removesuffix(f"-{s.account}")
+            renamed = s.platform != "moodle" and row.student.endswith(f"-{s.account}")
+            if earlier or renamed:
+                return s.student, s.lab
+    return None
+
+
 def _about(submission: Submission, graded: Graded) -> dict[str, Any]:
     notes: Sequence[str] = graded.notes
     if submission.older:
-        notes = [*notes, f"{submission.path.name} was graded. It replaces {', '.join(submission.older)}."]
+        notes = [*notes, f"{submission.file} was graded. It replaces {', '.join(submission.older)}."]
     return {
         "account": submission.account,
-        "file": str(submission.path),
+        "file": storable(str(submission.path)),
         "problem": graded.problem,
         "notes": list(notes),
         "output": graded.output,
