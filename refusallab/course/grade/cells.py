@@ -103,9 +103,10 @@ class Notebook:
         for index, cell in enumerate(self.cells):
             if cell.kind == "code":
                 try:
-                    magic += len(MAGIC.findall(cell.source)) * len(cell.source)
-                    if magic > MOST_MAGIC:
+                    cost = len(MAGIC.findall(cell.source)) * len(cell.source)
+                    if cost and magic + cost > MOST_MAGIC:
                         raise ValueError("too many magics and shell lines")
+                    magic += cost
                     found[index] = _parse(cell.source)
                 except SyntaxError as error:
                     self.problems[index] = f"line {error.lineno}: {error.msg}"
