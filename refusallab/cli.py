@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,13 @@ from tqdm import tqdm
 from refusallab.errors import RefusalLabError
 
 COLUMNS = 6  # defences beside each other in the tables of `matrix`
+
+
+class Regrade(StrEnum):
+    """What `refusallab grade` can grade again although it has not changed."""
+
+    timeouts = "timeouts"
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refusal Mechanics Labs.")
 
@@ -174,7 +182,8 @@ def grade(
     ] = "",
     workers: Annotated[int, typer.Option(min=1, help="Submissions at a time.")] = 2,
     timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds for a cell or an exercise; six times that in all.")
+        float,
+        typer.Option(min=1, help="Seconds of processor time for a cell or an exercise; six times that in all."),
     ] = 20,
     memory: Annotated[float, typer.Option(min=0.1, help="GB for a submission.")] = 2,
     seed_file: Annotated[
@@ -183,6 +192,9 @@ def grade(
     database: Annotated[str, typer.Option(help="SQLAlchemy URL of the records. Without: grades.sqlite in --out.")] = "",
     cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler that shares out the work.")] = "",
     gradebook: Annotated[str, typer.Option(help="Also write to this nbgrader gradebook: sqlite:///gradebook.db.")] = "",
+    regrade: Annotated[
+        Regrade | None, typer.Option(help="Grade these again although they have not changed: timeouts.")
+    ] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Run the students' code without a sandbox.")] = False,
 ) -> None:
     """Grade a class. Run it again after resubmissions, or after a break: only what is new is graded."""
@@ -213,13 +225,18 @@ def grade(
                 sandboxed=not unsafe,
                 cluster=cluster,
                 released=grading.read_released(Path("labs")),
+                regrade_timeouts=regrade is Regrade.timeouts,
                 on_graded=step,
             )
-        write_all(records, out, Path("solutions"), gradebook, done)
+        unwritten = write_all(records, out, Path("solutions"), gradebook, done)
         _print_files(done)
+        if late := len(records.timed_out()):
+            print(f"{late} ran into a limit of time. `--regrade timeouts` grades them again, `--timeout` gives more.")
         print(f"{done.graded} graded, {done.unchanged} unchanged. Begin with {out / 'overview.html'}.")
         if not done.complete:
             raise RefusalLabError("The sum of files does not hold, so some were lost: compare it with the folder.")
+        if unwritten:
+            raise RefusalLabError(f"Not everything could be written: {'; '.join(unwritten)}")
         if done.failed:
             raise RefusalLabError("Some submissions were not graded: run the command again, then look at them by hand.")
         if done.found.conflicts:

@@ -211,24 +211,28 @@ class TestJudge:
         assert capfd.readouterr().err == "log\ndescriptor"  # afterwards all is as it was
 
 
+def own(harmful, harmless):
+    return harmful.mean(0) - harmless.mean(0)
+
+
 class TestCheck:
     def test_right(self, capsys):
         e = find("2.1")
-        check("2.1", e.reference)
+        check("2.1", own)
         assert capsys.readouterr().out == f"✓ 2.1 {e.title}: right on 3 inputs. {e.points} of {e.points} points.\n"
         assert passed() == {"2.1"}
 
     def test_wrong(self):
         e = find("2.1")
         with pytest.raises(CheckFailed) as failed:
-            check("2.1", e.mistakes[0].wrong)
+            check("2.1", lambda harmful, harmless: own(harmless, harmful))
         message = str(failed.value)
         assert e.mistakes[0].name in message and e.mistakes[0].advice in message and "not yet" in message
         assert failed.value._render_traceback_() == [message]  # what a notebook shows instead of the traceback
         assert passed() == set()
 
     def test_the_hidden_check_says_nothing_and_records_nothing(self, capsys):
-        check("2.1", find("2.1").reference, seed=HIDDEN_SEED)
+        check("2.1", own, seed=HIDDEN_SEED)
         assert capsys.readouterr().out == ""
         assert passed() == set()
 
@@ -251,7 +255,7 @@ class TestProgress:
     def test_a_corrupt_file_costs_no_work(self, progress_file, capsys):
         progress_file.parent.mkdir()
         progress_file.write_bytes(b"not a database" * 100)
-        check("2.1", find("2.1").reference)
+        check("2.1", own)
         said = capsys.readouterr()
         assert "Progress was not saved" in said.out and "✓ 2.1" in said.out and said.err == ""
         assert passed() == set()
@@ -260,7 +264,7 @@ class TestProgress:
     def test_a_place_where_nothing_can_be_written_costs_no_work(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("REFUSALLAB_PROGRESS", str(tmp_path / "file" / "progress.sqlite"))
-        check("2.1", find("2.1").reference)
+        check("2.1", own)
         assert "✓ 2.1" in capsys.readouterr().out
 
     def test_notebooks_may_write_at_the_same_time(self):

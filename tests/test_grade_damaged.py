@@ -39,6 +39,13 @@ STUBBORN = f"{KL}\n    while True:\n        try:\n            while True: pass\n
 IN_PLACE = (
     "def mean_difference(harmful, harmless):\n    harmful -= 1\n    return harmful.mean(0) + 1 - harmless.mean(0)"
 )
+SLEEP = f"import time\n{KL}\n    time.sleep({{}})\n{BODY}"
+FORKS = f"import os, time\n{KL}\n    if os.fork() == 0:\n        while True: pass\n    time.sleep(600)"
+WORK = "def work():\n    while True: hashlib.sha256(bytes(1 << 24))"
+THREADS = f"import hashlib, threading\n{WORK}\n{KL}\n    threading.Thread(target=work, daemon=True).start()\n    work()"
+STOPS = f"import os\n{KL}\n    os.kill(os.getpid(), 19)"
+PASTED = f"# from\u2028the web\n{KL}\n    s = 'One\u2029two\x0cthree.'\n{BODY}"
+COURSE = "from refusallab.course.exercises.lab02 import EXERCISES\n_, kl, *_ = (e.reference for e in EXERCISES)"
 LOUD = "print('x' * 50_000_000)"
 EDITED = [answer("2.1", WRONG["2.1"][0][0]), cell("print('all right')", nbgrader=LOCKED), *CELLS[1:]]
 ALL, NONE = 11, 0
@@ -51,6 +58,19 @@ DAMAGED = {
     "segfault": (answers(f"import ctypes\n{KL} ctypes.string_at(0)"), 9, "2.2", "SIGSEGV"),
     "endless-answer": (answers(f"{KL}\n    while True: pass"), 9, "2.2", "in time"),
     "endless-and-stubborn": (answers(STUBBORN), 9, "2.2", "in time"),
+    "sleeps-but-is-right": (answers(SLEEP.format(3)), ALL, "", ""),
+    "sleeps-for-ever": (answers(SLEEP.format(600)), 9, "2.2", "30 s by the clock"),
+    "works-in-a-process": (answers(FORKS), 9, "2.2", "6 s of processor time"),
+    "works-in-threads": (answers(THREADS), 9, "2.2", "6 s of processor time"),
+    "stops-itself": (answers(STOPS), 9, "2.2", "30 s by the clock"),
+    "pasted-ends-of-lines": (answers(PASTED), ALL, "", ""),
+    "of-the-course": (answers(COURSE), 9, "2.2", "course's own"),
+    "500-magics-and-half-a-character": (
+        notebook(before=["\n".join(["%time 1"] * 500), "'\ud800'"]),
+        ALL,
+        "",
+        "",
+    ),
     "endless-cell": (notebook(after=["while True: pass"]), ALL, "", ""),
     "endless-needed-cell": (answers(LOOP), 9, "2.2", "was not defined"),
     "loud": (notebook(with_(kl=f"{KL}\n    {LOUD}"), before=[LOUD]), 9, "2.2", "got"),
@@ -138,7 +158,8 @@ def test_resubmissions(tmp_path):
     assert grade(answers(WRONG["2.2"][0][0])) == (9, 1, 1)
     assert grade(notebook()[:500]) == (0, 1, 1)
     assert grade(notebook(written="Now with an answer")) == (11, 1, 1)
-    assert grade(notebook(written="Now with an answer"), replace(LIMITS, timeout=7)) == (11, 2, 0)
+    assert grade(notebook(written="Now with an answer"), replace(LIMITS, memory=0.6)) == (11, 2, 0)
+    assert grade(notebook(written="Now with an answer"), replace(LIMITS, memory=0.6, timeout=7)) == (11, 0, 2)
 
 
 def test_without_bubblewrap_grading_refuses(tmp_path, monkeypatch):

@@ -379,9 +379,12 @@ def test_bending_the_probe_is_shown_to_a_person():
 import refusallab.course.grade.probe as p
 observe = p._observe
 def lie(exercise, namespace, inputs):
-    return observe(exercise, {exercise.function: exercise.reference}, inputs)
+    return observe(exercise, {exercise.function: %s}, inputs)
 p._observe = lie
 """
+    graded = grade(answer=WRONG + bent % "exercise.reference")
+    assert sum(o.points for o in graded.outcomes) == 0
+    bent %= "lambda *a, **k: exercise.reference(*a, **k)"
     graded = grade(answer=f"{WRONG}{bent}")
     first = graded.outcomes[0]
     assert first.points == 0 or "inside of the course" in " ".join(first.flags)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from refusallab.course.exercise import CheckFailed, judge, report
+from refusallab.course.exercise import CheckFailed, Verdict, borrowed, judge, report
 from refusallab.course.exercises import find
 from refusallab.course.progress_file import record
 
@@ -16,9 +16,11 @@ def check(number: str, function: Callable[..., Any], *, seed: int = PUBLIC_SEED)
     """Judge the answer to an exercise: print what is right, or raise CheckFailed with what is not.
 
     `seed` makes the inputs; any seed must give the same verdict. Seeds other than the public one are for hidden checks,
-    which say nothing when all is well.
+    which say nothing when all is well. A function of the course is no answer.
     """
-    verdict = judge(find(number), function, seed)
+    exercise = find(number)
+    problem = borrowed(exercise, function)
+    verdict = Verdict(exercise, problem) if problem else judge(exercise, function, seed)
     if not verdict.passed:
         raise CheckFailed(report(verdict))
     if seed == PUBLIC_SEED:

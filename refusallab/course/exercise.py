@@ -21,6 +21,12 @@ import torch
 from torch import Tensor
 
 from refusallab.course.catalogue import Header, header
+from refusallab.course.origin import course_code
+
+BORROWED = (
+    "This is the course's own {}. You may use it wherever you like, but as an answer it earns no points: write {} "
+    "yourself."
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,12 @@ def judge(exercise: Exercise, function: Callable[..., Any], seed: int) -> Verdic
     if not callable(function):
         return Verdict(exercise, f"`{exercise.function}` must be a function, and this is a {type(function).__name__}.")
     return verdict(exercise, seed, lambda place, inputs: exercise.observe(function, inputs))
+
+
+def borrowed(exercise: Exercise, function: Any) -> str:
+    """What to tell whoever hands in a function of the course as their answer. Empty where it is their own."""
+    name = course_code(function)
+    return BORROWED.format(f"`{name}`", f"`{exercise.function}`") if name else ""
 
 
 def verdict(exercise: Exercise, seed: int, observed: Callable[[int, dict[str, Any]], Any]) -> Verdict:

@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqlalchemy.exc import OperationalError
+
 import refusallab
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.exercises import exercises_of
 from refusallab.course.grade.cells import read_cells
-from refusallab.course.grade.examine import Graded, Task, examine
+from refusallab.course.grade.examine import Graded, Task, examine, not_graded
+from refusallab.course.grade.plain import storable
 from refusallab.course.grade.records import Records
 from refusallab.course.grade.server import Limits, shared
 from refusallab.course.grade.submissions import Found, Submission, find_submissions
@@ -96,15 +99,25 @@ def grade_class(
     sandboxed: bool = True,
     cluster: str = "",
     released: dict[str, tuple[str, ...]] | None = None,
+    regrade_timeouts: bool = False,
     on_graded: Callable[[int, int], None] = lambda done, of: None,
 ) -> Batch:
-    """Grade every submission in a folder that is not in the records as it is. A failure costs one submission."""
+    """Grade every submission in a folder that is not in the records as it is. A failure costs one submission.
+
+    `regrade_timeouts`: those also of which the records say that they ran into a limit of time.
+    """
     found = find_submissions(folder, lab, shape)
     batch = Batch(found=found, carried=records.carry_over(found))
     known, todo = records.digests(), []
+    again = records.timed_out() if regrade_timeouts else set()
     for submission in found.submissions:
-        digest = _digest(submission, seed, limits)
-        if known.get((submission.student, submission.lab)) == digest:
+        key = (submission.student, submission.lab)
+        try:
+            digest = _digest(submission, seed, limits)
+        except (OSError, RefusalLabError) as error:
+            batch.failed.append(_failure(submission, error))
+            continue
+        if known.get(key) == digest and key not in again:
             batch.unchanged += 1
         else:
             todo.append((submission, digest))
@@ -118,13 +131,34 @@ def grade_class(
             return executor.submit(examine, task)
 
         for submission, digest, graded in _in_turn(todo, start, 2 * width):
-            if isinstance(graded, Graded):
-                records.write(submission, graded, digest)
-                batch.graded += 1
+            error = graded if isinstance(graded, Exception) else _record(records, submission, graded, digest)
+            if error:
+                batch.failed.append(_failure(submission, error))
             else:
-                batch.failed.append(f"{submission.file} of {submission.student}: {graded}")
+                batch.graded += 1
             on_graded(batch.graded + len(batch.failed), len(todo))
     return batch
+
+
+def _failure(submission: Submission, error: Exception) -> str:
+    return storable(f"{submission.file} of {submission.student}: {error}"[:1000])
+
+
+def _record(records: Records, submission: Submission, graded: Graded, digest: str) -> Exception | None:
+    """Write what became of a submission; if the records do not take that, that a person has to look at it.
+
+    Returns the error if nothing could be written: then it is the database.
+    """
+    try:
+        records.write(submission, graded, digest)
+    except OperationalError as error:
+        return error
+    except Exception as error:
+        try:
+            records.write(submission, not_graded(graded, error), digest)
+        except Exception:
+            return error
+    return None
 
 
 def _in_turn(
@@ -135,7 +169,12 @@ def _in_turn(
     while waiting or running:
         while waiting and len(running) < width:
             entry = waiting.pop()
-            running[start(entry[0])] = entry
+            try:
+                future = start(entry[0])
+            except Exception as error:  # a file that has gone, for example
+                future = Future()
+                future.set_exception(error)
+            running[future] = entry
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             submission, digest, attempt = running.pop(future)
             error = future.exception()
@@ -174,9 +213,9 @@ def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Exe
 
 
 def _digest(submission: Submission, seed: int, limits: Limits) -> str:
-    """Changes with whatever may change the grade."""
+    """Changes with whatever may change the grade, but for the limits of time: see `regrade_timeouts`."""
     modules = {inspect.getsourcefile(e.cases) or "" for e in exercises_of(submission.lab)}
     definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
     questions = [q for q in QUESTIONS if q.lab == submission.lab]
-    parts = (submission.lab, seed, limits, refusallab.__version__, definition, questions, sys.version_info[:2])
+    parts = (submission.lab, seed, limits.memory, refusallab.__version__, definition, questions, sys.version_info[:2])
     return hashlib.sha256(repr(parts).encode() + submission.read()).hexdigest()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,8 +20,12 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from refusallab.errors import RefusalLabError
 
-LARGEST = 100 << 20  # bytes of a notebook
+LARGEST = 50 << 20  # bytes of a notebook, with its outputs
+MOST_CELLS = 2_000
+MOST_CODE = 1_000_000  # characters in all code cells
 LONGEST = 200_000  # characters of a cell that is read
+MAGIC = re.compile(r"^[ \t]*[%!?,;/]|\?[ \t]*$|=[ \t]*[%!]", flags=re.M)  # a line that IPython may have to rewrite
+MOST_MAGIC = 1_000_000  # of such lines times the characters of their cell, each of which IPython reads for each line
 HARMLESS = {"print", "display", "check", "progress", "help", "len", "type"}  # skipping such a call changes no answer
 
 
@@ -38,24 +43,34 @@ def read_cells(data: bytes) -> list[Cell]:
     if not data.strip():
         raise RefusalLabError("The file is empty.")
     if len(data) > LARGEST:
-        raise RefusalLabError(f"The file is larger than {LARGEST >> 20} MB.")
+        raise RefusalLabError(f"The file is larger than {LARGEST >> 20} MB: clear the outputs of its cells.")
     try:
         notebook = json.loads(data.decode("utf-8-sig"))
         cells = notebook["cells"] if "cells" in notebook else notebook["worksheets"][0]["cells"]
-        return [_cell(cell) for cell in cells]
+        if len(cells) > MOST_CELLS:
+            raise RefusalLabError(f"The notebook has {len(cells)} cells. {MOST_CELLS} is the most that is read.")
+        found = [_cell(cell) for cell in cells]
     except UnicodeDecodeError as error:
         raise RefusalLabError("The file is not text in UTF-8, so it is no notebook.") from error
     except (ValueError, RecursionError) as error:
         raise RefusalLabError(f"The file is damaged or cut off: {str(error)[:100]}.") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RefusalLabError("The file is JSON, but not a notebook.") from error
+    if (size := sum(len(cell.source) for cell in found if cell.kind == "code")) > MOST_CODE:
+        raise RefusalLabError(f"The notebook has {size:,} characters of code. {MOST_CODE:,} is the most that is read.")
+    return found
 
 
 def _cell(raw: dict[str, Any]) -> Cell:
     source = raw.get("source", raw.get("input", ""))
     tag = raw.get("metadata", {}).get("refusallab", {})
     text = source if isinstance(source, str) else "".join(map(str, source))
-    return Cell(str(raw["cell_type"]), text, tag if isinstance(tag, dict) else {})
+    return Cell(str(raw["cell_type"]), lines_as_in_python(text), tag if isinstance(tag, dict) else {})
+
+
+def lines_as_in_python(text: str) -> str:
+    """A text whose lines end with \\n alone. Python ends them at \\n, \\r and \\r\\n; `splitlines` at more."""
+    return re.sub(r"\r\n?", "\n", text)
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Statement:
     """A statement at the top level of a cell, and the names that matter to others."""
 
     cell: int
+    node: ast.stmt
     first: int  # line, from 1
     last: int
     binds: frozenset[str]  # names that it defines
@@ -83,14 +99,18 @@ class Notebook:
     @cached_property
     def trees(self) -> dict[int, ast.Module]:
         """The syntax of every code cell that has one. Fills `problems`."""
-        found = {}
+        found, magic = {}, 0
         for index, cell in enumerate(self.cells):
             if cell.kind == "code":
                 try:
+                    cost = len(MAGIC.findall(cell.source)) * len(cell.source)
+                    if cost and magic + cost > MOST_MAGIC:
+                        raise ValueError("too many magics and shell lines")
+                    magic += cost
                     found[index] = _parse(cell.source)
                 except SyntaxError as error:
                     self.problems[index] = f"line {error.lineno}: {error.msg}"
-                except (ValueError, RecursionError, MemoryError) as error:
+                except Exception as error:  # what IPython and Python say about odd cells is not one kind of error
                     self.problems[index] = str(error) or "nested too deep"
         return found
 
@@ -98,10 +118,19 @@ class Notebook:
     def statements(self) -> list[Statement]:
         return [_statement(index, node) for index, tree in self.trees.items() for node in tree.body]
 
+    @cached_property
+    def bindings(self) -> dict[str, list[tuple[int, ast.stmt]]]:
+        """For each name the statements that define it, with the cells they stand in."""
+        found = defaultdict(list)
+        for s in self.statements:
+            for name in s.binds:
+                found[name].append((s.cell, s.node))
+        return found
+
     def functions(self, name: str) -> list[tuple[int, ast.FunctionDef | ast.AsyncFunctionDef]]:
         """The definitions of a function, with the cells they stand in. Stubs only if there is nothing else."""
         kinds = ast.FunctionDef | ast.AsyncFunctionDef
-        found = [(i, n) for i, tree in self.trees.items() for n in tree.body if isinstance(n, kinds) and n.name == name]
+        found = [(i, n) for i, n in self.bindings.get(name, ()) if isinstance(n, kinds)]
         return [pair for pair in found if not _is_stub(pair[1])] or found
 
     def problem_of(self, name: str) -> str:
@@ -113,32 +142,43 @@ class Notebook:
 
     def needed(self, names: Collection[str], whole: Collection[int] = ()) -> list[tuple[int, str]]:
         """What to run, cell by cell, so that `names` are defined and the cells `whole` have run."""
-        candidates = self._without_stubs()
+        candidates, whole = self._without_stubs(), set(whole)
         variables = {name for s in candidates if not s.imports for name in s.binds}
-        chosen = [s for s in candidates if s.cell in whole or "*" in s.binds]
-        wanted = set(names).union(*(s.uses for s in chosen))
-        grew = True
-        while grew:
-            grew = False
-            for s in candidates:
-                if s not in chosen and (s.binds & wanted or s.changes & wanted & variables):
-                    chosen.append(s)
-                    wanted |= s.uses
-                    grew = True
-        cells = sorted({s.cell for s in chosen})
-        return [(i, self._source(i, [s for s in chosen if s.cell == i], i in whole)) for i in cells]
+        touching = defaultdict(list)  # for each name, what defines it or may change it
+        for place, s in enumerate(candidates):
+            for name in s.binds | s.changes & variables:
+                touching[name].append(place)
+        chosen: set[int] = set()
+        todo = [place for place, s in enumerate(candidates) if s.cell in whole or "*" in s.binds]
+        wanted, names = set(), list(names)
+        while todo or names:
+            if todo:
+                place = todo.pop()
+                if place not in chosen:
+                    chosen.add(place)
+                    names += candidates[place].uses
+            elif (name := names.pop()) not in wanted:
+                wanted.add(name)
+                todo += touching[name]
+        by_cell = _by_cell(candidates[place] for place in sorted(chosen))
+        return [(i, self._source(i, by_cell[i], i in whole)) for i in sorted(by_cell)]
 
     def _without_stubs(self) -> list[Statement]:
         written = {name for s in self.statements if not s.stub for name in s.binds}
         return [s for s in self.statements if not (s.stub and s.binds <= written)]
 
     def _source(self, index: int, chosen: Sequence[Statement], whole: bool) -> str:
-        lines = self.cells[index].source.splitlines()
+        lines = self.cells[index].source.split("\n")
         if whole:
-            dropped = {n for s in self.statements if s.cell == index and s not in chosen for n in _lines(s)}
+            kept = {id(s) for s in chosen}
+            dropped = {n for s in self._statements_of[index] if id(s) not in kept for n in _lines(s)}
             return "\n".join("" if n in dropped else line for n, line in enumerate(lines, 1))
         kept = {n for s in chosen for n in _lines(s)}
         return "\n".join(line if n in kept else "" for n, line in enumerate(lines, 1)).rstrip()
+
+    @cached_property
+    def _statements_of(self) -> dict[int, list[Statement]]:
+        return _by_cell(self.statements)
 
     def own_cells(self, released: Collection[str]) -> list[int]:
         """The code cells that do something which `needed` may have left out, and are not as they were released."""
@@ -147,8 +187,15 @@ class Notebook:
             index
             for index in self.trees
             if squeeze(self.cells[index].source) not in known
-            and any(not s.harmless for s in self.statements if s.cell == index)
+            and any(not s.harmless for s in self._statements_of[index])
         ]
+
+
+def _by_cell(statements: Iterable[Statement]) -> dict[int, list[Statement]]:
+    found = defaultdict(list)
+    for s in statements:
+        found[s.cell].append(s)
+    return found
 
 
 def _lines(s: Statement) -> range:
@@ -214,6 +261,7 @@ def _statement(cell: int, node: ast.stmt) -> Statement:
         binds, uses = stored - inner, uses - inner
     return Statement(
         cell,
+        node,
         first,
         node.end_lineno or node.lineno,
         frozenset(binds),

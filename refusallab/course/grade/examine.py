@@ -7,21 +7,23 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
-from refusallab.course.catalogue import QUESTIONS
-from refusallab.course.exercise import Exercise, judge, verdict
+from refusallab.course.catalogue import HEADERS, QUESTIONS
+from refusallab.course.exercise import BORROWED, Exercise, judge, verdict
 from refusallab.course.exercises import exercises_of
 from refusallab.course.grade.cells import Cell, Notebook, read_cells
-from refusallab.course.grade.kernel import Kernel, KernelDied
-from refusallab.course.grade.plain import decode, encode
+from refusallab.course.grade.kernel import LATE, Kernel, KernelDied, Reply
+from refusallab.course.grade.plain import decode, encode, storable
 from refusallab.course.grade.policy import flags
 from refusallab.course.grade.server import Limits, shared
 from refusallab.errors import RefusalLabError
 
 SHOWN = 2_000  # characters of output that are kept of a cell
+LONGEST_ANSWER = 50_000  # characters of a written answer that are kept
+LONGEST_OUTPUT = 200_000  # characters of output that are kept of a submission
 KINDS = {"Tensor", "ndarray", "str", "list", "tuple", "dict", "set", "int", "float", "bool", "function", "Series"}
 NOT_WRITTEN = "It is not written yet: replace the `raise NotImplementedError()` by your code."
 PLACEHOLDER = "YOUR ANSWER HERE"  # what the release puts in place of a model answer
@@ -78,19 +80,57 @@ def examine(task: Task) -> Graded:
     An exception is a trouble of the grader, and no result: a server that does not start, a definition that is broken.
     """
     start, exercises = time.monotonic(), exercises_of(task.lab)
+    for exercise in exercises:
+        hidden_inputs(exercise, task.seed)
     graded = Graded(task.student, task.lab, [], sandboxed=task.sandboxed)
     try:
-        notebook = Notebook(read_cells(task.data))
-        if not any(cell.source.strip() for cell in notebook.cells):
-            raise RefusalLabError("The notebook is empty.")
-    except RefusalLabError as error:
-        graded.problem = str(error)
-        graded.outcomes = [Outcome(e.number, 0, e.points, str(error)) for e in exercises]
-    else:
+        notebook = _read(task.data)
         graded.written = written_answers(notebook.cells, task.lab)
         graded.outcomes = _examine(task, notebook, exercises, graded)
+    except Damaged as error:
+        graded.problem = str(error)
+        graded.outcomes = [Outcome(e.number, 0, e.points, graded.problem) for e in exercises]
+    except RefusalLabError:
+        raise
+    except Exception as error:
+        graded = not_graded(graded, error)
     graded.seconds = round(time.monotonic() - start, 2)
-    return graded
+    return _storable(graded)
+
+
+class Damaged(RefusalLabError):
+    """A file that is no notebook, or none that can be graded."""
+
+
+def _read(data: bytes) -> Notebook:
+    try:
+        notebook = Notebook(read_cells(data))
+    except RefusalLabError as error:
+        raise Damaged(f"{error} Please hand in again.") from error
+    if not any(cell.source.strip() for cell in notebook.cells):
+        raise Damaged("The notebook is empty. Please hand in again.")
+    return notebook
+
+
+def not_graded(graded: Graded, error: Exception) -> Graded:
+    """The result for a submission that the grader cannot deal with: no points, the reason, and a person looks at it."""
+    reason = f"{type(error).__name__}: {error}"[:300].removesuffix(": ")
+    problem = f"This could not be graded by machine ({reason}). A person has to look at it."
+    outcomes = [Outcome(e.number, 0, e.points, problem) for e in HEADERS if e.lab == graded.lab]
+    return _storable(Graded(graded.student, graded.lab, outcomes, problem, sandboxed=graded.sandboxed))
+
+
+def _storable(value: Any) -> Any:
+    """The same with every text in it made storable."""
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_storable, value))
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{f.name: _storable(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def _examine(task: Task, notebook: Notebook, exercises: Sequence[Exercise], graded: Graded) -> list[Outcome]:
@@ -125,8 +165,15 @@ def _attempt(
         if outcome.problem == MISSING.format(e.function):
             outcome.problem = _why_missing(notebook, e, run.notes if probed else {})
         if outcome.points:
-            outcome.flags = tuple(flags(notebook, e, task.released))
+            outcome.flags = _flags(notebook, e, task.released)
     return outcomes
+
+
+def _flags(notebook: Notebook, exercise: Exercise, released: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return tuple(flags(notebook, exercise, released))
+    except Exception as error:
+        return (f"could not be read by machine: {type(error).__name__}",)
 
 
 def _why_missing(notebook: Notebook, exercise: Exercise, notes: dict[int, str]) -> str:
@@ -146,7 +193,8 @@ class Run:
         self.notes: dict[int, str] = {}
         self.output = ""
         self._kernel: Kernel | None = None
-        self._end = time.monotonic() + task.limits.total
+        self._left = task.limits.total  # seconds of processor time
+        self._end = time.monotonic() + task.limits.by_the_clock(task.limits.total)
 
     def __enter__(self) -> Run:
         return self
@@ -174,40 +222,62 @@ class Run:
         return self._kernel
 
     def _run_cell(self, index: int, source: str) -> None:
-        assert self._kernel
-        reply = self._kernel.run(source, self._seconds())
+        reply = self._run(source)
         if reply.timed_out:
-            self.notes[index] = f"Cell {index + 1} was stopped: it took longer than it may."
+            self.notes[index] = (
+                f"Cell {index + 1} {LATE}, and was stopped: {_limit(reply.timed_out, self.task.limits)}."
+            )
         elif reply.error:
             self.notes[index] = f"Cell {index + 1} failed with {reply.error}"
-        if reply.output.strip():
-            self.output += f"[cell {index + 1}]\n{_cut(reply.output)}\n"
+        if reply.output.strip() and len(self.output) < LONGEST_OUTPUT:
+            self.output += f"[cell {index + 1}]\n{_cut(reply.output, SHOWN)}\n"
 
-    def _seconds(self) -> float:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise OutOfTime
-        return min(left, self.task.limits.timeout)
+    def _run(self, source: str, observe: str = "") -> Reply:
+        """Run something within the time for one cell or exercise, and within what is left of the time for all."""
+        assert self._kernel
+        limits, clock = self.task.limits, self._end - time.monotonic()
+        if self._left <= 0 or clock <= 0:
+            raise OutOfTime("processor" if self._left <= 0 else "clock")
+        seconds = min(self._left, limits.timeout)
+        reply = self._kernel.run(source, seconds, observe, min(clock, limits.by_the_clock(limits.timeout)))
+        self._left -= reply.processor
+        return reply
 
     def probe(self, exercise: Exercise) -> str:
         """What the sandbox says about an answer, as text of plain data."""
         try:
-            kernel, seconds = self._ready(), self._seconds()
+            fresh = self._kernel is None
+            self._ready()
             inputs, _ = hidden_inputs(exercise, self.task.seed)
-            call = f"probe({exercise.number!r}, globals(), {inputs!r}, {seconds})"
-            reply = kernel.run("", seconds + 2, f"__import__('refusallab.course.grade.probe', fromlist=['x']).{call}")
+            call = f"probe({exercise.number!r}, globals(), {inputs!r})"
+            reply = self._run("", f"__import__('refusallab.course.grade.probe', fromlist=['x']).{call}")
             if reply.timed_out or '"cases"' not in reply.observed:
                 self._stop()  # what it left behind goes with the kernel
+            if reply.timed_out and not fresh:
+                return self.probe(exercise)  # the time may have gone into what an earlier answer left running
+            if reply.timed_out:
+                return encode({"timeout": reply.timed_out})
             return reply.observed or encode({"silent": reply.error})
         except KernelDied as died:
             self._stop()
             return encode({"died": str(died)})
-        except OutOfTime:
-            return encode({"timeout": True})
+        except OutOfTime as limit:
+            self._stop()
+            return encode({"timeout": f"{limit} for all"})
 
 
 class OutOfTime(Exception):
-    """A submission has used up its time."""
+    """A submission has used up its time, of the processor or by the clock."""
+
+
+def _limit(which: str, limits: Limits) -> str:
+    """A limit of time in words."""
+    seconds, what = limits.timeout, "a cell or an exercise"
+    if which.endswith("for all"):
+        seconds, what = limits.total, "all cells and exercises"
+    if which.startswith("clock"):
+        return f"more than {limits.by_the_clock(seconds):g} s by the clock for {what}"
+    return f"more than {seconds:g} s of processor time for {what}"
 
 
 @cache
@@ -237,7 +307,7 @@ def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
             raise ValueError("not an answer for each input")
         with _judging:
             found = verdict(exercise, task.seed, lambda place, inputs: _replay(cases[place], inputs))
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OverflowError) as error:
+    except Exception as error:
         outcome.problem = "The answer gave back something that is no plain data."
         outcome.detail = str(error)[:500]
         return outcome
@@ -255,7 +325,11 @@ def _without_cases(exercise: Exercise, said: dict[str, Any], limits: Limits) -> 
     if "kind" in said:
         return f"`{exercise.function}` must be a function, and it is something else."
     if "timeout" in said:
-        return f"It did not finish in time: {limits.timeout:g} s for an exercise, {limits.total:g} s for all cells."
+        return f"It {LATE}: it used {_limit(str(said['timeout']), limits)}."
+    if "borrowed" in said:
+        name = str(said["borrowed"])
+        known = re.fullmatch(r"(refusallab|smallmodels)\.[\w.<>]{1,150}", name)
+        return BORROWED.format(f"`{name}`" if known else "code", f"`{exercise.function}`")
     if "died" in said:
         return f"The kernel {str(said['died'])[:100]} while it ran."
     if "large" in said:
@@ -287,8 +361,8 @@ def _public(problem: str, case: dict[str, Any]) -> str:
     return re.sub(r"(Expected another value of kind \w+) than .*", r"\1.", problem, flags=re.S)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... ({len(text) - SHOWN} or more characters left out)"
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}\n... ({len(text) - most} or more characters left out)"
 
 
 def written_answers(cells: Sequence[Cell], lab: str) -> dict[str, str]:
@@ -297,7 +371,7 @@ def written_answers(cells: Sequence[Cell], lab: str) -> dict[str, str]:
     for question in (q for q in QUESTIONS if q.lab == lab):
         tagged = [c.source for c in cells if c.tag.get("role") == "written" and c.tag.get("number") == question.number]
         answer = "\n\n".join(tagged or _after_heading(cells, question.number)).strip()
-        found[question.number] = "" if answer == PLACEHOLDER else answer
+        found[question.number] = "" if answer == PLACEHOLDER else _cut(answer, LONGEST_ANSWER)
     return found
 
 

@@ -72,9 +72,14 @@ def _moodle(submissions: list[Any], totals: dict[Any, float]) -> list[list[str]]
     return [heading, *rows]
 
 
-def write_nbgrader(records: Records, url: str) -> None:
-    """Write all points into nbgrader's gradebook: the cells check-2-1 (and so on) of the notebook of each lab."""
+def write_nbgrader(records: Records, url: str) -> list[str]:
+    """Write all points into nbgrader's gradebook: the cells check-2-1 (and so on) of the notebook of each lab.
+
+    Returns the submissions that it does not take, with the reason.
+    """
     from nbgrader.api import Gradebook, MissingEntry
+
+    failed = []
 
     os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)  # a new gradebook is made by the command alembic
     submissions, grades = records.all_submissions(), records.all_grades()
@@ -86,18 +91,30 @@ def write_nbgrader(records: Records, url: str) -> None:
                     kind = {"max_score": item.points, "cell_type": "code" if item in HEADERS else "markdown"}
                     book.update_or_create_grade_cell(_cell(item.number), notebook, assignment, **kind)
             for s in submissions:
-                assignment, notebook = _nbgrader_notebook(book, s.lab)
-                book.update_or_create_student(s.student)
-                book.update_or_create_submission(assignment, s.student)
-                for g in (g for g in grades if (g.lab, g.student) == (s.lab, s.student)):
-                    grade = book.find_grade(_cell(g.exercise), notebook, assignment, s.student)
-                    by_hand = g.answer is not None
-                    grade.auto_score = None if by_hand else g.points
-                    grade.manual_score = g.points if by_hand else None
-                    grade.needs_manual_grade = g.points is None
-            book.db.commit()
+                own = [g for g in grades if (g.lab, g.student) == (s.lab, s.student)]
+                try:
+                    _write_submission(book, s, own)
+                except MissingEntry:
+                    raise
+                except Exception as error:
+                    book.db.rollback()
+                    failed.append(f"{s.student}, lab {s.lab}, in the gradebook: {error}")
     except MissingEntry as error:
         raise RefusalLabError(f"The gradebook {url} does not fit this course: {error}") from error
+    return failed
+
+
+def _write_submission(book: Any, submission: Any, grades: list[Any]) -> None:
+    assignment, notebook = _nbgrader_notebook(book, submission.lab)
+    book.update_or_create_student(submission.student)
+    book.update_or_create_submission(assignment, submission.student)
+    for g in grades:
+        grade = book.find_grade(_cell(g.exercise), notebook, assignment, submission.student)
+        by_hand = g.answer is not None
+        grade.auto_score = None if by_hand else g.points
+        grade.manual_score = g.points if by_hand else None
+        grade.needs_manual_grade = g.points is None
+    book.db.commit()
 
 
 def _cell(number: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -12,7 +13,7 @@ import zmq
 from jupyter_client.session import Session
 
 from refusallab.course.grade.probe import LARGEST, MIME
-from refusallab.course.grade.server import ForkServer, Limits
+from refusallab.course.grade.server import METER, WATCH, ForkServer, Limits
 from refusallab.errors import RefusalLabError
 
 PORTS = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
@@ -20,7 +21,8 @@ LARGEST_MESSAGE = LARGEST + (1 << 20)
 KEPT = 20_000  # characters of output of a submission's cell
 READY = 60  # seconds until a new kernel answers
 PATIENCE = 10  # seconds to obey an interrupt
-LATE = 1  # seconds for output that comes after the reply
+AFTER = 1  # seconds for output that comes after the reply
+LATE = "did not finish in time"  # `--regrade timeouts` looks for it
 
 
 class KernelDied(RefusalLabError):
@@ -32,7 +34,8 @@ class Reply:
     """What came of one piece of code."""
 
     error: str = ""  # name of the exception and its message
-    timed_out: bool = False
+    timed_out: str = ""  # by "processor" or by "clock"
+    processor: float = 0  # seconds that it used
     output: str = ""  # what it printed, cut
     observed: str = ""  # what a probe gave
 
@@ -44,7 +47,7 @@ class Kernel:
         self._folder, self._limits = server.new_folder(), limits
         connection = {"ip": str(self._folder / "k"), "transport": "ipc", **PORTS}
         connection |= {"key": secrets.token_hex(16), "signature_scheme": "hmac-sha256"}
-        self._lifeline = server.start_kernel(connection, limits)
+        self._lifeline, self._meter = server.start_kernel(connection, limits)
         self._lifeline.settimeout(READY)
         self._session = Session(key=connection["key"].encode())
         self._context = zmq.Context()
@@ -88,6 +91,7 @@ class Kernel:
     def close(self) -> None:
         """End the kernel and whatever it started."""
         self._lifeline.close()
+        os.close(self._meter)
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -118,8 +122,16 @@ class Kernel:
         except Exception:  # signatures, JSON, text encodings, missing parts: all up to the kernel
             return None
 
-    def run(self, code: str, seconds: float, observe: str = "") -> Reply:
-        """Run code as a cell, then look at an expression. After `seconds` it is interrupted. KernelDied if it dies."""
+    def _processor(self) -> float:
+        """Seconds of processor time that the kernel and all that it has started have used."""
+        read = os.pread(self._meter, METER.size, 0)
+        return METER.unpack(read)[0] if read else 0.0
+
+    def run(self, code: str, seconds: float, observe: str = "", clock: float = 0) -> Reply:
+        """Run code as a cell, then look at an expression. KernelDied if the kernel dies.
+
+        After `seconds` of processor time, or after `clock` seconds have passed, it is interrupted.
+        """
         sent = self._session.send(
             self._sockets["shell"],
             "execute_request",
@@ -132,28 +144,30 @@ class Kernel:
                 "stop_on_error": False,
             },
         )
-        own, reply = sent["header"]["msg_id"], Reply()
-        waiting, end = {"reply", "idle"}, time.monotonic() + seconds
+        own, reply, before = sent["header"]["msg_id"], Reply(), self._processor()
+        waiting, end = {"reply", "idle"}, time.monotonic() + (clock or self._limits.by_the_clock(seconds))
         while waiting:
             left = end - time.monotonic()
+            reply.processor = self._processor() - before
+            late = "clock" if left < 0 else "processor" if reply.processor > seconds else ""
             if left < 0 and "reply" not in waiting:
                 break
             if left < 0 and reply.timed_out:
-                raise KernelDied("did not stop when it was interrupted")
-            if left < 0:
-                reply.timed_out = True
+                raise KernelDied(f"{LATE} and could not be interrupted")
+            if late and "reply" in waiting and not reply.timed_out:
+                reply.timed_out = late
                 self._session.send(self._sockets["control"], "interrupt_request")
-                end = time.monotonic() + PATIENCE
-            for channel in self._poll(left):
-                message = self._receive(channel)
-                if not message or message.get("parent_header", {}).get("msg_id") != own:
+                left, end = PATIENCE, time.monotonic() + PATIENCE
+            for channel in self._poll(min(left, WATCH)):
+                if (message := self._receive(channel)) is None:
                     continue
                 try:
-                    waiting.discard(_take(reply, message["header"]["msg_type"], message["content"]))
-                except (AttributeError, KeyError, TypeError):  # not what such a message holds
+                    if message["parent_header"]["msg_id"] == own:
+                        waiting.discard(_take(reply, message["header"]["msg_type"], message["content"]))
+                except Exception:  # not what such a message holds: all of it is up to the kernel
                     continue
                 if "reply" not in waiting:
-                    end = min(end, time.monotonic() + LATE)
+                    end = min(end, time.monotonic() + AFTER)
         if waiting:
             self._connect("iopub")
         return reply

@@ -44,28 +44,32 @@ def _environment() -> Environment:
 
 def page_name(student: str, lab: str) -> str:
     """A file name for a student's page, safe on any system, different for different students."""
-    plain = re.sub(r"[^\w.-]+", "-", student).strip("-.")[:80]
+    plain = re.sub(r"[^\w.-]+", "-", student).strip("-.").encode()[:80].decode(errors="ignore")
     mark = "" if plain == student else "-" + hashlib.sha256(student.encode()).hexdigest()[:6]
     return f"{plain}{mark}_{lab}.html"
 
 
-def write_feedback(records: Records, folder: Path) -> None:
-    """Write a page for each submission."""
+def write_feedback(records: Records, folder: Path) -> list[str]:
+    """Write a page for each submission. Returns those that could not be written, with the reason."""
     folder.mkdir(exist_ok=True)
-    template, grades = _environment().get_template("feedback.html"), records.all_grades()
+    template, grades, failed = _environment().get_template("feedback.html"), records.all_grades(), []
     by_key = {key: list(rows) for key, rows in groupby(grades, key=lambda g: (g.lab, g.student))}
     for submission in records.all_submissions():
         own = by_key.get((submission.lab, submission.student), [])
-        page = template.render(
-            student=submission.student,
-            lab=submission.lab,
-            submission=submission,
-            exercises=own,
-            points=points(sum(g.points or 0 for g in own)),
-            most=points(sum(g.most for g in own)),
-            open=points(sum(g.most for g in own if g.points is None)) if any(g.points is None for g in own) else "",
-        )
-        (folder / page_name(submission.student, submission.lab)).write_text(page, encoding="utf-8")
+        try:
+            page = template.render(
+                student=submission.student,
+                lab=submission.lab,
+                submission=submission,
+                exercises=own,
+                points=points(sum(g.points or 0 for g in own)),
+                most=points(sum(g.most for g in own)),
+                open=points(sum(g.most for g in own if g.points is None)) if any(g.points is None for g in own) else "",
+            )
+            (folder / page_name(submission.student, submission.lab)).write_text(page, encoding="utf-8")
+        except Exception as error:
+            failed.append(f"the page of {submission.student}, lab {submission.lab}: {error}")
+    return failed
 
 
 def write_overview(records: Records, path: Path, rubrics: dict[str, str], done: Batch | None = None) -> None:

@@ -84,7 +84,8 @@ class ForkProvisioner(KernelProvisionerBase):
 
 
 def _ready(server: Any, connection: dict[str, Any], here: dict[str, Any]) -> socket.socket:
-    lifeline = server.start_kernel(connection, Limits(timeout=600), **{"folder": HOME} | here)
+    lifeline, meter = server.start_kernel(connection, Limits(timeout=600), **{"folder": HOME} | here)
+    os.close(meter)
     lifeline.recv(5)  # "ready"
     return lifeline
 

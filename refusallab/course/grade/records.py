@@ -27,6 +27,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.grade.examine import Graded
+from refusallab.course.grade.kernel import LATE
 from refusallab.course.grade.plain import storable
 from refusallab.course.grade.submissions import Found, Submission
 from refusallab.errors import RefusalLabError
@@ -90,6 +91,11 @@ class Records:
         with self.engine.connect() as connection:
             rows = connection.execute(select(submissions.c.student, submissions.c.lab, submissions.c.digest))
             return {(row.student, row.lab): row.digest for row in rows}
+
+    def timed_out(self) -> set[tuple[str, str]]:
+        """The students and labs of which the records say that something ran into a limit of time."""
+        found = {(row.student, row.lab) for row in self.all_submissions() if any(LATE in note for note in row.notes)}
+        return found | {(row.student, row.lab) for row in self.all_grades() if not row.points and LATE in row.problem}
 
     def write(self, submission: Submission, graded: Graded, digest: str) -> None:
         """Replace all rows of a submission, in one transaction. Points for an unchanged written answer stay."""

@@ -8,17 +8,30 @@ from refusallab.course.grade.batch import Batch
 from refusallab.course.grade.exports import write_nbgrader, write_tables
 from refusallab.course.grade.pages import read_by_hand, read_rubrics, write_by_hand, write_feedback, write_overview
 from refusallab.course.grade.records import Records
+from refusallab.errors import RefusalLabError
 
 
-def write_all(records: Records, out: Path, solutions: Path, gradebook: str = "", done: Batch | None = None) -> None:
+def write_all(
+    records: Records, out: Path, solutions: Path, gradebook: str = "", done: Batch | None = None
+) -> list[str]:
     """Take over points given by hand, then write feedback, overview and tables.
 
-    Rubrics are in `solutions`; `done` is what the run did, for the account of files in the overview.
+    Rubrics are in `solutions`; `done` is what the run did, for the account of files in the overview. One file costs no
+    other. Returns what could not be written, with the reason.
     """
     read_by_hand(records, out / "by_hand.csv")
-    write_by_hand(records, out / "by_hand.csv")
-    write_feedback(records, out / "feedback")
-    write_overview(records, out / "overview.html", read_rubrics(solutions), done)
-    write_tables(records, out)
-    if gradebook:
-        write_nbgrader(records, gradebook)
+    failed = write_feedback(records, out / "feedback")
+    steps = {
+        "by_hand.csv": lambda: write_by_hand(records, out / "by_hand.csv"),
+        "overview.html": lambda: write_overview(records, out / "overview.html", read_rubrics(solutions), done),
+        "the tables": lambda: write_tables(records, out),
+        "the gradebook": lambda: write_nbgrader(records, gradebook) if gradebook else [],
+    }
+    for name, write in steps.items():
+        try:
+            failed += write() or []
+        except RefusalLabError:
+            raise
+        except Exception as error:
+            failed.append(f"{name}: {error}")
+    return failed

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from refusallab.errors import RefusalLabError
 
 INSIDE = Path("/run/kernels")  # where kernels in the sandbox keep their sockets
 HOME = "/tmp/home"
+METER = struct.Struct("d")  # what a meter holds: seconds of processor time
+WATCH = 0.2  # seconds between two looks at what a kernel uses
 START = 600  # seconds for the imports, on a busy machine
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -37,13 +40,18 @@ SETTINGS = {
 class Limits:
     """What one submission may use."""
 
-    timeout: float = 20  # seconds for a cell or an exercise
+    timeout: float = 20  # seconds of processor time for a cell or an exercise, all threads and processes together
     memory: float = 2  # GB
 
     @property
     def total(self) -> float:
-        """Seconds for everything."""
+        """Seconds of processor time for everything."""
         return 6 * self.timeout
+
+    @staticmethod
+    def by_the_clock(seconds: float) -> float:
+        """What may pass by the clock before so many seconds of processor time are used: a busy machine takes longer."""
+        return 5 * seconds
 
 
 class ForkServer:
@@ -88,9 +96,10 @@ class ForkServer:
 
     def start_kernel(
         self, connection: dict[str, Any], limits: Limits, folder: str = HOME, env: dict[str, str] | None = None
-    ) -> socket.socket:
-        """Start a kernel with its sockets in a folder from `new_folder`. Returns its lifeline (see zygote)."""
+    ) -> tuple[socket.socket, int]:
+        """Start a kernel with its sockets in a folder from `new_folder`. Returns lifeline and meter (see zygote)."""
         ours, theirs = socket.socketpair()
+        meter = os.memfd_create("meter")
         sockets = Path(connection["ip"])
         inside = INSIDE / sockets.relative_to(self._run) if self.sandboxed else sockets
         with self._lock:
@@ -104,11 +113,12 @@ class ForkServer:
                 "number": self._count % 50_000,
             }
             try:
-                socket.send_fds(self._channel, [json.dumps(request).encode()], [theirs.fileno()])
+                socket.send_fds(self._channel, [json.dumps(request).encode()], [theirs.fileno(), meter])
             except OSError as error:
+                os.close(meter)
                 raise RefusalLabError(f"The kernels' server is gone ({error}): start again.") from error
         theirs.close()
-        return ours
+        return ours, meter
 
     def new_folder(self) -> Path:
         """A new folder for the sockets of a kernel."""

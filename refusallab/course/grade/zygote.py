@@ -4,7 +4,7 @@ It never computes: a parallel torch operation before a fork would make the child
 have its memory. Run by `server.ForkServer` as `python -m refusallab.course.grade.zygote FD WALL`; it reads requests
 from the socket FD and ends when that closes. Each kernel has a supervisor, which ends with it, and a *lifeline*, a
 socket to whoever asked for the kernel: it says "ready" or what went wrong, and closes when the kernel is gone. Closing
-its other end ends the kernel.
+its other end ends the kernel. The *meter*, a file in memory, holds the processor time that the kernel has used.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refusallab.course import origin
 from refusallab.course.catalogue import LABS
 from refusallab.course.grade import confine
+from refusallab.course.grade.server import METER, WATCH
 
 PRELOAD = (
     "torch",
@@ -45,7 +47,6 @@ PRELOAD = (
     "refusallab.explore",
     "refusallab.course.grade.probe",
 )
-WATCH = 0.2  # seconds between two looks at the memory
 
 
 def main() -> None:
@@ -53,21 +54,23 @@ def main() -> None:
     channel, sandboxed = socket.socket(fileno=int(sys.argv[1])), sys.argv[2] == "sandboxed"
     for name in PRELOAD:
         importlib.import_module(name)
+    origin.codes()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel.send(b"ready")
     while True:
-        data, fds, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+        data, fds, _, _ = socket.recv_fds(channel, 1 << 20, 2)
         if not data:
             os._exit(0)  # and with it everything behind the outer wall
         if os.fork() == 0:
             channel.close()
-            _supervise(json.loads(data), socket.socket(fileno=fds[0]), sandboxed)
-        os.close(fds[0])
+            _supervise(json.loads(data), socket.socket(fileno=fds[0]), fds[1], sandboxed)
+        for fd in fds:
+            os.close(fd)
 
 
-def _supervise(request: dict[str, Any], lifeline: socket.socket, sandboxed: bool) -> None:
+def _supervise(request: dict[str, Any], lifeline: socket.socket, meter: int, sandboxed: bool) -> None:
     """Fork the kernel and watch it. Does not return."""
     kernel = 0
     try:
@@ -81,6 +84,7 @@ def _supervise(request: dict[str, Any], lifeline: socket.socket, sandboxed: bool
         kernel = os.fork()
         if kernel == 0:
             lifeline.close()
+            os.close(meter)
             ours.close()
             _run_kernel(request, theirs, sandboxed, own_data)
         theirs.close()
@@ -90,7 +94,7 @@ def _supervise(request: dict[str, Any], lifeline: socket.socket, sandboxed: bool
             confine.forget(sockets)
         ours.send(b"go on")
         lifeline.send(b"ready")
-        end = _watch(kernel, lifeline, base, request["memory"])
+        end = _watch(kernel, lifeline, Meter(meter, None if sandboxed else kernel), base, request["memory"])
     except Exception as error:
         end = f"could not be started: {error}"
     with contextlib.suppress(OSError):
@@ -101,7 +105,7 @@ def _supervise(request: dict[str, Any], lifeline: socket.socket, sandboxed: bool
     os._exit(0)  # behind the wall this process is pid 1: all others of its namespace go with it
 
 
-def _watch(kernel: int, lifeline: socket.socket, base: int, most: int) -> str:
+def _watch(kernel: int, lifeline: socket.socket, meter: Meter, base: int, most: int) -> str:
     """Wait for the end: of the kernel, of the lifeline, or of the memory. Says which, in words."""
     handle = os.pidfd_open(kernel)
     while True:
@@ -111,8 +115,38 @@ def _watch(kernel: int, lifeline: socket.socket, base: int, most: int) -> str:
             return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with code {code}"
         if lifeline in ended:
             return "stopped"
+        meter.read()
         if most and _used(base) > most:
             return f"used more than {most / 2**30:g} GB of memory"
+
+
+class Meter:
+    """The processor time of a kernel and of all processes that it has started, in seconds, written to a file.
+
+    A process that ends hands its time on to the one that waits for it. Where nobody does, its time is lost from the
+    sum; what had been counted stays counted.
+    """
+
+    def __init__(self, file: int, session: int | None):
+        self._file, self._session = file, session  # without a session: whatever is seen but this process
+        self._last, self._used = 0, 0.0
+
+    def read(self) -> None:
+        """Look at all processes, and write down what they have used."""
+        now = sum(map(self._ticks, Path("/proc").glob("[0-9]*")))
+        self._used += max(0, now - self._last) / os.sysconf("SC_CLK_TCK")
+        self._last = now
+        os.pwrite(self._file, METER.pack(self._used), 0)
+
+    def _ticks(self, folder: Path) -> int:
+        """The time of a process and of those that it has waited for, 0 if it is none of the kernel's."""
+        try:
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            return 0
+        if int(folder.name) == os.getpid() or self._session not in (None, int(fields[3])):
+            return 0
+        return sum(map(int, fields[11:15]))
 
 
 def _used(base: int) -> int:
