@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from refusallab.course import CheckFailed, check
+from refusallab.course import check
+from refusallab.course.exercise import CheckFailed
 from refusallab.course.exercises import every_exercise
 from refusallab.course.origin import course_code
 from refusallab.course.progress_file import passed
