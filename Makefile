@@ -28,6 +28,7 @@ $(VENV)/.students: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not that." \
 	       "Install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
+	rm -rf refusal_mechanics_labs.egg-info # of an earlier version: its entry points would win over the new ones
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[lab]'
 	@touch $@
@@ -52,21 +53,22 @@ check: develop
 # One thread for each worker: two workers that each use every core slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 PARALLEL := -n 2 --dist loadfile
+TESTS := tests grader/tests
 SPECIAL := sandbox or browser or cpu or real
 
 # Notebooks: every output must come out as it is stored. With REFUSALLAB_DEADLINE (seconds since 1970) in the
 # environment, none is begun after it, and those that were not are listed.
 KERNEL := $(if $(filter Linux,$(shell uname)),--nbval-kernel-name refusallab,--nbval-current-env)
 NBVAL := --nbval $(KERNEL) --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg
-NOTEBOOKS := JUPYTER_PATH=$(CURDIR)/refusallab/course/grade $(PYTEST) $(NBVAL)
+NOTEBOOKS := JUPYTER_PATH=$(CURDIR)/refusallab/sandbox $(PYTEST) $(NBVAL)
 
 test: test-fast test-slow test-notebooks
 
 test-fast: develop
-	$(PYTEST) $(PARALLEL) -m "not (slow or $(SPECIAL))" tests
+	$(PYTEST) $(PARALLEL) -m "not (slow or $(SPECIAL))" $(TESTS)
 
 test-slow: develop
-	$(PYTEST) $(PARALLEL) -m "slow and not ($(SPECIAL))" tests
+	$(PYTEST) $(PARALLEL) -m "slow and not ($(SPECIAL))" $(TESTS)
 
 test-notebooks: develop
 	$(NOTEBOOKS) $(PARALLEL) --no-loadscope-reorder solutions
@@ -76,7 +78,7 @@ test-lab: develop
 	$(NOTEBOOKS) $(wildcard tests/test_lab$(LAB).py) $(wildcard solutions/$(LAB)_*.ipynb)
 
 test-sandbox: develop
-	$(PYTEST) $(PARALLEL) -m sandbox tests
+	$(PYTEST) $(PARALLEL) -m sandbox $(TESTS)
 
 test-browser: develop
 	$(PYTEST) -m browser tests

@@ -4,6 +4,7 @@ Notebooks that changed last are verified first. After REFUSALLAB_DEADLINE (secon
 """
 
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -19,6 +20,10 @@ import matplotlib.font_manager  # noqa: E402, F401 - if it must build its cache,
 
 ROOT = Path(__file__).parent
 BEGUN = set()
+NEEDS = {  # the part of a computer that the tests with a marker need: programs, any of which will do
+    "sandbox": ("bwrap",),
+    "browser": ("chromium", "chromium-browser", "google-chrome"),
+}
 
 
 def last_change(path):
@@ -35,6 +40,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    for marker, programs in NEEDS.items():
+        if item.get_closest_marker(marker) and not any(map(shutil.which, programs)):
+            pytest.skip(f"the {marker} tests need {programs[0]}, which is not installed")
     if item.path.suffix != ".ipynb" or item.path in BEGUN:
         return
     if time.time() > float(os.environ.get("REFUSALLAB_DEADLINE") or "inf"):

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "grader" / "tests"))
 
 from grading import notebook, points_of, put  # noqa: E402
 from test_grade_class import make_class  # noqa: E402
 
-from refusallab.course.grade import batch, examine, server  # noqa: E402
-from refusallab.course.grade.records import Records  # noqa: E402
+from grader import batch, examine  # noqa: E402
+from grader.records import Records  # noqa: E402
+from refusallab.sandbox import server  # noqa: E402
 
 
 class PlainServer:

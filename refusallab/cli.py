@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from refusallab.console import errors_in_one_line
 from refusallab.errors import RefusalLabError
 
 COLUMNS = 6  # defences beside each other in the tables of `matrix`
-
-
-class Regrade(StrEnum):
-    """What `refusallab grade` can grade again although it has not changed."""
-
-    timeouts = "timeouts"
-
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refusal Mechanics Labs.")
 
@@ -32,21 +24,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refusal Mech
 @app.callback()
 def main() -> None:
     """Refusal Mechanics Labs."""
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except RefusalLabError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from error
-    except ModuleNotFoundError as error:
-        print(
-            f"This command needs {error.name}. Install what teaching needs: pip install '.[teach,grade]'",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -60,7 +37,7 @@ def demo(
     from refusallab import experiment
     from refusallab.model import load
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         for path in (figure, scores):
             if path and not path.resolve().parent.is_dir():
                 raise RefusalLabError(f"There is no folder {path.parent} for {path.name}: make it, or name another.")
@@ -129,7 +106,7 @@ NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, su
 @app.command()
 def execute(names: NAMES = None) -> None:
     """Run the notebooks in solutions/ and store their outputs."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from refusallab.course import release as make
 
         for path in make.solutions(Path(), names or ()):
@@ -143,7 +120,7 @@ def release(
     archive: Annotated[Path | None, typer.Option(help="Also pack the course into this zip file, for Colab.")] = None,
 ) -> None:
     """Make labs/ from solutions/: no answers, no outputs, no hidden tests, no rubrics."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from refusallab.course import release as make
 
         paths = make.out_of_date(Path()) if check else make.release(Path())
@@ -158,7 +135,7 @@ def release(
 @app.command()
 def lint(names: NAMES = None) -> None:
     """Check the rules of the course in solutions/ and labs/; exit with 1 if a notebook breaks one."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from refusallab.course import lint, release
 
         paths = [p for s in release.solutions(Path(), names or ()) for p in (s, Path("labs", s.name)) if p.is_file()]
@@ -166,96 +143,6 @@ def lint(names: NAMES = None) -> None:
         print(*problems, sep="\n", end="\n" if problems else "")
         if problems:
             raise typer.Exit(1)
-
-
-@app.command()
-def grade(
-    submissions: Annotated[Path, typer.Argument(help="The folder with the notebooks, as it was downloaded.")],
-    out: Annotated[Path, typer.Option(help="The folder for records, feedback and tables.")],
-    lab: Annotated[str, typer.Option(help="Grade this lab only, such as 02.")] = "",
-    shape: Annotated[
-        str,
-        typer.Option(
-            help="What the folder holds, where that cannot be told: students (a folder or file for each), labs (a "
-            "folder for each, with the students in it), moodle, canvas, blackboard or github."
-        ),
-    ] = "",
-    workers: Annotated[int, typer.Option(min=1, help="Submissions at a time.")] = 2,
-    timeout: Annotated[
-        float,
-        typer.Option(min=1, help="Seconds of processor time for a cell or an exercise; six times that in all."),
-    ] = 20,
-    memory: Annotated[float, typer.Option(min=0.1, help="GB for a submission.")] = 2,
-    seed_file: Annotated[
-        Path | None, typer.Option(help="Any text: it makes the hidden inputs. Without: one is made.")
-    ] = None,
-    database: Annotated[str, typer.Option(help="SQLAlchemy URL of the records. Without: grades.sqlite in --out.")] = "",
-    cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler that shares out the work.")] = "",
-    gradebook: Annotated[str, typer.Option(help="Also write to this nbgrader gradebook: sqlite:///gradebook.db.")] = "",
-    regrade: Annotated[
-        Regrade | None, typer.Option(help="Grade these again although they have not changed: timeouts.")
-    ] = None,
-    unsafe: Annotated[bool, typer.Option("--unsafe", help="Run the students' code without a sandbox.")] = False,
-) -> None:
-    """Grade a class. Run it again after resubmissions, or after a break: only what is new is graded."""
-    with _errors_in_one_line():
-        from refusallab.course.grade import batch as grading
-        from refusallab.course.grade.pages import read_by_hand
-        from refusallab.course.grade.records import Records
-        from refusallab.course.grade.report import write_all
-        from refusallab.course.grade.server import Limits
-
-        out.mkdir(parents=True, exist_ok=True)
-        records = Records(database or f"sqlite:///{out / 'grades.sqlite'}")
-        read_by_hand(records, out / "by_hand.csv", early=True)  # under the names of the run that wrote it
-        with tqdm(total=0, file=sys.stderr, leave=False, unit="submission") as bar:
-
-            def step(done: int, of: int) -> None:
-                bar.total, bar.n = of, done
-                bar.refresh()
-
-            done = grading.grade_class(
-                submissions,
-                records,
-                grading.read_seed(out, seed_file),
-                lab=lab,
-                shape=shape,
-                workers=workers,
-                limits=Limits(timeout, memory),
-                sandboxed=not unsafe,
-                cluster=cluster,
-                released=grading.read_released(Path("labs")),
-                regrade_timeouts=regrade is Regrade.timeouts,
-                on_graded=step,
-            )
-        unwritten = write_all(records, out, Path("solutions"), gradebook, done)
-        _print_files(done)
-        if late := len(records.timed_out()):
-            print(f"{late} ran into a limit of time. `--regrade timeouts` grades them again, `--timeout` gives more.")
-        print(f"{done.graded} graded, {done.unchanged} unchanged. Begin with {out / 'overview.html'}.")
-        if not done.complete:
-            raise RefusalLabError("The sum of files does not hold, so some were lost: compare it with the folder.")
-        if unwritten:
-            raise RefusalLabError(f"Not everything could be written: {'; '.join(unwritten)}")
-        if done.failed:
-            raise RefusalLabError("Some submissions were not graded: run the command again, then look at them by hand.")
-        if done.found.conflicts:
-            raise RefusalLabError("Some files are in conflict and were not graded: settle them, then run it again.")
-
-
-def _print_files(done) -> None:
-    from refusallab.course.grade.submissions import some
-
-    for line in done.carried:
-        print(line)
-    for reason, names in done.found.reasons().items():
-        print(f"passed over, {reason}: {some(names)}")
-    for submission in done.found.submissions:
-        if submission.older:
-            print(f"older than {submission.file}: {submission.student}, {some(submission.older)}")
-    for line in (*(f"conflict: {c}" for c in done.found.conflicts), *(f"not graded: {f}" for f in done.failed)):
-        print(line)
-    print(done.account)
 
 
 @app.command()
@@ -273,7 +160,7 @@ def capstone(
     from refusallab.course.submitted import score_file
     from refusallab.model import load
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         console = Console(width=None if sys.stdout.isatty() else 150)
         trial = frozen.quick_trial() if quick else frozen.frozen_trial()
         if path:
@@ -322,7 +209,7 @@ def matrix(
     from refusallab.experiment import search
     from refusallab.model import load
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         m = load("charter-chat")
         found = search(m)
         best = found.selected
@@ -385,6 +272,9 @@ def _print_columns(result, defences: list[str]) -> None:
     console.print(attacked)
     console.print(paid)
 
+
+for entry in entry_points(group="refusallab.commands"):  # of packages that build on this one: `grade`
+    app.command(entry.name)(entry.load())
 
 if __name__ == "__main__":
     app()

@@ -231,9 +231,7 @@ def _either(parent: Any, *names: str, optional: bool = False) -> Any:
 # Loading
 
 
-def load(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False
-) -> Model:
+def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False) -> Model:
     """Load a bundled model, a local folder, or a hub model (an alias of the catalogue or "owner/name").
 
     Only safetensors are read and no code from a repository is run. Configuration and tokenizer are looked at before any
@@ -383,9 +381,7 @@ def _hub_id(name: str) -> str:
     if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
         return name
     known = ", ".join(catalog())
-    raise RefusalLabError(
-        f"Unknown model {name!r}: no such folder. Give one of {known}, or a hub id owner/name."
-    )
+    raise RefusalLabError(f"Unknown model {name!r}: no such folder. Give one of {known}, or a hub id owner/name.")
 
 
 # What the small files of a folder say
@@ -394,9 +390,7 @@ def _hub_id(name: str) -> str:
 def _read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
     """The configuration, of an architecture that this library can take apart. Reads no weights."""
     if not folder.is_dir():
-        raise RefusalLabError(
-            f"The weights of {name} are not in {folder}. Train it with python -m smallmodels.recipe."
-        )
+        raise RefusalLabError(f"The weights of {name} are not in {folder}. Train it with python -m smallmodels.recipe.")
     adapters = sorted(folder.glob("adapter_*"))
     if not (folder / "config.json").is_file():
         if adapters:
@@ -611,9 +605,7 @@ def _fetching_failed(name: str, error: Exception) -> str:
             "Log in again with `hf auth login`, or log out with `hf auth logout` (and unset HF_TOKEN)."
         )
     if isinstance(error, GatedRepoError):  # also with a token that is good, so this stands before the plain 403
-        return (
-            f"{name} is gated: accept its licence on the model's hub page, then log in with `hf auth login`."
-        )
+        return f"{name} is gated: accept its licence on the model's hub page, then log in with `hf auth login`."
     if getattr(response, "status_code", None) == 403:
         return f"The hub forbids you to fetch {name}: log in with `hf auth login` and a token that may read it."
     if isinstance(error, RepositoryNotFoundError):
@@ -658,9 +650,7 @@ def sha256_of_weights(folder: Path) -> str:
 def _load_remote(name: str) -> Model:
     entry = catalog().get(name)
     if (entry and entry.kind == "bundled") or Path(name).is_dir():
-        raise RefusalLabError(
-            f"{name} is a local model and NDIF does not host it: give a hub id with remote=True."
-        )
+        raise RefusalLabError(f"{name} is a local model and NDIF does not host it: give a hub id with remote=True.")
     repository = _hub_id(name)
     if not nnsight.CONFIG.API.APIKEY:
         raise RefusalLabError("remote=True needs an NDIF key: set NDIF_API_KEY, then restart Python.")
@@ -689,9 +679,7 @@ def _post_instruction_positions(tokenizer: Any, name: str) -> tuple[int, ...]:
     while n < min(map(len, ids)) and len({row[-n - 1] for row in ids}) == 1:
         n += 1
     if n == 0:
-        raise RefusalLabError(
-            f"{name}: its chat template adds nothing after the instruction. Use a chat model."
-        )
+        raise RefusalLabError(f"{name}: its chat template adds nothing after the instruction. Use a chat model.")
     return tuple(range(-n, 0))
 
 
@@ -746,14 +734,10 @@ def _test_stream(m: Model) -> None:
             start, steps = nnsight.save(start), nnsight.save(steps)
             last = nn.output.logits[:, -1].save()
     except OutOfOrderError as error:
-        raise RefusalLabError(
-            f"{name}: some blocks never run as expected ({error}). Use another model."
-        ) from error
+        raise RefusalLabError(f"{name}: some blocks never run as expected ({error}). Use another model.") from error
     last = last.float()
     if not last.isfinite().all():
-        raise RefusalLabError(
-            f"{name}: logits are not finite. The weights are damaged, or the dtype is too small."
-        )
+        raise RefusalLabError(f"{name}: logits are not finite. The weights are damaged, or the dtype is too small.")
     moved = (last[:-1] - last[-1]).abs().amax(-1) > 1e-4 * last[-1].abs().max()
     if not moved.all():
         dead = [i for i, ok in enumerate(moved.tolist()) if not ok]
@@ -832,15 +816,11 @@ def render(m: Model, prompt: Prompt, *, system: str | None = None, prefill: str 
     return _apply_template(m.tokenizer, messages(prompt, system), m.name) + prefill
 
 
-def encode(
-    m: Model, prompts: Sequence[Prompt], *, system: str | None = None, prefill: str = ""
-) -> dict[str, Tensor]:
+def encode(m: Model, prompts: Sequence[Prompt], *, system: str | None = None, prefill: str = "") -> dict[str, Tensor]:
     """Rendered prompts as {"input_ids", "attention_mask"}, each [n, seq], padded on the left."""
     _check_prompts(prompts)
     texts = [render(m, prompt, system=system, prefill=prefill) for prompt in prompts]
-    batch = m.tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    )
+    batch = m.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     _check_length(m, batch["input_ids"].shape[1])
     _check_ids(m, batch["input_ids"])
     return {key: batch[key].to(m.device) for key in ("input_ids", "attention_mask")}
@@ -880,9 +860,7 @@ def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
     """The prompt as chat messages, behind a system turn if one is given. Raises RefusalLabError where none fits."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not turns or turns[-1].get("role") != "user" or not turns[-1].get("content", "").strip():
-        raise RefusalLabError(
-            "A prompt must end with a user turn that says something (prefill= starts the reply)."
-        )
+        raise RefusalLabError("A prompt must end with a user turn that says something (prefill= starts the reply).")
     if system is None:
         return turns
     if turns[0]["role"] == "system":
@@ -892,9 +870,7 @@ def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]], name: str) -> str:
     if not tokenizer.chat_template:
-        raise RefusalLabError(
-            f"{name} has no chat template. Use a chat model (often its name ends in Instruct or it)."
-        )
+        raise RefusalLabError(f"{name} has no chat template. Use a chat model (often its name ends in Instruct or it).")
 
     system, attempts = "", [messages]
     if messages[0]["role"] == "system":
@@ -903,9 +879,7 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, str]], name: str) -
     reason = "the system prompt is dropped"
     for turns in attempts:
         try:
-            text = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS
-            )
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS)
         except TemplateError as error:
             reason = str(error)
             continue
@@ -924,9 +898,7 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
 def _check_length(m: Model, n_tokens: int) -> None:
     limit = getattr(m.hf.config, "max_position_embeddings", None)
     if limit and n_tokens > limit:
-        raise RefusalLabError(
-            f"{n_tokens} tokens, but {m.name} reads at most {limit}: shorten the prompt or reply."
-        )
+        raise RefusalLabError(f"{n_tokens} tokens, but {m.name} reads at most {limit}: shorten the prompt or reply.")
 
 
 def _check_ids(m: Model, ids: Tensor) -> None:
@@ -939,9 +911,7 @@ def _check_ids(m: Model, ids: Tensor) -> None:
         )
 
 
-def batches(
-    m: Model, prompts: Sequence[Prompt], batch_size: int, **settings: Any
-) -> Iterator[tuple[list[int], dict]]:
+def batches(m: Model, prompts: Sequence[Prompt], batch_size: int, **settings: Any) -> Iterator[tuple[list[int], dict]]:
     """Encoded prompts in batches, as (indices of the prompts, encoded batch).
 
     One batch keeps the order of the prompts, so that an edit may hold one direction per row. Several batches

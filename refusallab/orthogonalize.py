@@ -57,9 +57,7 @@ def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
     `skip` leaves out some of REPAIRS, to see what each is for. Without all four this is the textbook edit.
     """
     if m.remote is True:
-        raise RefusalLabError(
-            "A remote model has no weights here: use ablation(r) instead, or load it locally."
-        )
+        raise RefusalLabError("A remote model has no weights here: use ablation(r) instead, or load it locally.")
     if unknown := set(skip) - set(REPAIRS):
         raise RefusalLabError(f"There is no {sorted(unknown)[0]!r} to skip: choose from {', '.join(REPAIRS)}.")
     r = unit(r).to(m.device)

@@ -4,7 +4,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -17,18 +16,6 @@ from refusallab.directions import Candidate, Search
 from refusallab.model import wrap
 
 torch.set_num_threads(1)
-
-NEEDS = {  # the part of a computer that the tests with a marker need: programs, any of which will do
-    "sandbox": ("bwrap",),
-    "browser": ("chromium", "chromium-browser", "google-chrome"),
-}
-
-
-def pytest_runtest_setup(item):
-    for marker, programs in NEEDS.items():
-        if item.get_closest_marker(marker) and not any(map(shutil.which, programs)):
-            pytest.skip(f"the {marker} tests need {programs[0]}, which is not installed")
-
 
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"

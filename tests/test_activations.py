@@ -38,9 +38,7 @@ def test_small_batches_keep_the_order(model_of, prompts):
 def test_chosen_layers_and_positions(model_of, prompts):
     m = model_of("llama")
     everything = residual(m, prompts)
-    assert torch.equal(
-        residual(m, prompts, layers=[2, 0], positions=[-1, -4]), everything[:, [2, 0]][:, :, [-1, -4]]
-    )
+    assert torch.equal(residual(m, prompts, layers=[2, 0], positions=[-1, -4]), everything[:, [2, 0]][:, :, [-1, -4]])
 
 
 def test_with_an_edit_the_stream_is_read_after_it(m, hooks, prompts, r):

@@ -30,7 +30,6 @@ from refusallab.course.capstone import (
     points,
 )
 from refusallab.course.exercises.common import chat_model
-from refusallab.course.grade.plain import decode, encode
 from refusallab.course.submitted import Failed, Limits, Submitted, read_source, score_file
 from refusallab.defence import ModelAlone, stock_refusal, write
 from refusallab.errors import RefusalLabError
@@ -38,6 +37,7 @@ from refusallab.interventions import ablation
 from refusallab.measure import wilson
 from refusallab.model import logits
 from refusallab.prompts import bundled
+from refusallab.sandbox.plain import decode, encode
 
 
 @pytest.fixture(autouse=True)

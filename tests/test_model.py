@@ -329,9 +329,7 @@ def test_prefill_is_read_but_not_repeated(model_of, hooks, ids_not_text):
     m = model_of()
     ids_not_text(m)
     batch = encode(m, ["Name a river"], prefill="List three")
-    assert generate(m, ["Name a river"], prefill="List three", max_new_tokens=6) == hooks.greedy(
-        m.hf, batch, 6
-    )
+    assert generate(m, ["Name a river"], prefill="List three", max_new_tokens=6) == hooks.greedy(m.hf, batch, 6)
 
 
 def test_decoding_is_greedy_whatever_the_model_ships(make, hooks, prompts, ids_not_text):

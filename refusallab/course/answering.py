@@ -17,7 +17,7 @@ FILE = "<defence>"  # the name of the student's code in tracebacks
 def main() -> None:
     """Read the source, say what came of it, then answer until the input ends."""
     requests, answers = _own_channels()
-    from refusallab.course.grade.plain import decode, encode
+    from refusallab.sandbox.plain import decode, encode
 
     def say(**what: Any) -> None:
         answers.write(encode(what) + "\n")
@@ -46,8 +46,8 @@ def _begin(order: dict[str, Any]) -> tuple[Any, Any]:
     import torch
 
     from refusallab.course.capstone import attackers_direction
-    from refusallab.course.grade import confine
     from refusallab.model import load
+    from refusallab.sandbox import confine
 
     m = load(order["model"])
     if order["walled"]:

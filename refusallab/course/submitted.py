@@ -27,12 +27,12 @@ from torch import Tensor
 
 from refusallab.course import leaderboard
 from refusallab.course.capstone import Removal, Score, Trial, attackers_direction, compare, measure
-from refusallab.course.grade.plain import decode, encode
-from refusallab.course.grade.server import SETTINGS, bubblewrap, sandbox_environment
 from refusallab.course.leaderboard import Row
 from refusallab.defence import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model, Prompt, load
+from refusallab.sandbox.plain import decode, encode
+from refusallab.sandbox.server import SETTINGS, bubblewrap, sandbox_environment
 from smallmodels.world import DATA
 
 MARK = re.compile(r"\s*#\s*capstone\b", re.I)  # how the first line of a submitted cell begins
@@ -65,7 +65,7 @@ def read_source(path: Path) -> str:
         raise RefusalLabError(f"{path} cannot be read ({error.strerror}): give the file with your defence.") from error
     if path.suffix != ".ipynb":
         return data.decode("utf-8", errors="replace").strip() + "\n"
-    from refusallab.course.grade.cells import read_cells
+    from refusallab.course.cells import read_cells
 
     cells = [cell.source.strip() for cell in read_cells(data) if cell.kind == "code" and MARK.match(cell.source)]
     if not cells:

@@ -12,8 +12,8 @@ from contextlib import closing
 import pytest
 from grading import POINTS, RIGHT, STUB, WRONG, notebook, points_of, put
 
-from refusallab.course.grade.batch import grade_class
-from refusallab.course.grade.records import Records
+from grader.batch import grade_class
+from grader.records import Records
 
 pytestmark = pytest.mark.sandbox
 CLASS = 200

@@ -16,15 +16,15 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 
 import refusallab
+from grader.examine import Graded, Task, examine, not_graded
+from grader.records import Records
+from grader.submissions import Found, Submission, find_submissions
 from refusallab.course.catalogue import QUESTIONS
+from refusallab.course.cells import read_cells
 from refusallab.course.exercises import exercises_of
-from refusallab.course.grade.cells import read_cells
-from refusallab.course.grade.examine import Graded, Task, examine, not_graded
-from refusallab.course.grade.plain import storable
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.server import Limits, shared
-from refusallab.course.grade.submissions import Found, Submission, find_submissions
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.plain import storable
+from refusallab.sandbox.server import Limits, shared
 
 USUAL = Limits()
 ATTEMPTS = 3  # to grade a submission whose worker was lost

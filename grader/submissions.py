@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refusallab.course.grade.files import LABS, File, Level, contents, read_folder, shown
-from refusallab.course.grade.plain import storable
+from grader.files import LABS, File, Level, contents, read_folder, shown
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.plain import storable
 
 TITLES = (  # as in the names of the notebooks
     "meet the model",

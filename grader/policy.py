@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterable, Iterator
 
+from refusallab.course.cells import Notebook, squeeze
 from refusallab.course.exercise import Exercise
-from refusallab.course.grade.cells import Notebook, squeeze
 
 FOR_LABS = {"*", "capstone", "check", "leaderboard", "progress", "real_model", "replication", "start"}  # of course
 BUILTINS = {"__builtins__", "__import__", "compile", "eval", "exec", "globals"}

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 from refusallab.course.exercise import Exercise, call
-from refusallab.course.exercises import find
-from refusallab.course.grade.plain import decode, encode
-from refusallab.course.origin import course_code
+from refusallab.course.exercises import every_exercise, find
+from refusallab.course.origin import codes, course_code
+from refusallab.sandbox.plain import LARGEST, MIME, decode, encode
 
-MIME = "application/vnd.refusallab.observed"
-LARGEST = 16 << 20  # bytes of text
 CHUNK = 1 << 16
+
+
+def prepare() -> None:
+    """Import and compute what every probe needs, before kernels are forked."""
+    every_exercise()
+    codes()
 
 
 class Observed:

@@ -12,9 +12,9 @@ from typing import Any
 import zmq
 from jupyter_client.session import Session
 
-from refusallab.course.grade.probe import LARGEST, MIME
-from refusallab.course.grade.server import METER, WATCH, ForkServer, Limits
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.plain import LARGEST, MIME
+from refusallab.sandbox.server import METER, WATCH, ForkServer, Limits
 
 PORTS = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
 LARGEST_MESSAGE = LARGEST + (1 << 20)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
+from grader.policy import flags
 from refusallab.course.catalogue import HEADERS, QUESTIONS
+from refusallab.course.cells import Cell, Notebook, read_cells
 from refusallab.course.exercise import BORROWED, Exercise, judge, verdict
 from refusallab.course.exercises import exercises_of
-from refusallab.course.grade.cells import Cell, Notebook, read_cells
-from refusallab.course.grade.kernel import LATE, Kernel, KernelDied, Reply
-from refusallab.course.grade.plain import decode, encode, storable
-from refusallab.course.grade.policy import flags
-from refusallab.course.grade.server import Limits, shared
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.kernel import LATE, Kernel, KernelDied, Reply
+from refusallab.sandbox.plain import decode, encode, storable
+from refusallab.sandbox.server import Limits, shared
 
 SHOWN = 2_000  # characters of output that are kept of a cell
 LONGEST_ANSWER = 50_000  # characters of a written answer that are kept
@@ -250,7 +250,7 @@ class Run:
             self._ready()
             inputs, _ = hidden_inputs(exercise, self.task.seed)
             call = f"probe({exercise.number!r}, globals(), {inputs!r})"
-            reply = self._run("", f"__import__('refusallab.course.grade.probe', fromlist=['x']).{call}")
+            reply = self._run("", f"__import__('refusallab.course.probe', fromlist=['x']).{call}")
             if reply.timed_out or '"cases"' not in reply.observed:
                 self._stop()  # what it left behind goes with the kernel
             if reply.timed_out and not fresh:

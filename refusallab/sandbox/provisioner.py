@@ -1,7 +1,7 @@
 """Kernels of the fork server for whatever speaks to jupyter_client: nbclient, nbval, nbgrader, JupyterLab.
 
 The kernels are named `refusallab` and `refusallab-sandbox`; JUPYTER_PATH has to name this package's folder:
-JUPYTER_PATH=$(python -m refusallab.course.grade.provisioner) pytest --nbval --nbval-kernel-name refusallab solutions
+JUPYTER_PATH=$(python -m refusallab.sandbox.provisioner) pytest --nbval --nbval-kernel-name refusallab solutions
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets import Bool
 
-from refusallab.course.grade.server import HOME, Limits, shared
+from refusallab.sandbox.server import HOME, Limits, shared
 
 FOLDER = Path(__file__).parent
 

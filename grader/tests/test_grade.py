@@ -9,18 +9,18 @@ import pytest
 import torch
 from grading import RIGHT, cell, notebook, save
 
+from grader import batch, exports, pages
+from grader.examine import Graded, Outcome, Task, _judge, hidden_inputs, written_answers
+from grader.policy import flags
+from grader.records import Records
+from grader.report import write_all
+from grader.submissions import Submission
 from refusallab.course.catalogue import HEADERS
+from refusallab.course.cells import Cell, Notebook, read_cells
 from refusallab.course.exercise import Case
 from refusallab.course.exercises import find
-from refusallab.course.grade import batch, exports, pages
-from refusallab.course.grade.cells import Cell, Notebook, read_cells
-from refusallab.course.grade.examine import Graded, Outcome, Task, _judge, hidden_inputs, written_answers
-from refusallab.course.grade.plain import Foreign, decode, encode, storable
-from refusallab.course.grade.policy import flags
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.report import write_all
-from refusallab.course.grade.submissions import Submission
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.plain import Foreign, decode, encode, storable
 
 # --- cells ---------------------------------------------------------------------------------------------------------
 

@@ -7,16 +7,16 @@ import pytest
 from grading import RIGHT, answer, cell, notebook, put, save
 from typer.testing import CliRunner
 
+from grader import batch, examine, exports, pages, report
+from grader.examine import Graded, Outcome, Task, not_graded
+from grader.records import Records
+from grader.submissions import Submission
 from refusallab import cli
+from refusallab.course.cells import MOST_CELLS, MOST_CODE, Cell, Notebook, read_cells
 from refusallab.course.exercises import exercises_of, find
-from refusallab.course.grade import batch, examine, exports, pages, report
-from refusallab.course.grade.cells import MOST_CELLS, MOST_CODE, Cell, Notebook, read_cells
-from refusallab.course.grade.examine import Graded, Outcome, Task, not_graded
-from refusallab.course.grade.kernel import LATE, Kernel, Reply, _take
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.server import Limits
-from refusallab.course.grade.submissions import Submission
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.kernel import LATE, Kernel, Reply, _take
+from refusallab.sandbox.server import Limits
 
 LAB = exercises_of("02")
 BAD = "a\ud800b\x00c\udcffd"  # half a character, a byte that ends texts, a byte of a file name

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refusallab.course.grade.batch import Batch
-from refusallab.course.grade.exports import write_nbgrader, write_tables
-from refusallab.course.grade.pages import read_by_hand, read_rubrics, write_by_hand, write_feedback, write_overview
-from refusallab.course.grade.records import Records
+from grader.batch import Batch
+from grader.exports import write_nbgrader, write_tables
+from grader.pages import read_by_hand, read_rubrics, write_by_hand, write_feedback, write_overview
+from grader.records import Records
 from refusallab.errors import RefusalLabError
 
 

@@ -72,7 +72,7 @@ class ForkServer:
         self._run.chmod(0o755)
         self._lock, self._count = threading.Lock(), 0
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        zygote = [sys.executable, "-m", "refusallab.course.grade.zygote", str(theirs.fileno())]
+        zygote = [sys.executable, "-m", "refusallab.sandbox.zygote", str(theirs.fileno())]
         command = [*bubblewrap(self._run), *zygote, "sandboxed"] if sandboxed else [*zygote, "open"]
         env = sandbox_environment() if sandboxed else os.environ | SETTINGS
         with (self._folder / "log").open("wb") as log:

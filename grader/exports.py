@@ -8,10 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from grader.pages import points
+from grader.records import Records
+from grader.tables import write_csv
 from refusallab.course.catalogue import HEADERS, QUESTIONS
-from refusallab.course.grade.pages import points
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.tables import write_csv
 from refusallab.errors import RefusalLabError
 
 

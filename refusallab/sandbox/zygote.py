@@ -1,7 +1,7 @@
 """The fork server: imports what kernels need, once, and forks a kernel for every request.
 
 It never computes: a parallel torch operation before a fork would make the children hang. It holds no secrets: children
-have its memory. Run by `server.ForkServer` as `python -m refusallab.course.grade.zygote FD WALL`; it reads requests
+have its memory. Run by `server.ForkServer` as `python -m refusallab.sandbox.zygote FD WALL`; it reads requests
 from the socket FD and ends when that closes. Each kernel has a supervisor, which ends with it, and a *lifeline*, a
 socket to whoever asked for the kernel: it says "ready" or what went wrong, and closes when the kernel is gone. Closing
 its other end ends the kernel. The *meter*, a file in memory, holds the processor time that the kernel has used.
@@ -22,10 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from refusallab.course import origin
-from refusallab.course.catalogue import LABS
-from refusallab.course.grade import confine
-from refusallab.course.grade.server import METER, WATCH
+from refusallab.sandbox import confine
+from refusallab.sandbox.server import METER, WATCH
 
 PRELOAD = (
     "torch",
@@ -40,12 +38,11 @@ PRELOAD = (
     "sklearn.decomposition",
     "sklearn.linear_model",
     "statsmodels.stats.proportion",
-    *(f"refusallab.course.exercises.lab{lab}" for lab in LABS),
     "refusallab.course.checking",
     "refusallab.course.session",
     "refusallab.experiment",
     "refusallab.explore",
-    "refusallab.course.grade.probe",
+    "refusallab.course.probe:prepare",
 )
 
 
@@ -53,8 +50,10 @@ def main() -> None:
     """Import, say so, and fork a kernel for each request."""
     channel, sandboxed = socket.socket(fileno=int(sys.argv[1])), sys.argv[2] == "sandboxed"
     for name in PRELOAD:
-        importlib.import_module(name)
-    origin.codes()
+        module, _, function = name.partition(":")
+        imported = importlib.import_module(module)
+        if function:
+            getattr(imported, function)()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     signal.signal(signal.SIGINT, signal.SIG_IGN)

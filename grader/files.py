@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from refusallab.course.catalogue import HEADERS, LABS
-from refusallab.course.grade.cells import LARGEST, Cell, read_cells
-from refusallab.course.grade.plain import storable
+from refusallab.course.cells import LARGEST, Cell, read_cells
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.plain import storable
 
 ZIP = b"PK\x03\x04"
 MOST_IN_ZIP = 10_000  # files

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from grader.policy import flags
 from refusallab.course.catalogue import LABS
+from refusallab.course.cells import Cell, Notebook, read_cells
 from refusallab.course.exercises import exercises_of, find
-from refusallab.course.grade.cells import Cell, Notebook, read_cells
-from refusallab.course.grade.policy import flags
 
 ROOT = Path(__file__).parents[1]
 

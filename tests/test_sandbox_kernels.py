@@ -12,7 +12,7 @@ from grading import cell, save
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-from refusallab.course.grade import provisioner
+from refusallab.sandbox import provisioner
 
 KERNELS = [
     "refusallab",

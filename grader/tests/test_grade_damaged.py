@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from grading import POINTS, RIGHT, STUB, WRONG, answer, cell, notebook, points_of, put, save
 
-from refusallab.course.grade.batch import grade_class
-from refusallab.course.grade.pages import write_feedback
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.server import ForkServer, Limits
+from grader.batch import grade_class
+from grader.pages import write_feedback
+from grader.records import Records
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.server import ForkServer, Limits
 
 pytestmark = pytest.mark.sandbox
 LIMITS = Limits(timeout=6, memory=0.5)

@@ -25,12 +25,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from grader.examine import Graded
+from grader.submissions import Found, Submission
 from refusallab.course.catalogue import QUESTIONS
-from refusallab.course.grade.examine import Graded
-from refusallab.course.grade.kernel import LATE
-from refusallab.course.grade.plain import storable
-from refusallab.course.grade.submissions import Found, Submission
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.kernel import LATE
+from refusallab.sandbox.plain import storable
 
 _metadata = MetaData()
 submissions = Table(

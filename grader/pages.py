@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from grader.records import Records
+from grader.submissions import some
+from grader.tables import as_it_was, write_csv
 from refusallab.course.catalogue import HEADERS, QUESTIONS
-from refusallab.course.grade.cells import read_cells
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.submissions import some
-from refusallab.course.grade.tables import as_it_was, write_csv
+from refusallab.course.cells import read_cells
 from refusallab.errors import RefusalLabError
 
 if TYPE_CHECKING:
-    from refusallab.course.grade.batch import Batch
+    from grader.batch import Batch
 
 TITLES = {item.number: item.title for item in (*HEADERS, *QUESTIONS)}
 BY_HAND = ("student", "lab", "question", "points", "comment", "answer")

@@ -12,15 +12,15 @@ import pytest
 from grading import cell, notebook, save
 from typer.testing import CliRunner
 
+from grader import batch as grading
+from grader import files, pages, tables
+from grader.batch import Batch, grade_class
+from grader.examine import Graded, Outcome
+from grader.records import Records
+from grader.report import write_all
+from grader.submissions import TITLES, Submission, find_submissions
 from refusallab import cli
 from refusallab.course.catalogue import HEADERS
-from refusallab.course.grade import batch as grading
-from refusallab.course.grade import files, pages, tables
-from refusallab.course.grade.batch import Batch, grade_class
-from refusallab.course.grade.examine import Graded, Outcome
-from refusallab.course.grade.records import Records
-from refusallab.course.grade.report import write_all
-from refusallab.course.grade.submissions import TITLES, Submission, find_submissions
 from refusallab.errors import RefusalLabError
 
 NOTES = save([cell("x = 1")])  # a notebook that tells no lab

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 
+MIME = "application/vnd.refusallab.observed"  # of a text that a kernel shows to who asked for it
+LARGEST = 16 << 20  # bytes of such a text
+
 TYPES = {"float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 DEPTH = 50
 UNSTORABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
