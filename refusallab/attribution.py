@@ -60,13 +60,13 @@ def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: i
     start, z, mlps = [torch.empty(len(prompts), *shape) for shape in ((), reads.shape, (m.n_layers,))]
     for rows, batch in batches(m, prompts, batch_size):
         with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
-            first = (blocks(nn)[0].input[:, -1] @ direction).save()
+            first = (blocks(nn)[0].input[:, -1].float() @ direction).save()
             mixed, written = [], []
             for block in blocks(nn):
                 mixed.append(attention_writes(block).input[:, -1])
-                written.append(mlp(block).output[:, -1] @ direction)
+                written.append(mlp(block).output[:, -1].float() @ direction)
             mixed, written = torch.stack(mixed, 1).save(), torch.stack(written, 1).save()
-        start[rows], mlps[rows] = first.float().cpu(), written.float().cpu()
+        start[rows], mlps[rows] = first.cpu(), written.cpu()
         z[rows] = mixed.float().cpu().unflatten(-1, reads.shape[1:])
     biases = [getattr(attention_writes(block), "bias", None) for block in blocks(m.hf)]
     written = torch.tensor([0.0 if b is None else (b.float() @ direction).item() for b in biases])
