@@ -16,8 +16,23 @@ from torch import Tensor
 
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
 from refusallab.interventions import unit
-from refusallab.model import Model, Prompt, attention, attention_writes, batches, blocks, encode, mlp, post_norm, render
+from refusallab.model import (
+    Model,
+    Prompt,
+    attention,
+    attention_writes,
+    batches,
+    blocks,
+    encode,
+    ids_behind,
+    listed_prompts,
+    messages,
+    mlp,
+    post_norm,
+    render,
+)
 
 
 def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Tensor) -> Tensor:
@@ -54,7 +69,7 @@ def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: i
         raise RefusalLabError(
             f"{m.name} normalizes what its attention writes, so heads have no share of their own: use another model."
         )
-    nn, direction = m.nn, unit(r).to(m.device)
+    nn, direction, prompts = m.nn, unit(r).to(m.device), listed_prompts(prompts)
     heads = m.hf.config.num_attention_heads
     reads = torch.stack([head_readout(weight_of(attention_writes(b)), direction, heads) for b in blocks(m.hf)])
     start, z, mlps = [torch.empty(len(prompts), *shape) for shape in ((), reads.shape, (m.n_layers,))]
@@ -130,16 +145,20 @@ def regions(m: Model, prompts: Sequence[Prompt], suffixes: Sequence[str]) -> dic
     suffixes: how each prompt ends, "" where it has no suffix. Values are bool [n, seq], padded on the left like
     `encode`; every token that is not padding lies in one region.
     """
+    prompts, suffixes = listed_prompts(prompts), listed(suffixes, "suffixes", str)
     batch = encode(m, prompts)
     seq, rows = batch["input_ids"].shape[1], []
     place = torch.arange(seq, 0, -1)  # counted from the end: the last token is 1
     for prompt, suffix in zip(prompts, suffixes, strict=True):
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = messages(prompt)[-1]["content"]
         if not text.endswith(suffix):
             raise RefusalLabError(f"A prompt does not end in its suffix {suffix!r}: give the prompts as they are sent.")
-        end = render(m, prompt).rpartition(text)[2]
+        start, found, end = render(m, prompt).rpartition(text)
+        if not found:
+            raise RefusalLabError(f"The template of {m.name} changes {text!r}: give it without outer spaces.")
+        heads = [start, start + text.removesuffix(suffix), start + text]
         pieces = [text + end, suffix + end, end]
-        a, b, c = (len(m.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+        a, b, c = (len(ids_behind(m, head, piece)) for head, piece in zip(heads, pieces, strict=True))
         rows.append(torch.stack([place > a, (place <= a) & (place > b), (place <= b) & (place > c), place <= c]))
     masks = torch.stack(rows, 1) & batch["attention_mask"].bool().cpu()  # [4, n, seq]
     return dict(zip(("start", "instruction", "suffix", "end"), masks, strict=True))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refusallab.directions import Search, random_directions, save_candidates, search_candidates
+from refusallab.inputs import listed
 from refusallab.interventions import ablation, addition
 from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases, wilson
 from refusallab.model import Edit, Model, generate
@@ -53,9 +54,9 @@ class Headline:
         }
 
 
-def outcomes(m: Model, items: list[Item], *, edit: Edit | None = None, system: str | None = None) -> list[Outcome]:
+def outcomes(m: Model, items: Iterable[Item], *, edit: Edit | None = None, system: str | None = None) -> list[Outcome]:
     """Greedy replies to a prompt set, judged: by exact answer where an item has one, by refusal phrases in any case."""
-    phrases = refusal_phrases(m)
+    phrases, items = refusal_phrases(m), listed(items, "items", Item)
     replies = generate(
         m,
         [i.prompt for i in items],

@@ -609,7 +609,7 @@ def _message(turn: Any, i: int) -> dict[str, str]:
 def _part(part: Any, i: int) -> str:
     kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, Mapping) else ("text", part)
     if kind != "text":
-        raise RefusalLabError(f"Message {i} holds a part of type {kind!r}: these models read text alone, so leave it out.")
+        raise RefusalLabError(f"Message {i} holds a part of type {kind!r}: only text is read, so leave it out.")
     if not isinstance(text, str):
         raise RefusalLabError(f"Message {i} holds {reprlib.repr(part)}: a part is a dict with type 'text' and a text.")
     return text
@@ -679,8 +679,8 @@ def _close_thought(tokenizer: Any, turns: list[dict[str, str]], text: str, name:
     if not tags or _closes(tags[-1]):
         return text
     warnings.warn(
-        f"The chat template of {name} opens a thought ({tags[-1]}) before each reply. It is closed at once, so that the "
-        "reply follows and can be judged; the model may answer otherwise when it thinks first.",
+        f"The chat template of {name} opens a thought ({tags[-1]}) before each reply. It is closed at once, so that "
+        "the reply follows and can be judged; the model may answer otherwise when it thinks first.",
         stacklevel=2,
     )
     return f"{text.rstrip()}\n\n{_closing(tags[-1])}\n\n"
@@ -719,7 +719,7 @@ def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
         raise RefusalLabError("The list of prompts is empty: give at least one.")
     for i, prompt in enumerate(prompts):
         try:
-            messages(prompt)
+            prompts[i] = prompt if messages(prompt) and isinstance(prompt, str) else messages(prompt)
         except RefusalLabError as error:
             raise RefusalLabError(f"Prompt {i}: {error}") from None
     return prompts

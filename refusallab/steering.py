@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refusallab.directions import random_directions
+from refusallab.inputs import listed
 from refusallab.interventions import addition
 from refusallab.measure import Outcome, Rate, cross_entropy, outcome, rate, refused_by_phrases
 from refusallab.model import Model, generate
@@ -36,6 +37,7 @@ def dose_curve(
     The loss reads the finished replies with the untouched model. It is a measure of fluency, and of nothing else: a
     fluent reply may be wrong. All coefficients run side by side, one row for each prompt and coefficient.
     """
+    items, coefficients = listed(items, "items", Item), list(coefficients)
     phrases, rows = refusal_phrases(m), [(c, item) for c in coefficients for item in items]
     prompts, replies = [item.prompt for _, item in rows], []
     for start in range(0, len(rows), batch_size):

@@ -68,8 +68,8 @@ def all_rows() -> Iterator[None]:
     watch.look(None)
     if watch.first_row_only:
         raise RefusalLabError(
-            "The edit changes the first prompt of the batch in place, and no other: in block.output[0] = ..., [0] is the "
-            "first prompt, not the stream. Assign the whole stream [batch, seq, width]: block.output = ..."
+            "The edit changes the first prompt of the batch in place, and no other: in block.output[0] = ..., [0] is "
+            "that prompt, not the stream. Assign the whole stream [batch, seq, width]: block.output = ..."
         )
 
 
