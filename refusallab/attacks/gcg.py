@@ -105,8 +105,8 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
         whole, known = ids_of(m, text), [token for part in ids for token in part]
         if whole[: len(known)] != known:
             raise RefusalLabError(
-                f"{piece!r} is read as other tokens, for it shares one with the text before it. Begin suffix and target "
-                "with a space or another sign, and end the suffix with another one."
+                f"{piece!r} is read as other tokens, for it shares one with the text before it. Begin suffix and "
+                "target with a space or another sign, and end the suffix with another one."
             )
         ids.append(whole[len(known) :])
     parts = [torch.tensor(part, dtype=torch.long, device=m.device) for part in ids]
