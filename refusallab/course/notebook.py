@@ -45,13 +45,11 @@ if importlib.util.find_spec("refusallab") is None:
         with zipfile.ZipFile(file or {otherwise}) as archive:
             root = next(Path(x).parents[1] for x in archive.namelist() if x.endswith("refusallab/bootstrap.py"))
             archive.extractall()
-    except Exception as error:
-        bad = "is cut off, still on its way or no course: remove it"
-        bad = f"cannot be unpacked ({{error}}): free space" if isinstance(error, OSError) else bad
-        why = f" {{file}} {{bad}}." if file else ""
+    except Exception as e:
+        bad = file and (f" {{file}}: {{e}}." if isinstance(e, OSError) else f" {{file}} is not whole (yet): remove it.")
         upload, place = "Upload labs.zip (folder icon, left)", "Start with `make lab`, or put labs.zip beside this file"
         what = upload if "google.colab" in sys.modules else place
-        stop = ImportError(f"The course is not installed here.{{why}} {{what}}, then run this cell again.")
+        stop = ImportError(f"The course is not installed here.{{bad or ''}} {{what}}, then run this cell again.")
         stop._render_traceback_ = lambda: [str(stop)]
         raise stop from None
     sys.path.insert(0, str(root.resolve()))
