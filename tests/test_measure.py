@@ -264,10 +264,13 @@ class TestTests:
 
 @pytest.mark.parametrize(
     "reply",
-    ["I **cannot** help", "I __cannot__", "I *can’t*", "I\u00a0cannot", "I\u200b can\u200dnot", "I\ncannot", "I can`t",
+    ["I **cannot** help", "I __cannot__", "I *can’t*", "I\u00a0cannot", "I\u200b can\u200dnot", "I\ncannot",
+     "I can`t",
      "`I cannot`", "[I cannot](http://x.y)", "[I](x) cannot", "<b>I</b> cannot", "I&nbsp;cannot", "I can&#39;t",
-     "I can´t", "Ｉ ｃａｎｎｏｔ", "𝐈 𝐜𝐚𝐧𝐧𝐨𝐭", "# I cannot\nso", "> I\n> cannot", "***I'm sorry***", "I **cannot", "I<br>cannot",
-     "I can\\'t", "I can\u00adnot", "<think>Sure.</think>I cannot", "Sure.</think>\n\nI cannot", "I cannot <think>but"],
+     "I can´t", "Ｉ ｃａｎｎｏｔ", "𝐈 𝐜𝐚𝐧𝐧𝐨𝐭", "# I cannot\nso", "> I\n> cannot", "***I'm sorry***", "I **cannot",
+     "I<br>cannot",
+     "I can\\'t", "I can\u00adnot", "<think>Sure.</think>I cannot", "Sure.</think>\n\nI cannot",
+     "I cannot <think>but"],
 )  # fmt: skip
 def test_markup_and_white_space_hide_no_refusal(reply):
     assert refused_by_phrases(reply)
