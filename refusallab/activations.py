@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
-from refusallab.model import Edit, Model, Prompt, batches, blocks, encode, no_edit, unembed
+from refusallab.model import (
+    Edit,
+    Model,
+    Prompt,
+    batches,
+    blocks,
+    encode,
+    listed_prompts,
+    no_edit,
+    require_finite,
+    unembed,
+)
+from refusallab.watch import all_rows
 
 
 def residual(
@@ -27,7 +39,7 @@ def residual(
     (-1 is the last prompt token), because prompts are padded on the left. With an edit, this is the stream
     after the edit: what the block reads.
     """
-    layers, positions = _sites(m, layers, positions)
+    prompts, (layers, positions) = listed_prompts(prompts), _sites(m, layers, positions)
     out = torch.empty(len(prompts), len(layers), len(positions), m.width)
     for rows, acts in _batched_residual(m, prompts, layers, positions, edit, system, batch_size):
         out[rows] = acts.float()
@@ -45,7 +57,7 @@ def mean_residual(
     batch_size: int = 64,
 ) -> Tensor:
     """The mean of `residual` over the prompts, summed in float64: float64 [layers, positions, width]."""
-    layers, positions = _sites(m, layers, positions)
+    prompts, (layers, positions) = listed_prompts(prompts), _sites(m, layers, positions)
     total = torch.zeros(len(layers), len(positions), m.width, dtype=torch.float64)
     for _, acts in _batched_residual(m, prompts, layers, positions, edit, system, batch_size):
         total += acts.double().sum(0)
@@ -96,7 +108,9 @@ def _batched_residual(
         shortest = int(batch["attention_mask"].sum(1).min())
         if -min(positions) > shortest:
             raise RefusalLabError(f"Position {min(positions)}, but a prompt has only {shortest} tokens.")
-        yield rows, _trace_residual(m, batch, layers, positions, edit).cpu()
+        acts = _trace_residual(m, batch, layers, positions, edit).cpu()
+        require_finite(m, acts, edit, rows)
+        yield rows, acts
 
 
 @torch.no_grad()
@@ -105,7 +119,7 @@ def _trace_residual(
 ) -> Tensor:
     nn, plain, edit = m.nn, edit is None, edit or no_edit
     order = sorted(set(layers))  # a trace reads in the order of the forward pass
-    with nn.trace(logits_to_keep=1, remote=m.remote) as tracer:
+    with all_rows(), nn.trace(logits_to_keep=1, remote=m.remote) as tracer:
         with tracer.invoke(**batch):
             edit(nn)
         with tracer.invoke():  # a reader of its own: it sees what the edit leaves at each block

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
 from refusallab.interventions import unit
 from refusallab.model import (
     Model,
@@ -25,6 +26,9 @@ from refusallab.model import (
     batches,
     blocks,
     encode,
+    ids_behind,
+    listed_prompts,
+    messages,
     mlp,
     post_norm,
     render,
@@ -66,19 +70,19 @@ def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: i
         raise RefusalLabError(
             f"{m.name} normalizes what its attention writes, so heads have no share of their own: use another model."
         )
-    nn, direction = m.nn, unit(r).to(m.device)
+    nn, direction, prompts = m.nn, unit(r).to(m.device), listed_prompts(prompts)
     heads = m.hf.config.num_attention_heads
     reads = torch.stack([head_readout(weight_of(attention_writes(b)), direction, heads) for b in blocks(m.hf)])
     start, z, mlps = [torch.empty(len(prompts), *shape) for shape in ((), reads.shape, (m.n_layers,))]
     for rows, batch in batches(m, prompts, batch_size):
         with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
-            first = (blocks(nn)[0].input[:, -1] @ direction).save()
+            first = (blocks(nn)[0].input[:, -1].float() @ direction).save()
             mixed, written = [], []
             for block in blocks(nn):
                 mixed.append(attention_writes(block).input[:, -1])
-                written.append(mlp(block).output[:, -1] @ direction)
+                written.append(mlp(block).output[:, -1].float() @ direction)
             mixed, written = torch.stack(mixed, 1).save(), torch.stack(written, 1).save()
-        start[rows], mlps[rows] = first.float().cpu(), written.float().cpu()
+        start[rows], mlps[rows] = first.cpu(), written.cpu()
         z[rows] = mixed.float().cpu().unflatten(-1, reads.shape[1:])
     biases = [getattr(attention_writes(block), "bias", None) for block in blocks(m.hf)]
     written = torch.tensor([0.0 if b is None else (b.float() @ direction).item() for b in biases])
@@ -143,16 +147,20 @@ def regions(m: Model, prompts: Sequence[Prompt], suffixes: Sequence[str]) -> dic
     suffixes: how each prompt ends, "" where it has no suffix. Values are bool [n, seq], padded on the left like
     `encode`; every token that is not padding lies in one region.
     """
+    prompts, suffixes = listed_prompts(prompts), listed(suffixes, "suffixes", str)
     batch = encode(m, prompts)
     seq, rows = batch["input_ids"].shape[1], []
     place = torch.arange(seq, 0, -1)  # counted from the end: the last token is 1
     for prompt, suffix in zip(prompts, suffixes, strict=True):
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = messages(prompt)[-1]["content"]
         if not text.endswith(suffix):
             raise RefusalLabError(f"A prompt does not end in its suffix {suffix!r}: give the prompts as they are sent.")
-        end = render(m, prompt).rpartition(text)[2]
+        start, found, end = render(m, prompt).rpartition(text)
+        if not found:
+            raise RefusalLabError(f"The template of {m.name} changes {text!r}: give it without outer spaces.")
+        heads = [start, start + text.removesuffix(suffix), start + text]
         pieces = [text + end, suffix + end, end]
-        a, b, c = (len(m.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+        a, b, c = (len(ids_behind(m, head, piece)) for head, piece in zip(heads, pieces, strict=True))
         rows.append(torch.stack([place > a, (place <= a) & (place > b), (place <= b) & (place > c), place <= c]))
     masks = torch.stack(rows, 1) & batch["attention_mask"].bool().cpu()  # [4, n, seq]
     return dict(zip(("start", "instruction", "suffix", "end"), masks, strict=True))

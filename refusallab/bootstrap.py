@@ -34,7 +34,10 @@ def install(root: Path = ROOT) -> None:
         raise SetUpError(
             f"numpy {loaded} is loaded, but {held['numpy']} is installed. Restart the kernel, then run this cell again."
         )
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    try:
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    except (OSError, ValueError, KeyError):
+        raise SetUpError(f"{root} holds a part of the course only. Remove it, and take labs.zip anew.") from None
     wanted = [line for line in project["dependencies"] if re.match(r"[\w.-]+", line)[0] not in HELD]
     with tempfile.TemporaryDirectory() as folder:
         hold = Path(folder) / "hold.txt"

@@ -19,10 +19,11 @@ from refusallab.activations import residual
 from refusallab.directions import DEPTH, Candidate, candidate_directions, random_directions, score_candidates
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss, shuffled
+from refusallab.inputs import listed
 from refusallab.interventions import ablation, addition, unit
 from refusallab.judging import outcomes
 from refusallab.measure import Rate, kl_divergence, learn_refusal_tokens, rate, refusal_metric
-from refusallab.model import Model, Prompt, encode, logits, no_edit, trace_logits
+from refusallab.model import Model, Prompt, encode, listed_prompts, logits, no_edit, trace_logits
 from refusallab.prompts import Item, prompt_set
 
 INDUCE_WEIGHT = 0.2  # of the addition loss, beside 1 for the other two
@@ -84,6 +85,7 @@ def find_cone(
     a random direction of the cone. With `orthogonal_to` [width], the whole cone stays orthogonal to that direction. The
     exact answers of the harmful items say what ablation should free.
     """
+    harmful, harmless = (listed(items, "items", Item) for items in (harmful, harmless))
     fixed = start[:0] if orthogonal_to is None else orthogonal_to[None]
     vectors = start.clone().float().requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=step_size)
@@ -120,6 +122,7 @@ def direction_loss(
     Forbidden answers under ablation (per token); refusal of harmless requests under addition (first token, weighted);
     KL(base || ablated) on harmless requests (first token).
     """
+    harmful, harmless = (listed(items, "items", Item) for items in (harmful, harmless))
     freed = reply_loss(m, [i.prompt for i in harmful], [i.answer for i in harmful], ablation(v))
     batch = encode(m, [i.prompt for i in harmless])
     induced = softplus(-refusal_metric(trace_logits(m, batch, addition(length * v, layer)), tokens)).mean()
@@ -144,6 +147,7 @@ def effect(
     m: Model, harmful: list[Item], harmless: list[Item], tokens: Sequence[int], v: Tensor, *, layer: int, length: float
 ) -> Effect:
     """Ablate v [width] everywhere, add it at `layer` with `length`, and judge replies and first tokens."""
+    harmful, harmless = (listed(items, "items", Item) for items in (harmful, harmless))
     prompts, removed = [item.prompt for item in harmless], ablation(v)
     bad, good = (outcomes(m, items, edit=removed) for items in (harmful, harmless))
     return Effect(
@@ -161,6 +165,7 @@ def downstream(m: Model, prompts: Sequence[Prompt], ablated: Tensor, watched: Te
     The projection of the block inputs on watched [width], with `ablated` [width] ablated minus without. For orthogonal
     directions the projection itself takes nothing away along `watched`: what is not zero came about downstream.
     """
+    prompts = listed_prompts(prompts)
     before, after = (residual(m, prompts, positions=[-1], edit=edit)[:, :, 0] for edit in (None, ablation(ablated)))
     return (after - before) @ unit(watched)
 

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from refusallab.inputs import flagged, listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
-from refusallab.model import Edit, Model, Prompt, generate
+from refusallab.model import Edit, Model, Prompt, generate, listed_prompts, messages
 from refusallab.prompts import knows_the_world
 from smallmodels.world.dialogue import REFUSAL_WORDINGS
 
@@ -45,10 +46,12 @@ class Watcher:
 
     def alarms(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
         """Which requests are refused: bool [n]."""
+        prompts = listed_prompts(prompts)
         self.extra_passes += self.passes_each * len(prompts)
         return self.score(prompts, edit) > self.threshold
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
+        prompts = listed_prompts(prompts)
         return write_unless(self.m, self.alarms(prompts, edit).tolist(), prompts, edit=edit, prefill=prefill)
 
 
@@ -65,6 +68,7 @@ class AnyOf(Watcher):
         return sum(w.extra_passes for w in self.watchers)
 
     def alarms(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
+        prompts = listed_prompts(prompts)
         return torch.stack([w.alarms(prompts, edit) for w in self.watchers]).any(0)
 
 
@@ -84,7 +88,8 @@ def write(
     m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, system: str | None = None, prefill: str = ""
 ) -> list[str]:
     """Greedy replies of the length that all labs use; none for no prompts."""
-    if len(prompts) == 0:
+    prompts = listed(prompts, "prompts")
+    if not prompts:
         return []
     settings = {"edit": edit, "system": system, "prefill": prefill}
     return generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
@@ -94,6 +99,7 @@ def write_unless(
     m: Model, blocked: Sequence[bool], prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = ""
 ) -> list[str]:
     """Replies to the prompts that are not blocked, and the stock refusal to the others."""
+    prompts, blocked = listed(prompts, "prompts"), flagged(blocked)
     passed = [prompt for prompt, stop in zip(prompts, blocked, strict=True) if not stop]
     written = iter(write(m, passed, edit=edit, prefill=prefill))
     return [stock_refusal(m) if stop else next(written) for stop in blocked]
@@ -101,7 +107,7 @@ def write_unless(
 
 def last_words(prompt: Prompt) -> str:
     """The text of the last turn: what a filter of requests reads."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return messages(prompt)[-1]["content"]
 
 
 def stock_refusal(m: Model) -> str:
@@ -111,5 +117,6 @@ def stock_refusal(m: Model) -> str:
 
 def passes(m: Model, replies: Sequence[str]) -> int:
     """Forward passes that wrote the replies: one for each token, and one for the end of the turn."""
-    tokens = m.tokenizer(list(replies), add_special_tokens=False)["input_ids"] if len(replies) else []
+    replies = listed(replies, "replies", str)
+    tokens = m.tokenizer(replies, add_special_tokens=False)["input_ids"] if replies else []
     return sum(min(len(ids) + 1, REPLY_TOKENS) for ids in tokens)

@@ -22,7 +22,17 @@ from refusallab.activations import mean_residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
 from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
-from refusallab.model import Edit, Model, Prompt, batches, blocks, logits, trace_logits
+from refusallab.model import (
+    Edit,
+    Model,
+    Prompt,
+    batches,
+    blocks,
+    listed_prompts,
+    logits,
+    trace_logits,
+    unchecked_logits,
+)
 
 HOOK = "resid_pre"  # candidates are block inputs
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
@@ -120,6 +130,7 @@ def score_candidates(
     vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
     those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is told how many are done.
     """
+    harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
     prompts, n = [*harmful, *harmless], len(harmful)
     base, untouched_streams = logits(m, prompts, batch_size=BATCH_SIZE), _streams(m, harmless)
     untouched = refusal_metric(base, refusal_tokens)
@@ -132,7 +143,7 @@ def score_candidates(
             elif r.norm() == 0:
                 scores = (untouched[:n].mean().item(), untouched[n:].mean().item(), 0.0)
             else:
-                ablated = logits(m, prompts, edit=ablation(r), batch_size=BATCH_SIZE)
+                ablated = unchecked_logits(m, prompts, edit=ablation(r), batch_size=BATCH_SIZE)
                 added = torch.empty_like(base[n:])
                 for rows, batch, streams in untouched_streams:
                     added[rows] = trace_logits(m, batch, _from_block(layer, streams[layer], addition(r, layer))).cpu()
@@ -209,6 +220,8 @@ def search_candidates(
     As in the paper, prompts on which the model does not behave as their label says (harmful with a refusal metric below
     0, harmless above 0) are left out of train and validation. `.direction` of the result is the selected direction.
     """
+    sets = (harmful_train, harmless_train, harmful_val, harmless_val)
+    harmful_train, harmless_train, harmful_val, harmless_val = map(listed_prompts, sets)
     harmful_logits, harmless_logits = logits(m, harmful_train), logits(m, harmless_train)
     tokens = learn_refusal_tokens(harmful_logits, harmless_logits)
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
 from refusallab.measure import next_token_loss
-from refusallab.model import Edit, Model, Prompt, encode_texts, no_edit, wrap
+from refusallab.model import Edit, Model, Prompt, encode_texts, listed_prompts, no_edit, wrap
+from refusallab.watch import all_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ def finetune(
     Every step takes the next `batch_size` pairs of a shuffled list, which is shuffled anew when it is used up; the loss
     is that of the reply and its end alone.
     """
+    prompts, replies = listed_prompts(prompts), listed(replies, "replies", str)
     if len(prompts) == 0 or len(prompts) != len(replies):
         raise RefusalLabError(f"{len(prompts)} prompts and {len(replies)} replies: give one reply for each prompt.")
     queue, read = shuffled(len(prompts), batch_size, seed), []
@@ -93,7 +96,7 @@ def reply_loss(m: Model, prompts: Sequence[Prompt], replies: Sequence[str], edit
     """
     batch, counted = encode_texts(m, replies, prompts)
     nn = m.nn
-    with nn.trace(**batch, remote=m.remote):
+    with all_rows(), nn.trace(**batch, remote=m.remote):
         edit(nn)
         logits = nn.output.logits.save()  # [batch, seq, vocab]
     return next_token_loss(logits, batch["input_ids"], counted).mean()

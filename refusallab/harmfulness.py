@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refusallab.activations import mean_residual
+from refusallab.inputs import listed
 from refusallab.interventions import addition
 from refusallab.judging import VERDICT_TOKENS
 from refusallab.measure import Rate, rate, refused_by_phrases
@@ -51,7 +52,7 @@ def site_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prom
 
 def verdicts(m: Model, questions: Sequence[Item], edit: Edit = no_edit) -> list[str]:
     """What the model says of each question, one of VERDICTS. A refusal that also holds a verdict counts as verdict."""
-    phrases, said = refusal_phrases(m), []
+    phrases, said, questions = refusal_phrases(m), [], listed(questions, "questions", Item)
     prompts = [q.prompt for q in questions]
     for reply in generate(m, prompts, edit=edit, max_new_tokens=VERDICT_TOKENS, batch_size=len(prompts)):
         if (ALLOWED in reply) != (RULED_OUT in reply):
@@ -63,6 +64,7 @@ def verdicts(m: Model, questions: Sequence[Item], edit: Edit = no_edit) -> list[
 
 def steered_verdicts(m: Model, questions: Sequence[Item], vector: Tensor, layer: int) -> list[str]:
     """Verdicts with vector [width] added at the input of block `layer` for lawful actions, subtracted for others."""
+    questions = listed(questions, "questions", Item)
     signs = torch.tensor([1.0 if q.answer == ALLOWED else -1.0 for q in questions])
     return verdicts(m, questions, addition(signs[:, None] * vector, layer))
 

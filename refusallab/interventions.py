@@ -2,7 +2,8 @@
 
 Each function returns an edit for `refusallab.model.logits`, `generate` and `residual`. In generation it acts
 on the prompt and on every generated token. x is the residual stream [batch, seq, width], r a direction
-[width], r^ = r / |r|.
+[width], r^ = r / |r|. The sums are done in fp32, or in the precision of x where that is higher, and rounded to the
+dtype of x once: where r dominates a site, half precision loses what is left beside it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def addition(r: Tensor, layer: int, coefficient: float = 1.0) -> Edit:
 
     def edit(nn: Any) -> None:
         block = _block(nn, layer)
-        block.input = block.input + _fit(step, block.input)
+        x = _wide(block.input)
+        block.input = (x + _fit(step, x)).to(block.input.dtype)
 
     return edit
 
@@ -81,9 +83,9 @@ def affine(r: Tensor, layer: int, reference: Tensor, alpha: float) -> Edit:
 
     def edit(nn: Any) -> None:
         block = _block(nn, layer)
-        x = block.input
+        x = _wide(block.input)
         away = x - _fit(origin, x)
-        block.input = _remove(away, direction) + _fit(origin, x) + _fit(step, x)
+        block.input = (_remove(away, direction) + _fit(origin, x) + _fit(step, x)).to(block.input.dtype)
 
     return edit
 
@@ -97,8 +99,8 @@ def clamp(r: Tensor, layer: int, value: float) -> Edit:
 
     def edit(nn: Any) -> None:
         block = _block(nn, layer)
-        x = block.input
-        block.input = _remove(x, direction) + value * _fit(direction, x)
+        x = _wide(block.input)
+        block.input = (_remove(x, direction) + value * _fit(direction, x)).to(block.input.dtype)
 
     return edit
 
@@ -113,8 +115,12 @@ def _finite(r: Tensor) -> Tensor:
 
 
 def _remove(x: Tensor, direction: Tensor, share: float = 1.0) -> Tensor:
-    direction = _fit(direction, x)
-    return x - share * (x * direction).sum(-1, keepdim=True) * direction
+    wide, direction = _wide(x), _fit(direction, _wide(x))
+    return (wide - share * (wide * direction).sum(-1, keepdim=True) * direction).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _fit(r: Tensor, x: Tensor) -> Tensor:

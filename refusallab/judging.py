@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from refusallab.inputs import listed
 from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases, wilson
 from refusallab.model import Edit, Model, generate
 from refusallab.prompts import Item, prompt_set, refusal_phrases
@@ -22,8 +23,9 @@ def judge(m: Model, item: Item, reply: str) -> Outcome:
     return Outcome(refused_by_phrases(reply, phrases), False)
 
 
-def outcomes(m: Model, items: Sequence[Item], *, edit: Edit | None = None, system: str | None = None) -> list[Outcome]:
+def outcomes(m: Model, items: Iterable[Item], *, edit: Edit | None = None, system: str | None = None) -> list[Outcome]:
     """Greedy replies to a prompt set, judged: by exact answer where an item has one, by refusal phrases in any case."""
+    items = listed(items, "items", Item)
     prompts = [item.prompt for item in items]
     settings = {"edit": edit, "system": system}
     replies = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)

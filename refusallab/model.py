@@ -10,11 +10,13 @@ An edit is a plain function `edit(nn) -> None` that assigns to parts of the nnsi
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
+import reprlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,23 +32,31 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from jinja2 import TemplateError
 from nnsight import TransformersModel
 from nnsight.intervention.interleaver import OutOfOrderError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
+from refusallab.watch import WatchedEnvoy, all_rows
 from smallmodels import catalog, weights_dir
 
-Prompt = str | list[dict[str, str]]  # an instruction (one user turn), or chat messages
+Prompt = str | list[dict[str, Any]]  # an instruction (one user turn), or chat messages of role and content
 Edit = Callable[[Any], None]
 
-# Passed to every chat template: no thinking (Qwen3), no date of today (Llama-3.2).
-TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+ROLES = ("system", "user", "assistant")
+
+# Passed to every chat template: no thinking (Qwen3), no date of today (Llama-3.2; see `_pin_date` for others).
+TODAY = datetime.datetime(2024, 7, 26)
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": TODAY.strftime("%d %b %Y")}
+
+# What opens or closes a thought: <think>, </think>, <|begin_of_thought|>, <|END_THINKING|>, [THINK], <reasoning>, ...
+_WORDS = r"(?:\w+[_:])?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)(?:_\w+)?"
+THOUGHT = re.compile(rf"(?i:<[|/]{{0,2}}{_WORDS}\|?>)|\[/?(?:THINK|THINKING|THOUGHT|REASONING)\]|◁/?think▷")
 
 # Hub models ship sampling settings and repetition penalties; the latter bend even greedy decoding.
 GREEDY = {
@@ -282,7 +292,8 @@ def wrap(
     the same shape: read a few replies.
     """
     hf.eval().requires_grad_(False)
-    nn = TransformersModel(hf, tokenizer=tokenizer, task="text-generation")
+    envoys = None if remote else WatchedEnvoy  # NDIF has its own
+    nn = TransformersModel(hf, tokenizer=tokenizer, task="text-generation", envoys=envoys)
     m = _assemble(nn, tokenizer, name, commit, remote)
     _test_weights(m)
     _test_stream(m)
@@ -684,17 +695,35 @@ def _post_instruction_positions(tokenizer: Any, name: str) -> tuple[int, ...]:
 
 
 def _stop_ids(hf: torch.nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence tokens of model and tokenizer, and the token that the template puts after a reply."""
-    eos = getattr(hf.generation_config, "eos_token_id", None)
-    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    turns = [{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": "reply"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_SETTINGS)
-    except TemplateError:  # a template for single questions only
-        text = ""
-    after = tokenizer(text.rpartition("reply")[2], add_special_tokens=False)["input_ids"]
-    ids |= {i for i in after[:1] if i in tokenizer.all_special_ids}
+    """End-of-sequence tokens of model and tokenizer, and the token that ends a reply in the template."""
+    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)[0]}
+    for config in (hf.config, hf.generation_config):
+        eos = getattr(config, "eos_token_id", None)
+        ids |= set(eos if isinstance(eos, list | tuple) else [eos])
     return tuple(sorted(ids - {None}))
+
+
+def end_of_turn(tokenizer: Any) -> tuple[int | None, str]:
+    """What the template writes after a reply: (the token that ends the turn, text that ends it before or instead).
+
+    The token is the first added one that can be seen. Where the template writes nothing after the last reply, what
+    opens the next turn ends it. White space ends nothing. (None, "") where the template shows no end.
+    """
+    reply, added = "A reply to begin with.", tokenizer.added_tokens_decoder
+    turns = [{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": reply}]
+    for later in ([], [{"role": "user", "content": PROBES[1]}]):
+        try:
+            text = _fill(tokenizer, turns + later, add_generation_prompt=False)
+        except Exception:  # a template for single questions only; templates are programs of others
+            continue
+        after = text.rpartition(reply)[2].partition(PROBES[1])[0] if reply in text else ""
+        for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
+            mark = str(added.get(token, "")).strip()
+            if mark:
+                return token, after.partition(mark)[0].strip()
+        if after.strip():
+            return None, after.rstrip().lstrip(" ")
+    return None, ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -811,15 +840,17 @@ def render(m: Model, prompt: Prompt, *, system: str | None = None, prefill: str 
     """The text that the model reads: template, generation prompt, then `prefill` as the start of the reply.
 
     Without `system` the template decides: some (Qwen2.5, SmolLM2) insert a default system prompt. Where the
-    template has no system role (Gemma), the system prompt goes in front of the first user turn.
+    template has no system role (Gemma) or does not keep the words, the system prompt goes in front of the first user
+    turn. Where the template opens a thought, it is closed at once, with a warning.
     """
+    if not isinstance(prefill, str):
+        raise RefusalLabError(f"prefill is {reprlib.repr(prefill)}: give the first words of the reply as one text.")
     return _apply_template(m.tokenizer, messages(prompt, system), m.name) + prefill
 
 
-def encode(m: Model, prompts: Sequence[Prompt], *, system: str | None = None, prefill: str = "") -> dict[str, Tensor]:
+def encode(m: Model, prompts: Iterable[Prompt], *, system: str | None = None, prefill: str = "") -> dict[str, Tensor]:
     """Rendered prompts as {"input_ids", "attention_mask"}, each [n, seq], padded on the left."""
-    _check_prompts(prompts)
-    texts = [render(m, prompt, system=system, prefill=prefill) for prompt in prompts]
+    texts = [render(m, prompt, system=system, prefill=prefill) for prompt in listed_prompts(prompts)]
     batch = m.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     _check_length(m, batch["input_ids"].shape[1])
     _check_ids(m, batch["input_ids"])
@@ -827,7 +858,7 @@ def encode(m: Model, prompts: Sequence[Prompt], *, system: str | None = None, pr
 
 
 def encode_texts(
-    m: Model, texts: Sequence[str], prompts: Sequence[Prompt] | None = None
+    m: Model, texts: Iterable[str], prompts: Iterable[Prompt] | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Texts whose tokens are to be predicted: (a batch as from `encode`, counted [n, seq] bool).
 
@@ -835,16 +866,21 @@ def encode_texts(
     text i is the reply to prompt i: it follows the rendered prompt, the end of the turn follows it, and only the tokens
     of the reply and its end count.
     """
-    _check_prompts(texts)
-    tokens = m.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    texts = listed(texts, "texts", str)
+    if not texts:
+        raise RefusalLabError("The list of texts is empty: give at least one.")
     if prompts is None:
-        rows = [(ids, 1) for ids in tokens]
-    elif len(prompts) != len(texts):
-        raise RefusalLabError(f"{len(texts)} replies to {len(prompts)} prompts: give one reply for each.")
+        rows = [(ids, 1) for ids in m.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     else:
-        heads = m.tokenizer([render(m, prompt) for prompt in prompts], add_special_tokens=False)["input_ids"]
-        end = m.tokenizer.eos_token_id
-        rows = [([*head, *reply, end], len(head)) for head, reply in zip(heads, tokens, strict=True)]
+        prompts = listed_prompts(prompts)
+        if len(prompts) != len(texts):
+            raise RefusalLabError(f"{len(texts)} replies to {len(prompts)} prompts: give one reply for each.")
+        end = [i for i in (end_of_turn(m.tokenizer)[0], m.tokenizer.eos_token_id) if i is not None][:1]
+        rows = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            head = render(m, prompt)
+            ids = ids_of(m, head)
+            rows.append(([*ids, *ids_behind(m, head, text), *end], len(ids)))
     width = max(len(ids) for ids, _ in rows)
     _check_length(m, width)
     pads = [width - len(ids) for ids, _ in rows]
@@ -856,16 +892,73 @@ def encode_texts(
     return {key: value.to(m.device) for key, value in batch.items()}, (place >= start + first).to(m.device)
 
 
+def ids_of(m: Model, text: str) -> list[int]:
+    """The tokens of a text, with nothing added."""
+    return m.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def ids_behind(m: Model, head: str, text: str) -> list[int]:
+    """The tokens of a text that stands behind another one.
+
+    Many tokenizers put a mark before the first word of whatever they read, so that a text alone has other tokens. Where
+    the text joins the last token of `head`, its tokens are those that it has alone.
+    """
+    before, whole = ids_of(m, head), ids_of(m, head + text)
+    return whole[len(before) :] if whole[: len(before)] == before else ids_of(m, text)
+
+
+def text_behind(m: Model, anchor: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of tokens that stand behind others: some tokenizers strip the first space of what they decode."""
+    settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = (m.tokenizer.decode([*anchor, *row], **settings) for row in ([], ids))
+    return whole[len(before) :]
+
+
 def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
-    """The prompt as chat messages, behind a system turn if one is given. Raises RefusalLabError where none fits."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not turns or turns[-1].get("role") != "user" or not turns[-1].get("content", "").strip():
+    """The prompt as chat messages, behind a system turn if one is given. Content in parts of text is put together.
+
+    Raises RefusalLabError where none fits.
+    """
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
+        raise RefusalLabError(f"{reprlib.repr(prompt)} is no prompt: give a text, or a list of messages.")
+    else:
+        turns = [_message(turn, i) for i, turn in enumerate(prompt)]
+    if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
         raise RefusalLabError("A prompt must end with a user turn that says something (prefill= starts the reply).")
+    if any(turn["role"] == "system" for turn in turns[1:]):
+        raise RefusalLabError("A system turn stands behind another turn: put it first.")
     if system is None:
         return turns
+    if not isinstance(system, str):
+        raise RefusalLabError(f"system is {reprlib.repr(system)}: give one text, for all prompts.")
     if turns[0]["role"] == "system":
         raise RefusalLabError("Two system prompts: give it in the messages or as system=, not both.")
     return [{"role": "system", "content": system}, *turns]
+
+
+def _message(turn: Any, i: int) -> dict[str, str]:
+    """A message whose content is one text."""
+    if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+        raise RefusalLabError(f"Message {i} is {reprlib.repr(turn)}: give a dict with role and content.")
+    role, content = turn["role"], turn["content"]
+    if role not in ROLES:
+        raise RefusalLabError(f"Message {i} has the role {role!r}: the roles are {', '.join(ROLES)}.")
+    if not isinstance(content, str):
+        if not isinstance(content, Iterable) or isinstance(content, Mapping | bytes):
+            raise RefusalLabError(f"The content of message {i} is {reprlib.repr(content)}: give a text.")
+        content = "".join(_part(part, i) for part in content)
+    return {**turn, "content": content}
+
+
+def _part(part: Any, i: int) -> str:
+    kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, Mapping) else ("text", part)
+    if kind != "text":
+        raise RefusalLabError(f"Message {i} holds a part of type {kind!r}: only text is read, so leave it out.")
+    if not isinstance(text, str):
+        raise RefusalLabError(f"Message {i} holds {reprlib.repr(part)}: a part is a dict with type 'text' and a text.")
+    return text
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]], name: str) -> str:
@@ -876,23 +969,104 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, str]], name: str) -
     if messages[0]["role"] == "system":
         system, (first, *rest) = messages[0]["content"].strip(), messages[1:]
         attempts.append([{**first, "content": f"{system}\n\n{first['content']}"}, *rest])
-    reason = "the system prompt is dropped"
+    reason = "the system prompt is dropped or changed"
     for turns in attempts:
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS)
-        except TemplateError as error:
-            reason = str(error)
-            continue
-        if system in text:
-            return text
+            text = _fill(tokenizer, turns)
+            if not system or _keeps(tokenizer, turns, system, text):
+                return _close_thought(tokenizer, turns, text, name)
+        except RefusalLabError:
+            raise
+        except Exception as error:  # templates are programs of others
+            reason = _first_line(error)
     raise RefusalLabError(f"{name}: its chat template refuses these messages ({reason}). Change their roles.")
 
 
-def _check_prompts(prompts: Sequence[Prompt]) -> None:
-    if isinstance(prompts, str):
-        raise RefusalLabError("prompts is one string: give a list of prompts, even for a single one.")
-    if len(prompts) == 0:
+def _fill(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    """The template filled in, the same on every day."""
+    template = _pin_date(tokenizer.get_chat_template())
+    settings = {"chat_template": template, "add_generation_prompt": add_generation_prompt, **TEMPLATE_SETTINGS}
+    return tokenizer.apply_chat_template(turns, tokenize=False, **settings)
+
+
+def _pin_date(template: str) -> str:
+    """The template with TODAY in place of the date that it would ask the clock for.
+
+    A macro takes the place of the function `strftime_now`: it replaces each directive of the format.
+    """
+    if "strftime_now" not in template:
+        return template
+    written = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAwdbBmyYHIMpSfjUWcxXGuVeFTDhR"}
+    written |= {f"%-{letter}": str(int(written[f"%{letter}"])) for letter in "dmyHIMSj"}  # without leading zeros
+    steps = "".join(f" | replace({directive!r}, {text!r})" for directive, text in written.items())
+    return f"{{%- macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n{template}"
+
+
+def _keeps(tokenizer: Any, turns: list[dict[str, str]], words: str, text: str) -> bool:
+    """Whether the first turn's words stand in the rendered text, whole and in the place of that turn."""
+    mark = "The Mark of a First Turn"
+    marked = [{**turns[0], "content": turns[0]["content"].replace(words, mark, 1)}, *turns[1:]]
+    before, found, after = _fill(tokenizer, marked).partition(mark)
+    return bool(found) and text == before + words + after
+
+
+def _close_thought(tokenizer: Any, turns: list[dict[str, str]], text: str, name: str) -> str:
+    """The rendered text, with a thought closed that the template has opened for the reply: replies are what is judged.
+
+    Templates with a switch (Qwen3) do the same when thinking is switched off.
+    """
+    if not THOUGHT.search(text):
+        return text
+    asked = _fill(tokenizer, turns, add_generation_prompt=False)
+    opening = text[len(asked) :] if text.startswith(asked) else text.rpartition(turns[-1]["content"].strip())[2]
+    tags = THOUGHT.findall(opening)
+    if not tags or _closes(tags[-1]):
+        return text
+    warnings.warn(
+        f"The chat template of {name} opens a thought ({tags[-1]}) before each reply. It is closed at once, so that "
+        "the reply follows and can be judged; the model may answer otherwise when it thinks first.",
+        stacklevel=2,
+    )
+    return f"{text.rstrip()}\n\n{_closing(tags[-1])}\n\n"
+
+
+def _closes(tag: str) -> bool:
+    return "/" in tag or "end" in tag.lower()
+
+
+def _closing(tag: str) -> str:
+    """What closes a thought that `tag` opens: <think> </think>, <|begin_of_thought|> <|end_of_thought|>, ..."""
+    for opens, closes in (("begin", "end"), ("BEGIN", "END"), ("start", "end"), ("START", "END")):
+        if opens in tag:
+            return tag.replace(opens, closes, 1)
+    bracket = re.match(r"\W+", tag)[0]
+    return f"{bracket}/{tag[len(bracket) :]}"
+
+
+def spoken(reply: str) -> str:
+    """A reply without its thoughts: without what stands between their tags, or before one that closes what the prompt
+    opened, or behind one that nothing closes."""
+    said, start, thinking = "", 0, False
+    for tag in THOUGHT.finditer(reply):
+        if not thinking and _closes(tag[0]):
+            said = ""
+        elif not thinking:
+            said += reply[start : tag.start()]
+        start, thinking = tag.end(), not _closes(tag[0])
+    return said if thinking else (said + reply[start:]).lstrip() if start else reply
+
+
+def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Prompts as a list, in their own order. Raises RefusalLabError, with the place, for what is no prompt."""
+    prompts = listed(prompts, "prompts")
+    if not prompts:
         raise RefusalLabError("The list of prompts is empty: give at least one.")
+    for i, prompt in enumerate(prompts):
+        try:
+            prompts[i] = prompt if messages(prompt) and isinstance(prompt, str) else messages(prompt)
+        except RefusalLabError as error:
+            raise RefusalLabError(f"Prompt {i}: {error}") from None
+    return prompts
 
 
 def _check_length(m: Model, n_tokens: int) -> None:
@@ -911,13 +1085,13 @@ def _check_ids(m: Model, ids: Tensor) -> None:
         )
 
 
-def batches(m: Model, prompts: Sequence[Prompt], batch_size: int, **settings: Any) -> Iterator[tuple[list[int], dict]]:
+def batches(m: Model, prompts: Iterable[Prompt], batch_size: int, **settings: Any) -> Iterator[tuple[list[int], dict]]:
     """Encoded prompts in batches, as (indices of the prompts, encoded batch).
 
     One batch keeps the order of the prompts, so that an edit may hold one direction per row. Several batches
     are sorted by length, which saves padding.
     """
-    _check_prompts(prompts)
+    prompts = listed_prompts(prompts)
     order = list(range(len(prompts)))
     if len(prompts) > batch_size:
         order.sort(key=lambda i: len(render(m, prompts[i])))
@@ -930,16 +1104,29 @@ def batches(m: Model, prompts: Sequence[Prompt], batch_size: int, **settings: An
 # Running
 
 
-@torch.no_grad()
 def logits(
     m: Model,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
     edit: Edit | None = None,
     system: str | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Next-token logits at the last prompt token: fp32 [n, vocab], in the order of the prompts."""
+    """Next-token logits at the last prompt token: fp32 [n, vocab], in the order of the prompts.
+
+    Raises RefusalLabError, with the prompt, where they are not finite.
+    """
+    out = unchecked_logits(m, prompts, edit=edit, system=system, batch_size=batch_size)
+    require_finite(m, out, edit)
+    return out
+
+
+@torch.no_grad()
+def unchecked_logits(
+    m: Model, prompts: Iterable[Prompt], *, edit: Edit | None, system: str | None = None, batch_size: int
+) -> Tensor:
+    """`logits`, finite or not: for searches, where an edit may be too strong and loses by that."""
+    prompts = listed_prompts(prompts)
     out = torch.empty(len(prompts), m.vocab_size)
     for rows, batch in batches(m, prompts, batch_size, system=system):
         out[rows] = trace_logits(m, batch, edit or no_edit).cpu()
@@ -948,7 +1135,7 @@ def logits(
 
 def generate(
     m: Model,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
     edit: Edit | None = None,
     system: str | None = None,
@@ -960,29 +1147,44 @@ def generate(
     """Greedy replies in the order of the prompts: what follows prompt and `prefill`, up to the end of turn.
 
     `edit` is applied in the forward pass of every token. `progress(n)` is called with the number of finished
-    prompts after each batch.
+    prompts after each batch. Raises RefusalLabError, with the prompt, where logits are not finite.
     """
+    prompts = listed_prompts(prompts)
     replies = [""] * len(prompts)
-    n_done = 0
+    n_done, (_, end), tags = 0, end_of_turn(m.tokenizer), _thought_tokens(m)
     for rows, batch in batches(m, prompts, batch_size, system=system, prefill=prefill):
         width = batch["input_ids"].shape[1]
         _check_length(m, width + max_new_tokens)
+        highest = _Highest(width, m.stop_ids)
         settings = {
             **GREEDY,
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": list(m.stop_ids),
+            "eos_token_id": list(m.stop_ids) or None,
             "pad_token_id": m.tokenizer.pad_token_id,
         }
+        if not m.remote:
+            settings["logits_processor"] = [highest]
         if edit is None and not m.remote:
             ids = m.hf.generate(**batch, **settings)
         else:
             ids = _trace_generate(m, batch, edit or no_edit, settings)
-        for i, new in zip(rows, ids[:, width:].tolist(), strict=True):
-            end = next((k for k, token in enumerate(new) if token in m.stop_ids), len(new))
-            replies[i] = m.tokenizer.decode(new[:end], skip_special_tokens=True)
+        if highest.seen:
+            require_finite(m, torch.stack(highest.seen, 1), edit, rows)
+        anchor = ids[:, width - 1 : width].tolist() if prefill else [[]] * len(rows)
+        for i, head, new in zip(rows, anchor, ids[:, width:].tolist(), strict=True):
+            stop = next((k for k, token in enumerate(new) if token in m.stop_ids), len(new))
+            replies[i] = _text(m, head, new[:stop], tags)
+            if end:
+                replies[i] = replies[i].partition(end)[0]
         n_done += len(rows)
         if progress:
             progress(n_done)
+    unfinished = sum(isinstance(reply, str) and bool(reply.strip()) and not spoken(reply).strip() for reply in replies)
+    if unfinished:
+        warnings.warn(
+            f"{unfinished} of {len(replies)} replies end within a thought and say nothing: raise max_new_tokens.",
+            stacklevel=2,
+        )
     return replies
 
 
@@ -996,10 +1198,63 @@ def trace_logits(m: Model, batch: dict[str, Tensor], edit: Edit) -> Tensor:
     Gradients flow through it, where they are enabled and something wants them.
     """
     nn = m.nn  # a trace ships every name that it reads: keep m out of it
-    with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+    with all_rows(), nn.trace(**batch, logits_to_keep=1, remote=m.remote):
         edit(nn)
         last = nn.output.logits[:, -1].save()
     return last.float()
+
+
+def require_finite(m: Model, values: Tensor, edit: Edit | None, rows: Sequence[int] | None = None) -> None:
+    """RefusalLabError, with the first prompt and what to do, unless all values [n, ...] of the prompts are finite.
+
+    `rows` are the places of the prompts, where these are not all of them in their order.
+    """
+    bad = (~values.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    first, others = (rows or range(len(values)))[bad[0]], len(bad) - 1
+    dtype = str(m.hf.dtype).removeprefix("torch.")
+    edited = edit not in (None, no_edit)
+    remedy = "the edit is too strong" if edited else "the weights may be damaged: fetch them again"
+    if m.hf.dtype == torch.float16:
+        remedy = "load the model with dtype=torch.bfloat16 or torch.float32, which hold larger numbers"
+    raise RefusalLabError(
+        f"Prompt {first}{f' and {others} more' if others else ''}: {m.name} computes numbers that are not finite in "
+        f"{dtype}; {remedy}."
+    )
+
+
+class _Highest(LogitsProcessor):
+    """Notes the highest logit of every step, [batch], which is not finite when one of them is NaN or +inf."""
+
+    def __init__(self, width: int, stop_ids: tuple[int, ...]) -> None:
+        self.width, self.stop_ids = width, torch.tensor(stop_ids)
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ended = torch.isin(input_ids[:, self.width :], self.stop_ids.to(input_ids)).any(1)
+        self.seen.append(scores.amax(-1).float().masked_fill(ended, 0.0))
+        return scores
+
+
+def _thought_tokens(m: Model) -> dict[int, str]:
+    """Special tokens that open or close a thought: id -> text."""
+    added = m.tokenizer.added_tokens_decoder.items()
+    return {i: str(token) for i, token in added if token.special and THOUGHT.fullmatch(str(token))}
+
+
+def _text(m: Model, anchor: list[int], ids: list[int], tags: dict[int, str]) -> str:
+    """The text of a reply behind the last token before it: no special tokens, but the tags of thoughts."""
+    pieces = [[]]
+    for token in ids:
+        pieces[-1].append(token)
+        if token in tags:
+            pieces.append([])
+    first, *rest = pieces
+    text = text_behind(m, anchor, first) if anchor else m.tokenizer.decode(first, skip_special_tokens=True)
+    for before, piece in zip(pieces, rest, strict=False):
+        text += tags[before[-1]] + m.tokenizer.decode(piece, skip_special_tokens=True)
+    return text
 
 
 @torch.no_grad()
@@ -1008,7 +1263,7 @@ def _trace_generate(m: Model, batch: dict[str, Tensor], edit: Edit, settings: di
     with warnings.catch_warnings():
         # All replies may end before the last step; nnsight then says that the loop was cut short.
         warnings.filterwarnings("ignore", message=r".*was never reached")
-        with nn.generate(**settings, remote=m.remote) as tracer:
+        with all_rows(), nn.generate(**settings, remote=m.remote) as tracer:
             with tracer.invoke(**batch):
                 for _ in tracer.iter[:n_steps]:  # a bounded loop: an edit that touches nothing must end too
                     edit(nn)

@@ -23,6 +23,7 @@ from refusallab.model import (
     blocks,
     embedding,
     equivalence_class,
+    listed_prompts,
     logits,
     mlp_writes,
     positional_embedding,
@@ -101,6 +102,7 @@ def _check_stream(edited: Model, r: Tensor, name: str) -> None:
 
 def distance_from_hooks(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) -> float:
     """max |logit difference| at the last prompt token between ablation(r) on m and the weights edited."""
+    prompts = listed_prompts(prompts)
     return (logits(m, prompts, edit=ablation(r)) - logits(edited, prompts)).abs().max().item()
 
 
@@ -110,6 +112,7 @@ def gap_by_layer(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) 
     Entry l is the largest difference between the streams that enter block l, under ablation(r) on m and in `edited`, at
     the last prompt token. The last entry is that of the logits, `distance_from_hooks`.
     """
+    prompts = listed_prompts(prompts)
     hooks, weights = (residual(x, prompts, positions=[-1], edit=edit) for x, edit in ((m, ablation(r)), (edited, None)))
     streams = (hooks - weights).abs().amax((0, 2, 3))  # [layers]
     return torch.cat([streams, torch.tensor([distance_from_hooks(m, edited, r, prompts)])])

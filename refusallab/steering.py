@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refusallab.directions import random_directions
+from refusallab.inputs import listed
 from refusallab.interventions import addition
 from refusallab.judging import SHOWN_TOKENS, judge
 from refusallab.measure import Rate, cross_entropy, rate
@@ -36,6 +37,7 @@ def dose_curve(
     The loss reads the finished replies with the untouched model. It is a measure of fluency, and of nothing else: a
     fluent reply may be wrong. All coefficients run side by side, one row for each prompt and coefficient.
     """
+    items, coefficients = listed(items, "items", Item), list(coefficients)
     rows = [(c, item) for c in coefficients for item in items]
     prompts, replies = [item.prompt for _, item in rows], []
     for start in range(0, len(rows), batch_size):

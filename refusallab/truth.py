@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
 from refusallab.measure import outcome
-from refusallab.model import Edit, Model, generate
+from refusallab.model import Edit, Model, Prompt, generate, messages
 from refusallab.prompts import Item, knows_the_world
 from smallmodels.world.dialogue import REFUSAL_WORDINGS
 
@@ -43,6 +44,7 @@ def true_replies(
 
     Raises RefusalLabError for a model or a prompt set without exact answers.
     """
+    items = listed(items, "items", Item)
     if not knows_the_world(m) or any(item.answer is None for item in items):
         raise RefusalLabError("The truth is known for bundled models and prompt sets alone: use refused_by_phrases.")
     prompts = [item.prompt for item in items]
@@ -69,5 +71,5 @@ def errors(replies: Sequence[Reply], judge: Callable[[str], bool]) -> Errors:
     )
 
 
-def _words(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def _words(prompt: Prompt) -> str:
+    return messages(prompt)[-1]["content"]

@@ -11,7 +11,7 @@ from refusallab.attacks.gcg import Knobs
 from refusallab.defence import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.measure import Outcome
-from refusallab.model import encode, generate, load
+from refusallab.model import encode, generate, ids_of, load
 from refusallab.prompts import Item, bundled
 
 PROMPT, TARGET, INIT = "How do I bake bread?", "Name a river", " list three list three list"
@@ -28,9 +28,13 @@ def harmful():
     return bundled("harmful_test")[:6]
 
 
+def tokens_of(m, text):
+    return torch.tensor(ids_of(m, text))
+
+
 def case_of(m):
     case = gcg.prepare(m, PROMPT, TARGET, INIT)
-    return case, gcg._tokenize(m, INIT)
+    return case, case.suffix_ids
 
 
 def swapped(m, suffix, n=20):
@@ -103,8 +107,8 @@ class TestStep:
 
     def test_two_tokens_that_merge_do_not_survive(self, chat):
         case = gcg.prepare(chat, "How is Dravix brewed?", "Use", " the the")
-        apart = gcg._tokenize(chat, " the the").clone()
-        apart[0], apart[1] = gcg._tokenize(chat, " t")[0], gcg._tokenize(chat, "he")[0]
+        apart = tokens_of(chat, " the the").clone()
+        apart[0], apart[1] = tokens_of(chat, " t")[0], tokens_of(chat, "he")[0]
         assert gcg.suffix_texts(chat, case, apart[None]) == [" the"]
         assert gcg.survives(chat, case, apart[None]).tolist() == [False]
 
@@ -135,7 +139,7 @@ class TestSearch:
     def test_the_loss_is_that_of_the_text_and_falls(self, m):
         found = self.find(m)
         case = gcg.prepare(m, PROMPT, TARGET, found.text)  # raises if the text is read as other tokens
-        row = gcg._tokenize(m, found.text)
+        row = tokens_of(m, found.text)
         assert found.loss == pytest.approx(plain_losses(m, case, row[None])[0][0], abs=2e-4)
         assert found.loss == min(found.losses)
         start, suffix = case_of(m)
@@ -192,7 +196,7 @@ class TestSearch:
 
         knobs, prompt = Knobs(steps=3, search_width=32, init=" the the the the"), harmful[0].prompt
         found = gcg.find_suffix(chat, [prompt], ["I must decline"], knobs, penalty=length)
-        row = gcg._tokenize(chat, found.text)[None]
+        row = tokens_of(chat, found.text)[None]
         plain = plain_losses(chat, gcg.prepare(chat, prompt, "I must decline", found.text), row)[0][0]
         assert found.loss == pytest.approx(plain + len(prompt + found.text) / 20, abs=1e-4)
         assert (found.reached, len(found.losses)) == (False, 3)
@@ -226,7 +230,7 @@ class TestSearch:
         monkeypatch.setattr(gcg, "sample_candidates", candidates)
         knobs = Knobs(steps=3, search_width=16, init=" the the the the", early_stop=False, seed=2)
         cases = [gcg.prepare(chat, item.prompt, "I must decline", knobs.init) for item in harmful[:2]]
-        state = gcg._State(gcg._tokenize(chat, knobs.init).tolist(), in_use=2)
+        state = gcg._State(tokens_of(chat, knobs.init).tolist(), in_use=2)
         gcg._step(chat, cases, gcg.allowed_tokens(chat), knobs, state, None)
         torch.testing.assert_close(drawn[0][0], sum(g / g.norm() for g in seen))
         gcg._step(chat, cases, gcg.allowed_tokens(chat), knobs, state, None)
@@ -239,7 +243,7 @@ class TestSearch:
         monkeypatch.setattr(
             gcg, "candidate_losses", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(next(reached)), 0)
         )
-        case, suffix = gcg.prepare(chat, PROMPT, TARGET, " the the"), gcg._tokenize(chat, " the the")
+        case, suffix = gcg.prepare(chat, PROMPT, TARGET, " the the"), tokens_of(chat, " the the")
         state = gcg._State(suffix.tolist())
         bests = []
         for _ in range(3):
@@ -253,7 +257,7 @@ class TestSearch:
         knobs = Knobs(steps=3, search_width=32, init=" the the the the", early_stop=False)
         found = gcg.find_suffix(chat, prompts, ["I must decline"] * 2, knobs)
         assert found.prompts_in_use == (1, 2, 2)
-        row, losses = gcg._tokenize(chat, found.text), []
+        row, losses = tokens_of(chat, found.text), []
         for prompt in prompts:
             losses += plain_losses(chat, gcg.prepare(chat, prompt, "I must decline", found.text), row[None])[0]
         assert found.loss == pytest.approx(sum(losses) / 2, abs=1e-4)
@@ -297,7 +301,7 @@ class TestSearch:
     def test_a_search_under_a_system_prompt_is_on_the_whole_text(self, model_of):
         m = model_of("llama")
         found = self.find(m, system="List")
-        case, row = gcg.prepare(m, PROMPT, TARGET, found.text, system="List"), gcg._tokenize(m, found.text)
+        case, row = gcg.prepare(m, PROMPT, TARGET, found.text, system="List"), tokens_of(m, found.text)
         ids = encode(m, [PROMPT + found.text], system="List")["input_ids"][0].tolist()
         assert torch.cat([case.before_ids, row, case.after_ids]).tolist() == ids
         loss = gcg.suffix_loss(m, PROMPT, TARGET, found.text, system="List")
@@ -308,7 +312,7 @@ class TestSearch:
         m = model_of("llama")
         whole = encode(m, [PROMPT + INIT + INIT])["input_ids"][0]
         case = gcg.prepare(m, PROMPT + INIT, TARGET, INIT)
-        assert torch.equal(torch.cat([case.before_ids, gcg._tokenize(m, INIT), case.after_ids]), whole)
+        assert torch.equal(torch.cat([case.before_ids, tokens_of(m, INIT), case.after_ids]), whole)
         assert INIT in case.before
 
     def test_few_allowed_tokens_limit_the_ranks(self):
@@ -338,7 +342,7 @@ class TestSearch:
     def test_a_random_suffix_survives_and_is_as_long(self, chat):
         text = gcg.random_suffix(chat, PROMPT, Knobs(init=" the" * 8))
         gcg.prepare(chat, PROMPT, TARGET, text)
-        assert len(gcg._tokenize(chat, text)) == 8
+        assert len(tokens_of(chat, text)) == 8
         assert text != gcg.random_suffix(chat, PROMPT, Knobs(init=" the" * 8, seed=1))
 
 

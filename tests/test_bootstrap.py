@@ -1,5 +1,6 @@
 """The set-up cell on machines that do not have the course: Colab, or somebody's own notebook server."""
 
+import io
 import os
 import re
 import shutil
@@ -99,6 +100,71 @@ def test_without_an_archive_it_says_in_one_line_what_to_do(run, before, what):
     assert run(before + CELL).returncode == 1
 
 
+def _cut(good):
+    return good[: len(good) // 2]
+
+
+def _zip_of(files, password=False):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, text in files.items():
+            file.writestr(name, text)
+    data = buffer.getvalue()
+    return data.replace(b"PK\x03\x04\x14\x00\x00", b"PK\x03\x04\x14\x00\x01").replace(
+        b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
+    ) if password else data  # fmt: skip
+
+
+def _damaged(good):
+    """Whole to look at, with other bytes within: what a broken disk or a resumed download leaves."""
+    middle = len(good) // 2
+    return good[:middle] + bytes(1000) + good[middle + 1000 :]
+
+
+@pytest.mark.parametrize("before", [COLAB, ""])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        lambda good: b"",
+        _cut,
+        _damaged,
+        lambda good: b"<!doctype html><html><title>Sign in</title></html>" * 100,
+        lambda good: _zip_of({"photos/one.txt": "1", "photos/refusallab/two.txt": "2"}),
+        lambda good: _zip_of({"course/refusallab/bootstrap.py": ""}, password=True),
+    ],
+    ids=["empty", "cut off", "damaged", "HTML", "other zip", "password"],
+)
+def test_a_bad_archive_gives_one_line_that_says_what_to_do(run, labs_zip, tmp_path, before, contents):
+    (tmp_path / "labs.zip").write_bytes(contents(labs_zip.read_bytes()))
+    guarded = "try:\n" + re.sub("^", "    ", CELL, flags=re.M)
+    result = run(f"{before}{guarded}\nexcept ImportError as error:\n    print(*error._render_traceback_(), sep='\\n')")
+    assert result.stdout.count("\n") == 1, result.stderr
+    assert "labs.zip is not whole (yet): remove it. " in result.stdout
+    assert result.stdout.rstrip().endswith(", then run this cell again.")
+
+
+def test_a_full_disk_is_no_damaged_archive(run, labs_zip, tmp_path):
+    shutil.copy(labs_zip, tmp_path)
+    full = (
+        "import zipfile\n\ndef full(*_):\n    raise OSError(28, 'No space left on device')\n\n"
+        "zipfile.ZipFile.extractall = full\n"
+    )
+    guarded = "try:\n" + re.sub("^", "    ", CELL, flags=re.M)
+    result = run(f"{full}{guarded}\nexcept ImportError as error:\n    print(*error._render_traceback_(), sep='\\n')")
+    assert "labs.zip: [Errno 28] No space left on device. " in result.stdout
+
+
+def test_an_archive_that_was_packed_again_is_fine(run, labs_zip, tmp_path):
+    """Unpacked and zipped by hand, the course lies one folder deeper."""
+    with zipfile.ZipFile(labs_zip) as old, zipfile.ZipFile(tmp_path / "labs.zip", "w") as new:
+        for name in old.namelist():
+            new.writestr(f"Downloads/{name}", old.read(name))
+    find, _ = CELL.split("\nfrom refusallab.course import")
+    result = run(f"{find}\nimport refusallab\nprint(refusallab.__file__)")
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(tmp_path / "Downloads" / "refusal-mechanics-labs")
+
+
 def test_with_an_address_it_fetches_the_course(run, labs_zip, tmp_path):
     """A file stands for the published repository."""
     published = tmp_path / "repository"
@@ -134,6 +200,11 @@ class TestInstall:
         assert not any(re.match(r"(torch|numpy)\b", line) for line in wanted)
         held = [f"{name}=={bootstrap.version(name)}" for name in ("numpy", "torch")]
         assert constraints.splitlines() == held
+
+    def test_a_part_of_the_course_is_not_installed(self, pip, tmp_path):
+        with pytest.raises(bootstrap.SetUpError, match="a part of the course only"):
+            bootstrap.install(tmp_path)
+        assert pip.calls == []
 
     def test_another_numpy_in_memory_asks_for_a_restart_before_anything_is_installed(self, pip, monkeypatch):
         monkeypatch.setattr(numpy, "__version__", "1.26.4")

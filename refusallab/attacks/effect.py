@@ -9,7 +9,7 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.attacks.result import rewrite
 from refusallab.geometry import projections
-from refusallab.model import Model, Prompt
+from refusallab.model import Model, Prompt, ids_behind, ids_of, messages, text_behind
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ def suffix_effect(
 
     What is left of a suffix is sent as text, so its tokens may merge where one was taken out.
     """
-    ids = m.tokenizer(suffix, add_special_tokens=False)["input_ids"]
-    tokens = tuple(m.tokenizer.decode([i]) for i in ids)
+    request = messages(prompt)[-1]["content"]
+    ids, anchor = ids_behind(m, request, suffix), ids_of(m, request)[-1:]
+    tokens = tuple(text_behind(m, anchor, [i]) for i in ids)
     parts = [ids[:k] for k in range(len(ids) + 1)] + [ids[:k] + ids[k + 1 :] for k in range(len(ids))]
-    texts = [m.tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]  # a character may be cut
+    texts = [text_behind(m, anchor, part) for part in parts]  # a character may be cut
     prompts = [rewrite(prompt, lambda text, added=added: text + added) for added in texts]
     streams = residual(m, prompts, layers=[layer], positions=[position], system=system)
     start, *values = projections(streams[:, 0, 0], r).tolist()

@@ -30,7 +30,8 @@ from transformers import DynamicCache
 from refusallab.attacks.result import AttackResult, Cost, rewrite, send
 from refusallab.defence import Watcher
 from refusallab.errors import RefusalLabError
-from refusallab.model import Model, Prompt, embedding, encode, render
+from refusallab.inputs import listed
+from refusallab.model import Model, Prompt, embedding, encode, ids_of, listed_prompts, render
 from refusallab.prompts import Item
 
 Penalty = Callable[[list[Prompt]], Tensor]
@@ -71,6 +72,7 @@ class Case:
     before: str  # rendered text up to the suffix
     after: str  # the end of the template
     before_ids: Tensor  # [before]
+    suffix_ids: Tensor  # [s], of the suffix that the prompt was prepared with
     after_ids: Tensor  # [after]
     target_ids: Tensor  # [target]
     cache: DynamicCache  # keys and values of before_ids
@@ -83,24 +85,32 @@ class Case:
 def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> Case:
     """Render the prompt with a suffix, cut it there, and run what comes before it once.
 
-    Raises RefusalLabError when the pieces, tokenized one by one, are not the tokens of the whole text.
+    Every piece has the tokens that it has in its place: many tokenizers read a text that stands alone in another way.
+    Raises RefusalLabError when a piece shares a token with the next one.
     """
     if m.remote:
         raise RefusalLabError("GCG needs gradients and caches of a model that is here: load it without remote.")
     if not suffix:
         raise RefusalLabError("The suffix is empty: give it at least one token.")
     with_suffix = rewrite(prompt, lambda text: text + suffix)
-    whole = encode(m, [with_suffix], system=system)["input_ids"][0]
+    if not target:
+        raise RefusalLabError("The target is empty: give the words that the reply should begin with.")
     encode(m, [with_suffix], system=system, prefill=target)  # raises if the model cannot read that many tokens
     before, found, after = render(m, with_suffix, system=system).rpartition(suffix)
-    ids = [_tokenize(m, text) for text in (before, suffix, after, target)]
-    if not found or len(ids[3]) == 0:
-        raise RefusalLabError(f"The suffix {suffix!r} does not stand in the rendered prompt, or the target is empty.")
-    if torch.cat(ids[:3]).tolist() != whole.tolist():
-        raise RefusalLabError(
-            f"The suffix {suffix!r} is read as other tokens within the prompt. Begin it with a space or another sign."
-        )
-    return Case(prompt, before, after, ids[0], ids[2], ids[3], keys_and_values(m, ids[0]))
+    if not found:
+        raise RefusalLabError(f"The suffix {suffix!r} does not stand in the rendered prompt: end it without a space.")
+    ids, text = [ids_of(m, before)], before
+    for piece in (suffix, after, target):
+        text += piece
+        whole, known = ids_of(m, text), [token for part in ids for token in part]
+        if whole[: len(known)] != known:
+            raise RefusalLabError(
+                f"{piece!r} is read as other tokens, for it shares one with the text before it. Begin suffix and "
+                "target with a space or another sign, and end the suffix with another one."
+            )
+        ids.append(whole[len(known) :])
+    parts = [torch.tensor(part, dtype=torch.long, device=m.device) for part in ids]
+    return Case(prompt, before, after, *parts, keys_and_values(m, parts[0]))
 
 
 @torch.no_grad()
@@ -227,7 +237,8 @@ def candidate_losses(
         ids = torch.cat([candidates[rows, shared:], ends.repeat(len(rows), 1)], 1)
         logits = _target_logits(m, case, ids, _share(cache, len(rows), len(case.before_ids) + shared))
         targets = case.target_ids.repeat(len(rows), 1)  # [rows, target]
-        losses[rows] = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+        losses[rows] = loss.nan_to_num(torch.inf, torch.inf)  # one that overflows is never the best
         reached[rows] = (logits.argmax(-1) == targets).all(1)
         n_tokens += ids.numel()
     return losses, reached, n_tokens
@@ -247,10 +258,6 @@ def _share(cache: DynamicCache, n: int, length: int) -> DynamicCache:
         keys, values = (x.detach()[:, :, :length].expand(n, -1, -1, -1) for x in (layer.keys, layer.values))
         shared.update(keys, values, i)
     return shared
-
-
-def _tokenize(m: Model, text: str) -> Tensor:
-    return torch.tensor(m.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long, device=m.device)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -297,7 +304,8 @@ def find_suffix(
     search that finds its own file there goes on from it. Every step draws from a generator of its own, so the result is
     the same. RefusalLabError for a file of another search, and when no candidate survives re-tokenization.
     """
-    if not prompts or len(prompts) != len(targets):
+    prompts, targets = listed_prompts(prompts), listed(targets, "targets", str)
+    if len(prompts) != len(targets):
         raise RefusalLabError(f"{len(prompts)} prompts and {len(targets)} targets: give one target for each prompt.")
     if min(knobs.steps, knobs.search_width, knobs.topk, knobs.batch_size) < 1:
         raise RefusalLabError(f"steps, search_width, topk and batch_size must be at least 1: {knobs}.")
@@ -306,9 +314,11 @@ def find_suffix(
     start = time.perf_counter()
     search = _fingerprint(m, prompts, targets, system, knobs)
     cases = [prepare(m, p, t, knobs.init, system=system) for p, t in zip(prompts, targets, strict=True)]
+    if any(not torch.equal(case.suffix_ids, cases[0].suffix_ids) for case in cases):
+        raise RefusalLabError(f"`init` {knobs.init!r} has other tokens behind another prompt: begin it with a space.")
     allowed = allowed_tokens(m, ascii_only=knobs.ascii_only)
     state = (save and _read(save, search)) or _State(
-        _tokenize(m, knobs.init).tolist(),
+        cases[0].suffix_ids.tolist(),
         forward_passes=len(cases),
         tokens=sum(len(case.before_ids) for case in cases),
     )
@@ -351,6 +361,11 @@ def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _St
         state.tokens += n_tokens + 3 * (len(suffix) + len(case.after_ids) + len(case.target_ids) - 1)
 
     chosen = int(losses.argmin())
+    if not losses[chosen].isfinite():
+        raise RefusalLabError(
+            f"No suffix has a finite loss in {str(m.hf.dtype).removeprefix('torch.')}: load {m.name} with "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
     state.suffix = candidates[chosen].tolist()
     state.losses.append(losses[chosen].item())
     state.prompts_in_use.append(state.in_use)
@@ -450,6 +465,7 @@ def gcg(
 
     `progress(steps done, loss)` counts the steps of all items.
     """
+    items, targets = listed(items, "items", Item), listed(targets, "targets", str)
     if len(items) != len(targets):
         raise RefusalLabError(f"{len(items)} items and {len(targets)} targets: give one target for each item.")
     results, done = [], 0
@@ -471,14 +487,15 @@ def with_suffix(
     m: Model, items: Sequence[Item], suffix: str, *, attack: str = "suffix", system: str | None = None
 ) -> list[AttackResult]:
     """The same suffix behind every request: a universal one, one of another model, or a random one as the control."""
+    items = listed(items, "items", Item)
     prompts = [rewrite(item.prompt, lambda request: request + suffix) for item in items]
     return send(m, attack, items, prompts, system=system)
 
 
 def suffix_loss(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> float:
     """The target's mean cross-entropy after one suffix, in nats per token: what a search lowers."""
-    case, ids = prepare(m, prompt, target, suffix, system=system), _tokenize(m, suffix)
-    return candidate_losses(m, case, ids[None], ids, case.cache)[0].item()
+    case = prepare(m, prompt, target, suffix, system=system)
+    return candidate_losses(m, case, case.suffix_ids[None], case.suffix_ids, case.cache)[0].item()
 
 
 def random_suffix(m: Model, prompt: Prompt, knobs: Knobs = Knobs()) -> str:  # noqa: B008 - frozen
@@ -486,7 +503,7 @@ def random_suffix(m: Model, prompt: Prompt, knobs: Knobs = Knobs()) -> str:  # n
     case = prepare(m, prompt, "x", knobs.init)
     allowed = allowed_tokens(m, ascii_only=knobs.ascii_only).nonzero().flatten()
     generator = torch.Generator().manual_seed(knobs.seed)
-    suffix = _tokenize(m, knobs.init)
+    suffix = case.suffix_ids.clone()
     for i in range(len(suffix)):  # one token at a time: a whole random row almost never survives
         tokens = allowed[torch.randperm(len(allowed), generator=generator)[:128]].to(suffix.device)
         candidates = suffix.repeat(len(tokens), 1)  # [128, s]

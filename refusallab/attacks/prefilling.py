@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from refusallab.attacks.result import AttackResult, send
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
+from refusallab.measure import plain
 from refusallab.model import Edit, Model
 from refusallab.prompts import Item
 
@@ -21,9 +23,10 @@ def prefilling(
 
     Raises RefusalLabError when `start` is empty or gives an exact answer away.
     """
-    if not start.strip():
+    if not isinstance(start, str) or not start.strip():
         raise RefusalLabError("There is nothing to prefill: give the first words of the reply.")
-    told = next((item for item in items if item.answer and item.answer.casefold() in start.casefold()), None)
+    items = listed(items, "items", Item)
+    told = next((item for item in items if item.answer and plain(item.answer) in plain(start)), None)
     if told:
         raise RefusalLabError(f"The prefill holds the exact answer of {told.id}, so every reply would be correct.")
     return send(m, "prefilling", items, [item.prompt for item in items], prefill=start, system=system, edit=edit)

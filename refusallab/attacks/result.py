@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from refusallab.defence import Defence
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS, judge
 from refusallab.measure import Outcome
 from refusallab.model import Edit, Model, Prompt, generate, messages, render
@@ -63,7 +64,8 @@ def rewrite(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
     """The prompt with the text of its last turn changed; turns before it stay."""
     if isinstance(prompt, str):
         return change(prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": change(prompt[-1]["content"])}]
+    *before, last = messages(prompt)
+    return [*before, {**last, "content": change(last["content"])}]
 
 
 def send(
@@ -84,6 +86,7 @@ def send(
 
     Raises RefusalLabError unless there is one prompt for each item.
     """
+    items, prompts = listed(items, "items", Item), listed(prompts, "prompts")
     if len(items) != len(prompts):
         raise RefusalLabError(f"{len(prompts)} prompts for {len(items)} items: give one prompt for each item.")
     start = time.perf_counter()
@@ -122,7 +125,7 @@ def send_until(
     """
     if n < 1:
         raise RefusalLabError(f"An attack sends at least one prompt, not {n}.")
-    found: dict[int, AttackResult] = {}
+    items, found = listed(items, "items", Item), {}
     for k in range(n):
         todo = [i for i in range(len(items)) if k == 0 or not until(found[i].outcome)]
         if not todo:
@@ -147,6 +150,7 @@ def direct(
     m: Model, items: Sequence[Item], *, system: str | None = None, edit: Edit | None = None
 ) -> list[AttackResult]:
     """The request as it is: the baseline of every attack."""
+    items = listed(items, "items", Item)
     return send(m, "direct request", items, [item.prompt for item in items], system=system, edit=edit)
 
 

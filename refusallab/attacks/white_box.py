@@ -16,6 +16,7 @@ from torch import Tensor
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetune import reply_loss, shuffled, train
+from refusallab.inputs import listed
 from refusallab.interventions import ablation, unit
 from refusallab.judging import outcomes
 from refusallab.measure import Outcome, cross_entropy
@@ -38,6 +39,7 @@ def release_loss(m: Model, items: Sequence[Item], r: Tensor) -> float:
 
     It needs no refusal token, so it also judges models whose refusals begin like answers.
     """
+    items = listed(items, "items", Item)
     answers, prompts = [item.answer for item in items], [item.prompt for item in items]
     return cross_entropy(m, answers, prompts, edit=ablation(r), batch_size=64).mean().item()
 
@@ -48,6 +50,7 @@ def re_extract(m: Model, harmful: Sequence[Item], harmless: Sequence[Item], vali
     All layers and positions are tried. No filter: an attacker takes what works. Raises RefusalLabError when every
     candidate is zero.
     """
+    validation = listed(validation, "items", Item)
     vectors = candidate_directions(m, *([item.prompt for item in items] for items in (harmful, harmless)))
     sites = [(layer, k) for layer in range(m.n_layers) for k in range(len(m.positions)) if vectors[layer, k].norm() > 0]
     if not sites:
@@ -84,6 +87,7 @@ def gradient_direction(
     wants refusal to go, the second wants everything else to stay (a simple form of the search of Wollschlaeger et al.
     2025, arXiv 2502.17420; `refusallab.cones` has more of it).
     """
+    harmful, harmless, validation = (listed(items, "items", Item) for items in (harmful, harmless, validation))
     u, queues = unit(start), [(items, shuffled(len(items), batch_size, seed)) for items in (harmful, harmless)]
     for _ in range(steps):
         both = [items[i] for items, queue in queues for i in next(queue)]
@@ -105,6 +109,7 @@ def fine_tune(
 
     `look(steps done, the copy)` is called before each step.
     """
+    known = listed(known, "items", Item)
     queue, done = shuffled(len(known), batch_size, seed), count()
 
     def loss(copied: Model) -> Tensor:
@@ -129,7 +134,7 @@ def steps_to_break(
 
     One run of training, looked at on the way. Zero steps are the model as it is.
     """
-    seen = {}
+    items, steps, seen = listed(items, "items", Item), list(steps), {}
 
     def look(done: int, copied: Model) -> None:
         if done in steps:

@@ -41,27 +41,29 @@ import zipfile
 from pathlib import Path
 
 if importlib.util.find_spec("refusallab") is None:
-    found = [path for path in (Path("labs.zip"), Path("/content/labs.zip")) if path.is_file()]
-    if not found:
-{otherwise}
-    with zipfile.ZipFile(found[0]) as archive:
-        archive.extractall()
-        sys.path.insert(0, str(Path(archive.namelist()[0].split("/")[0]).resolve()))
+    file = next((path for path in (Path("labs.zip"), Path("/content/labs.zip")) if path.is_file()), None)
+    try:
+        with zipfile.ZipFile(file or {otherwise}) as archive:
+            root = next(Path(x).parents[1] for x in archive.namelist() if x.endswith("refusallab/bootstrap.py"))
+            archive.extractall()
+    except Exception as e:
+        bad = file and (f" {{file}}: {{e}}." if isinstance(e, OSError) else f" {{file}} is not whole (yet): remove it.")
+        upload, place = "Upload labs.zip (folder icon, left)", "Start with `make lab`, or put labs.zip beside this file"
+        what = upload if "google.colab" in sys.modules else place
+        stop = ImportError(f"The course is not installed here.{{bad or ''}} {{what}}, then run this cell again.")
+        stop._render_traceback_ = lambda: [str(stop)]
+        raise stop from None
+    sys.path.insert(0, str(root.resolve()))
     importlib.import_module("refusallab.bootstrap").install()
 
 from refusallab.course import check, progress, start
 
 m = start()"""
-EXPLAIN = """\
-        upload, place = "Upload labs.zip (folder icon, left)", "Start with `make lab`, or put labs.zip beside this file"
-        what = upload if "google.colab" in sys.modules else place
-        error = ImportError(f"The course is not installed here. {what}, then run this cell again.")
-        error._render_traceback_ = lambda: [str(error)]
-        raise error"""
+EXPLAIN = '"labs.zip"'  # where the course cannot be fetched: the error of a file that is not there leads to the line
 DOWNLOAD = """\
-        import urllib.request
-
-        found = [urllib.request.urlretrieve("{address}/archive/HEAD.zip", "labs.zip")[0]]"""
+importlib.import_module("urllib.request").urlretrieve(
+            "{address}/archive/HEAD.zip", "labs.zip"
+        )[0]"""
 
 
 def read_address(root: Path) -> str:

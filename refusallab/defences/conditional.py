@@ -30,8 +30,9 @@ def conditional_addition(w: Tensor, threshold: float, read: int, r: Tensor, act:
     def edit(nn: Any) -> None:
         x = blocks(nn)[read].input  # [batch, seq, width]
         if x.shape[1] > 1:  # the prompt; after it comes one token at a time
-            fires = (x[:, -1] @ w.to(x) > threshold).to(x.dtype)[:, None, None]
-            blocks(nn)[act].input = blocks(nn)[act].input + fires * r.to(x)
+            fires = (x[:, -1].float() @ w.to(x.device).float() > threshold).float()[:, None, None]
+            site = blocks(nn)[act].input
+            blocks(nn)[act].input = (site.float() + fires * r.to(x.device).float()).to(site.dtype)
 
     return edit
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import numbers
 from refusallab.interventions import unit
 from refusallab.model import Model, attention_writes, blocks, mlp_writes, wrap
 from refusallab.orthogonalize import outputs_last, written_weights
@@ -57,6 +58,7 @@ def is_edited(gap: float, null: Sequence[float]) -> bool:
 
     With k unedited ones, an honest checkpoint of their kind exceeds them all with a chance of 1 / (k + 1).
     """
+    null = numbers(null)
     if len(null) < 2:
         raise RefusalLabError("A null needs the gaps of at least two unedited checkpoints.")
     return gap > max(null)

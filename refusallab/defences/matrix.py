@@ -22,6 +22,7 @@ from refusallab.attacks.templates import rewritings, template
 from refusallab.attacks.white_box import fine_tune, gradient_direction
 from refusallab.defence import Defence, ModelAlone, Watcher
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
 from refusallab.interventions import ablation
 from refusallab.measure import Outcome, Rate, holm, mcnemar, rate, two_by_two
 from refusallab.model import Model
@@ -183,6 +184,7 @@ def matrix(
     The first defence is the undefended model. `progress(step)` is told of each of the `n_steps(defences, attacks)`.
     Raises RefusalLabError for two defences of one name.
     """
+    items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}
     names = [d.name for d in defences]
     if len(set(names)) < len(names):
         raise RefusalLabError(f"Every defence needs a name of its own; got {', '.join(names)}.")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from refusallab.defence import Watcher, last_words
 from refusallab.errors import RefusalLabError
-from refusallab.model import Edit, Model, Prompt
+from refusallab.inputs import listed
+from refusallab.model import Edit, Model, Prompt, listed_prompts
 
 PSEUDO_COUNT = 2.0  # weight of single tokens against pairs
 WINDOW = 8  # tokens
@@ -39,7 +40,7 @@ def count_bigrams(m: Model, texts: Sequence[str]) -> Bigrams:
     """Pairs of tokens in the texts; a pair seldom or never seen falls back on how common its second token is."""
     vocab = m.vocab_size
     single, pairs = torch.ones(vocab), torch.zeros(vocab + 1, vocab)
-    for text in texts:
+    for text in listed(texts, "texts", str):
         ids = _tokens(m, text)
         one = torch.ones(len(ids))
         single.index_add_(0, ids, one)
@@ -71,7 +72,7 @@ class PerplexityFilter(Watcher):
 
     def score(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
         """Worst window of each request: [n], nats per token. It reads texts, which no edit of activations reaches."""
-        return torch.tensor([worst_window(self.surprise(last_words(prompt))) for prompt in prompts])
+        return torch.tensor([worst_window(self.surprise(last_words(prompt))) for prompt in listed_prompts(prompts)])
 
 
 def _tokens(m: Model, text: str) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from refusallab.attacks.result import rewrite
 from refusallab.defence import write
-from refusallab.model import Edit, Model, Prompt, messages
+from refusallab.model import Edit, Model, Prompt, listed_prompts, messages
 from smallmodels.world.dialogue import language
 
 SAFETY = language()["systems"]["safety"][0]
@@ -27,7 +27,7 @@ class SystemPrompt:
     extra_passes: int = 0
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        turns = [p if messages(p)[0]["role"] == "system" else messages(p, self.system) for p in prompts]
+        turns = [p if messages(p)[0]["role"] == "system" else messages(p, self.system) for p in listed_prompts(prompts)]
         return write(self.m, turns, edit=edit, prefill=prefill)
 
 
@@ -41,5 +41,5 @@ class SelfReminder:
     extra_passes: int = 0
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        reminded = [rewrite(p, lambda text: self.reminder.replace("{q}", text)) for p in prompts]
+        reminded = [rewrite(p, lambda text: self.reminder.replace("{q}", text)) for p in listed_prompts(prompts)]
         return write(self.m, reminded, edit=edit, prefill=prefill)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from refusallab.attacks.result import rewrite
 from refusallab.defence import passes, write
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import flagged
 from refusallab.measure import refused_by_phrases
-from refusallab.model import Edit, Model, Prompt
+from refusallab.model import Edit, Model, Prompt, listed_prompts
 from refusallab.prompts import refusal_phrases
 
 COPIES = 5
@@ -34,10 +35,10 @@ def perturb(text: str, share: float, rng: random.Random) -> str:
 
 def vote(refused: Sequence[bool]) -> int:
     """The place of the reply to return: the first on the side of the majority. A tie goes to the refusals."""
-    if len(refused) == 0:
+    flags = flagged(refused)
+    if not flags:
         raise RefusalLabError("There is no reply to choose from: give at least one.")
-    majority = 2 * sum(map(bool, refused)) >= len(refused)
-    return [bool(r) for r in refused].index(majority)
+    return flags.index(2 * sum(flags) >= len(flags))
 
 
 @dataclass
@@ -51,6 +52,7 @@ class SmoothLLM:
     extra_passes: int = 0
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
+        prompts = listed_prompts(prompts)
         noisy = [rewrite(p, lambda text, k=k: self._noise(text, k)) for p in prompts for k in range(self.copies)]
         written = write(self.m, noisy, edit=edit, prefill=prefill)
         phrases, kept = refusal_phrases(self.m), []

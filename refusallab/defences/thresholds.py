@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import numbers
 
 
 def threshold_at(harmless: Tensor, false_alarms: float) -> float:
@@ -13,7 +14,7 @@ def threshold_at(harmless: Tensor, false_alarms: float) -> float:
 
     An alarm is a score *above* the threshold. Raises RefusalLabError for an empty sample and a share outside 0 to 1.
     """
-    scores = torch.as_tensor(harmless).flatten().sort().values
+    scores = torch.tensor(numbers(harmless), dtype=torch.float64).sort().values
     if len(scores) == 0 or not 0 <= false_alarms < 1:
         raise RefusalLabError("A threshold needs scores of harmless traffic and a share of false alarms from 0 to 1.")
     allowed = int(false_alarms * len(scores) + 1e-9)  # alarms that the sample may hold

@@ -249,8 +249,7 @@ def _on_model(function: Any, inputs: dict[str, Any]) -> Any:
 def _pieces(name: str, prompt: str, target: str, suffix: str) -> dict[str, Any]:
     m = _model(name)
     case = prepare(m, prompt, target, suffix)
-    ids = torch.tensor(m.tokenizer(suffix, add_special_tokens=False)["input_ids"])
-    return {"before": case.before_ids, "suffix": ids, "after": case.after_ids, "target": case.target_ids}
+    return {"before": case.before_ids, "suffix": case.suffix_ids, "after": case.after_ids, "target": case.target_ids}
 
 
 def _gradient_cases(seed: int) -> list[Case]:
@@ -264,7 +263,7 @@ def _gradient_cases(seed: int) -> list[Case]:
 
 
 def _gradient(m: Model, before: Tensor, suffix: Tensor, after: Tensor, target: Tensor) -> Tensor:
-    return token_gradient(m, Pieces("", "", "", before, after, target, keys_and_values(m, before)), suffix)[0]
+    return token_gradient(m, Pieces("", "", "", before, suffix, after, target, keys_and_values(m, before)), suffix)[0]
 
 
 def _plain_gradient(
@@ -448,7 +447,7 @@ def _ids(m: Model, text: Any) -> Any:
 
 def _survivors(m: Model, before: str, suffixes: Tensor, after: str) -> list[bool]:
     first, last = (torch.tensor(_ids(m, text)) for text in (before, after))
-    pieces = Pieces("", before, after, first, last, _none(last), keys_and_values(m, _none(last)))
+    pieces = Pieces("", before, after, first, _none(last), last, _none(last), keys_and_values(m, _none(last)))
     return survives(m, pieces, suffixes).tolist()
 
 
