@@ -5,19 +5,32 @@ import shutil
 from pathlib import Path
 
 import httpx
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from refusallab import model as model_module
 from refusallab import orthogonalize as orthogonalize_module
 from refusallab.activations import logit_lens, stream
 from refusallab.attacks.gcg import allowed_tokens
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import unit
-from refusallab.model import blocks, encode, encode_texts, is_on_disk, load, logits, mlp_writes, render, wrap
+from refusallab.model import (
+    blocks,
+    embedding,
+    encode,
+    encode_texts,
+    files,
+    is_on_disk,
+    load,
+    logits,
+    mlp_writes,
+    render,
+    selftest,
+    wrap,
+)
 from refusallab.orthogonalize import orthogonalize
 from smallmodels import catalog
 
@@ -242,7 +255,7 @@ def test_an_edit_that_leaves_r_in_the_stream_is_refused(make, r, monkeypatch, na
 )
 def test_the_check_of_an_edit_names_the_block(make, r, monkeypatch, part, where):
     m, project = make.model("llama"), orthogonalize_module._project
-    spared = {"embedding": model_module.embedding(m.hf), "mlp_writes": mlp_writes(blocks(m.hf)[0])}
+    spared = {"embedding": embedding(m.hf), "mlp_writes": mlp_writes(blocks(m.hf)[0])}
     spared = spared.get(part, mlp_writes(blocks(m.hf)[-1])).weight
 
     def forgetful(module, *args, **kwargs):
@@ -320,7 +333,7 @@ def test_wrap_refuses_codes_too(make):
 
 @pytest.mark.parametrize("name", [name for name, entry in catalog().items() if entry.kind == "bundled"])
 def test_weights_of_bundled_models_are_far_from_the_size_of_codes(name, monkeypatch):
-    monkeypatch.setattr(model_module, "LARGEST_WEIGHTS", model_module.LARGEST_WEIGHTS / 20)
+    monkeypatch.setattr(selftest, "LARGEST_WEIGHTS", selftest.LARGEST_WEIGHTS / 20)
     assert load(name).name == name
 
 
@@ -503,7 +516,7 @@ def test_quantized_models_are_named(folder, method):
     ],
 )
 def test_the_sibling_in_full_precision(name, plain):
-    assert f"perhaps {plain}: " in model_module._in_full(name)
+    assert f"perhaps {plain}: " in files.in_full(name)
 
 
 def test_a_class_of_your_own_is_read_by_its_parts(make, model_of, prompts):
@@ -538,10 +551,8 @@ def hub(folder, monkeypatch):
                     shutil.copy(path, cache)
         return str(cache)
 
-    monkeypatch.setattr(model_module.huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(
-        model_module.huggingface_hub, "list_repo_files", lambda *_, **__: [path.name for path in folder.iterdir()]
-    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: [path.name for path in folder.iterdir()])
     return fetched
 
 
@@ -603,7 +614,7 @@ def test_what_the_hub_says_about_a_token(monkeypatch, kind, status, token, part)
     def download(*_, **__):
         raise kind("no\nentry", response=response)
 
-    monkeypatch.setattr(model_module.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert part in refused("owner/name")
 
 
@@ -691,5 +702,5 @@ def test_render_needs_no_rows(make):
 def test_every_bundled_folder_holds_what_load_reads_and_nothing_else():
     for name, entry in catalog().items():
         if entry.kind == "bundled":
-            folder = Path(model_module.weights_dir(name))
-            assert model_module._weight_files(folder, name) == sorted(folder.glob("*.safetensors"))
+            folder = Path(files.weights_dir(name))
+            assert files._weight_files(folder, name) == sorted(folder.glob("*.safetensors"))

@@ -5,12 +5,16 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import huggingface_hub
+import nnsight
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from refusallab import model as model_module
+import refusallab.model.files
+import refusallab.model.loading
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, affine, clamp
@@ -365,25 +369,25 @@ def test_remote_needs_a_hub_id_and_a_key(monkeypatch, tmp_path):
     for local in ("charter-chat", str(tmp_path)):
         with pytest.raises(RefusalLabError, match="give a hub id with remote=True"):
             load(local, remote=True)
-    monkeypatch.setattr(model_module.nnsight.CONFIG.API, "APIKEY", None)
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", None)
     with pytest.raises(RefusalLabError, match="set NDIF_API_KEY"):
         load("llama-3.2-1b", remote=True)
-    monkeypatch.setattr(model_module.nnsight.CONFIG.API, "APIKEY", "not a key")
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "not a key")
     with pytest.raises(RefusalLabError, match="the hub cannot be reached"):
         load("llama-3.2-1b", remote=True)
 
 
 def test_a_model_in_place_of_its_parts_is_told_from_an_unknown_architecture(model_of):
     with pytest.raises(RefusalLabError, match="Give m.hf, the model of transformers"):
-        model_module.unembedding(model_of("llama"))
+        unembedding(model_of("llama"))
 
 
 def test_remote_model_has_no_weights_here_and_runs_the_same_code(saved, model_of, monkeypatch, prompts, r):
     """remote=True up to the door of the server; behind it stands nnsight's local simulation."""
-    monkeypatch.setattr(model_module.nnsight.CONFIG.API, "APIKEY", "not a key")
-    monkeypatch.setattr(model_module, "_hub_id", lambda name: str(saved))
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "not a key")
+    monkeypatch.setattr(refusallab.model.loading, "hub_id", lambda name: str(saved))
     info = SimpleNamespace(sha="abc123")
-    monkeypatch.setattr(model_module.huggingface_hub, "model_info", lambda name: info)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name: info)
     there, here = load("owner/name", remote=True), model_of("llama-tied")
     assert there.remote is True and there.commit == "abc123" and there.equivalence == "untie"
     assert there.hf.device.type == "meta" and there.device.type == "cpu" and there.positions == here.positions
@@ -468,9 +472,9 @@ def test_half_precision_files_are_loaded_as_fp32(copy_of_saved):
 
 
 def test_bundled_models_come_from_the_catalogue(saved, monkeypatch):
-    monkeypatch.setattr(model_module, "weights_dir", lambda name: saved)
+    monkeypatch.setattr(refusallab.model.files, "weights_dir", lambda name: saved)
     assert load("charter-chat").name == "charter-chat"
-    monkeypatch.setattr(model_module, "weights_dir", lambda name: saved / "nowhere")
+    monkeypatch.setattr(refusallab.model.files, "weights_dir", lambda name: saved / "nowhere")
     with pytest.raises(RefusalLabError, match="weights of charter-chat are not in"):
         load("charter-chat")
 
@@ -516,7 +520,7 @@ def test_a_download_that_breaks(monkeypatch, raised, message):
     def download(*_, **__):
         raise raised
 
-    monkeypatch.setattr(model_module.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(RefusalLabError, match=message) as error:
         load("qwen2.5-0.5b")
     one_line(error)
@@ -524,15 +528,15 @@ def test_a_download_that_breaks(monkeypatch, raised, message):
 
 def test_gated_and_missing_repositories(monkeypatch):
     for kind, message in [
-        (model_module.GatedRepoError, "accept its licence"),
-        (model_module.RepositoryNotFoundError, "check the spelling"),
+        (GatedRepoError, "accept its licence"),
+        (RepositoryNotFoundError, "check the spelling"),
     ]:
         raised = kind.__new__(kind)
 
         def download(*_, raised=raised, **__):
             raise raised
 
-        monkeypatch.setattr(model_module.huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         with pytest.raises(RefusalLabError, match=message) as error:
             load("gemma-3-1b")
         one_line(error)

@@ -1,0 +1,86 @@
+"""A chat model that you can look into: loading, names of parts, prompts, logits, greedy generation.
+
+`load` gives a `Model`: the transformers model (`hf`), its nnsight view (`nn`), the tokenizer, and what the library
+found out about them. `blocks`, `attention`, `mlp`, ... hide the names that architectures use. `logits` and `generate`
+run prompts, with or without an *edit*.
+
+An edit is a plain function `edit(nn) -> None` that assigns to parts of the nnsight model, for example
+`nn.model.layers[3].mlp.output = ...`. It must visit the parts in the order of the forward pass.
+"""
+
+from refusallab.model.files import is_on_disk, sha256_of_weights
+from refusallab.model.loading import load, wrap
+from refusallab.model.parts import (
+    Edit,
+    Model,
+    Prompt,
+    attention,
+    attention_writes,
+    blocks,
+    embedding,
+    equivalence_class,
+    final_norm,
+    mlp,
+    mlp_writes,
+    positional_embedding,
+    post_norm,
+    residual_scale,
+    unembed,
+    unembedding,
+)
+from refusallab.model.prompts import (
+    batches,
+    encode,
+    encode_texts,
+    ids_behind,
+    ids_of,
+    listed_prompts,
+    render,
+    text_behind,
+)
+from refusallab.model.run import GREEDY, generate, logits, no_edit, require_finite, trace_logits, unchecked_logits
+from refusallab.model.templates import PROBES, TEMPLATE_SETTINGS, THOUGHT, end_of_turn, messages, spoken
+
+__all__ = [
+    "Edit",
+    "GREEDY",
+    "Model",
+    "PROBES",
+    "Prompt",
+    "TEMPLATE_SETTINGS",
+    "THOUGHT",
+    "attention",
+    "attention_writes",
+    "batches",
+    "blocks",
+    "embedding",
+    "encode",
+    "encode_texts",
+    "end_of_turn",
+    "equivalence_class",
+    "final_norm",
+    "generate",
+    "ids_behind",
+    "ids_of",
+    "is_on_disk",
+    "listed_prompts",
+    "load",
+    "logits",
+    "messages",
+    "mlp",
+    "mlp_writes",
+    "no_edit",
+    "positional_embedding",
+    "post_norm",
+    "render",
+    "require_finite",
+    "residual_scale",
+    "sha256_of_weights",
+    "spoken",
+    "text_behind",
+    "trace_logits",
+    "unchecked_logits",
+    "unembed",
+    "unembedding",
+    "wrap",
+]
