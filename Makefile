@@ -88,7 +88,7 @@ test-cpu: develop
 
 # The archive on a machine that has Python and torch, and not the course.
 test-colab: develop
-	$(PYTEST) tests/test_bootstrap.py
+	$(PYTEST) tests/test_colab.py
 
 # Addresses in texts and notebooks, over the network.
 check-links: develop

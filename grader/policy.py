@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from refusallab.course.cells import Notebook, squeeze
 from refusallab.course.exercise import Exercise
 
-FOR_LABS = {"*", "capstone", "check", "leaderboard", "progress", "real_model", "replication", "start"}  # of course
+FOR_LABS = {"*", "capstone", "check", "leaderboard", "progress", "real_model", "replication", "solved", "start"}  # of course
 BUILTINS = {"__builtins__", "__import__", "compile", "eval", "exec", "globals"}
 ATTRIBUTES = {
     "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__subclasses__", "__wrapped__",
@@ -148,7 +148,7 @@ def _names_an_ordinary_module(node: ast.AST) -> bool:
     """Whether this is a text that stands there, and names no module of the library but the one of the set-up cell."""
     if not isinstance(node, ast.Constant):
         return False
-    return node.value == "refusallab.bootstrap" or not str(node.value).startswith("refusallab")
+    return node.value == "refusallab.colab" or not str(node.value).startswith("refusallab")
 
 
 def _patched(code: list[ast.stmt], known: dict[str, str]) -> Iterator[str]:

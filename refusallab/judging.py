@@ -41,6 +41,11 @@ def judge_test_sets(m: Model, edit: Edit | None = None, *, every: int = 1) -> di
     return {name: outcomes(m, items[::every], edit=edit) for name in names if (items := prompt_set(m, name))}
 
 
+def report(judged: Sequence[Outcome]) -> str:
+    """Outcomes in a line: the share refused and the share with the exact answer, each with its Wilson interval."""
+    return f"refused {rate([o.refused for o in judged])}   exact {rate([o.correct for o in judged])}"
+
+
 def rates(judged: dict[str, list[Outcome]], *, exact: bool) -> dict[str, Rate]:
     """The metrics of one condition. Without exact answers, a harmless prompt counts as answered when not refused."""
     table = {"harmful_refused": rate([o.refused for o in judged["harmful_test"]])}

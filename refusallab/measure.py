@@ -376,3 +376,8 @@ def _check_logits(*logits: Tensor) -> None:
         raise RefusalLabError(
             f"Logits must be [prompts, vocabulary], not empty, and of one model; got {' and '.join(map(str, shapes))}."
         )
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is printed: "p < 0.001", or with three digits."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

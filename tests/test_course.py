@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 
-from refusallab.course import check, progress
+from refusallab.course import check, checking, progress, solved
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.checking import PUBLIC_SEED
 from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, judge, report
@@ -239,6 +239,44 @@ class TestCheck:
     def test_an_unknown_number(self):
         with pytest.raises(RefusalLabError, match=r"There is no exercise '99\.1'"):
             check("99.1", print)
+
+
+class TestSolved:
+    @pytest.fixture(autouse=True)
+    def nothing_approved(self, monkeypatch):
+        monkeypatch.setattr(checking, "_approved", {})
+
+    @staticmethod
+    def right(harmful, harmless):
+        return harmful.mean(0) - harmless.mean(0)
+
+    def test_an_approved_answer_is_what_the_lab_goes_on_with(self, capsys):
+        check("2.1", self.right)
+        capsys.readouterr()
+        assert solved("2.1", self.right) is self.right
+        assert capsys.readouterr().out == ""
+
+    def test_without_approval_it_is_the_library_and_a_line(self, capsys):
+        def wrong(harmful, harmless):
+            return harmful.mean(0)
+
+        with pytest.raises(CheckFailed):
+            check("2.1", wrong)
+        assert solved("2.1", wrong) is find("2.1").reference
+        said = "2.1 is not solved yet: the cells below use the library's version.\n"
+        assert capsys.readouterr().out == said
+
+    def test_an_answer_that_changed_since_its_check_is_not_approved(self):
+        check("2.1", self.right)
+        assert solved("2.1", lambda harmful, harmless: harmful.mean(0)) is find("2.1").reference
+
+    def test_a_hidden_check_alone_approves_nothing(self):
+        check("2.1", self.right, seed=3)
+        assert solved("2.1", self.right) is find("2.1").reference
+
+    def test_the_fallback_is_no_answer(self):
+        with pytest.raises(CheckFailed, match="the course's own"):
+            check("2.1", solved("2.1", print))
 
 
 class TestProgress:

@@ -107,6 +107,7 @@ ADDED = {  # a cell at the end: the problem
     "dead image": (markdown('<img alt="a" src="nowhere.png">'), "a link that leads nowhere: nowhere.png"),
     "magic": (code("%matplotlib inline"), "not plain Python"),
     "use of an answer": (code("x = mean_difference(a, b)"), "it uses mean_difference, which students write"),
+    "use beside solved": (code('f = solved("2.1", mean_difference)\nmean_difference(a)'), "it uses mean_difference"),
     "one cell too many": (code('check("2.1", f)', role="check", exercise="2.1"), "check 2.1 where nothing should be"),
     **{
         f"not {term}": (markdown(wrong), f"write {term!r}")
@@ -129,6 +130,11 @@ def test_a_bad_cell_is_found(good, problems, cell, problem):
     good.cells.append(cell)
     found = problems(good)
     assert len(found) == 1 and problem in found[0]
+
+
+def test_a_cell_may_use_an_answer_through_solved(good, problems):
+    good.cells.append(code('difference_in_means = solved("2.1", mean_difference)'))
+    assert problems(good) == []
 
 
 @pytest.mark.parametrize("term", TERMS)

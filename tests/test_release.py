@@ -235,7 +235,7 @@ class TestArchive:
         names = set(zipfile.ZipFile(archive).namelist())
         assert {name.split("/")[0] for name in names} == {"refusal-mechanics-labs"}
         for path in (
-            *("LICENSE", "pyproject.toml", "constraints.txt", "labs/README.md", "refusallab/bootstrap.py"),
+            *("LICENSE", "pyproject.toml", "constraints.txt", "labs/README.md", "refusallab/colab.py"),
             *("smallmodels/catalog.toml", "smallmodels/weights/charter-chat/model.safetensors"),
             *(f"labs/{path.name}" for path in SOLUTIONS),
         ):

@@ -43,7 +43,7 @@ HABITS = {
     "import refusallab.course as course\ncourse.check",
     "the set-up cell with a line more": "import importlib.util, sys, zipfile\nfrom pathlib import Path\n"
     "if importlib.util.find_spec('refusallab') is None:\n    sys.path.insert(0, 'x')\n"
-    "    importlib.import_module('refusallab.bootstrap').install()\nprint('ready')",
+    "    importlib.import_module('refusallab.colab').install()\nprint('ready')",
     "a comparison with the library": "from refusallab.directions import difference_in_means\n"
     "from refusallab.measure import wilson\nimport torch\na = torch.randn(3, 2)\n"
     "print(difference_in_means(a, a), wilson(1, 2))",

@@ -1,4 +1,4 @@
-"""Checks in a notebook: an answer is judged, and the verdict is printed."""
+"""Checks in a notebook: an answer is judged, the verdict is printed, and the lab goes on with what was approved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from refusallab.course.exercises import find
 from refusallab.course.progress_file import record
 
 PUBLIC_SEED = 0
+_approved: dict[str, Callable[..., Any]] = {}  # in this kernel: the answers that passed their checks
 
 
 def check(number: str, function: Callable[..., Any], *, seed: int = PUBLIC_SEED) -> None:
@@ -24,5 +25,15 @@ def check(number: str, function: Callable[..., Any], *, seed: int = PUBLIC_SEED)
     if not verdict.passed:
         raise CheckFailed(report(verdict))
     if seed == PUBLIC_SEED:
+        _approved[number] = function
         record(number, verdict.exercise.points)
         print(report(verdict))
+
+
+def solved(number: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Your function if its check has approved it in this kernel, else the library's version and a line that says so."""
+    exercise = find(number)
+    if _approved.get(number) is function:
+        return function
+    print(f"{number} is not solved yet: the cells below use the library's version.")
+    return exercise.reference

@@ -173,8 +173,18 @@ def graded_cells(nb: NotebookNode, path: Path) -> Problems:
             yield cell, "it needs one pair of ### BEGIN SOLUTION and ### END SOLUTION"
 
 
+def _outside_solved(tree: ast.AST) -> Iterator[ast.Name]:
+    """The names in some code, but for those that it hands to `solved`."""
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "solved":
+        return
+    if isinstance(tree, ast.Name):
+        yield tree
+    for child in ast.iter_child_nodes(tree):
+        yield from _outside_solved(child)
+
+
 def independent(nb: NotebookNode, path: Path) -> Problems:
-    """Cells do without what students write: before anything is solved, a lab fails at its checks and nowhere else."""
+    """Cells take what students write through `solved`: an unsolved lab fails at its checks and nowhere else."""
     answers = {e.function for e in HEADERS if e.lab == path.name[:2]}
     for cell in nb.cells:
         if cell.cell_type != "code" or role(cell) == "check":
@@ -188,8 +198,8 @@ def independent(nb: NotebookNode, path: Path) -> Problems:
             allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef)
             if not all(isinstance(statement, allowed) for statement in tree.body):
                 yield cell, "an answer holds imports and functions only"
-        elif used := answers & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
-            yield cell, f"it uses {min(used)}, which students write: use the version of the library"
+        elif used := answers & {node.id for node in _outside_solved(tree)}:
+            yield cell, f"it uses {min(used)}, which students write: take solved(number, {min(used)})"
 
 
 def sections(nb: NotebookNode, path: Path) -> Problems:

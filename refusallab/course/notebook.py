@@ -30,11 +30,12 @@ from refusallab.errors import RefusalLabError
 
 DIFFICULTY = {1: "●○○ easy", 2: "●●○ medium", 3: "●●● hard"}
 HIDDEN_SEED = 1
+FOLDED = {"jupyter": {"source_hidden": True}, "cellView": "form"}  # in JupyterLab, in Colab
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BADGES = "[![Open in Colab]"
 
 SETUP = """\
-# Set-up, the same in every lab: find the course (or unpack labs.zip), then load the model.
+# @title Set-up, the same in every lab: find the course (or unpack labs.zip), then load the model.
 import importlib.util
 import sys
 import zipfile
@@ -44,7 +45,7 @@ if importlib.util.find_spec("refusallab") is None:
     file = next((path for path in (Path("labs.zip"), Path("/content/labs.zip")) if path.is_file()), None)
     try:
         with zipfile.ZipFile(file or {otherwise}) as archive:
-            root = next(Path(x).parents[1] for x in archive.namelist() if x.endswith("refusallab/bootstrap.py"))
+            root = next(Path(x).parents[1] for x in archive.namelist() if x.endswith("refusallab/colab.py"))
             archive.extractall()
     except Exception as e:
         bad = file and (f" {{file}}: {{e}}." if isinstance(e, OSError) else f" {{file}} is not whole (yet): remove it.")
@@ -54,9 +55,9 @@ if importlib.util.find_spec("refusallab") is None:
         stop._render_traceback_ = lambda: [str(stop)]
         raise stop from None
     sys.path.insert(0, str(root.resolve()))
-    importlib.import_module("refusallab.bootstrap").install()
+    importlib.import_module("refusallab.colab").install()
 
-from refusallab.course import check, progress, start
+from refusallab.course import check, progress, solved, start
 
 m = start()"""
 EXPLAIN = '"labs.zip"'  # where the course cannot be fetched: the error of a file that is not there leads to the line
@@ -99,6 +100,8 @@ def stamp(nb: NotebookNode, name: str, address: str = "") -> NotebookNode:
             cell.cell_type = "markdown"
             del cell["outputs"], cell["execution_count"]
         kept = {key: cell.metadata[key] for key in ("refusallab", "tags", "jupyter") if key in cell.metadata}
+        if role(cell) == "setup":
+            kept |= FOLDED
         cell.metadata = from_dict(kept | ({"nbgrader": grader} if grader else {}))
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET, None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from refusallab import bootstrap
+from refusallab import colab
 from refusallab.course.notebook import DOWNLOAD, EXPLAIN, SETUP
 from refusallab.course.release import archive
 
@@ -130,7 +130,7 @@ def _damaged(good):
         _damaged,
         lambda good: b"<!doctype html><html><title>Sign in</title></html>" * 100,
         lambda good: _zip_of({"photos/one.txt": "1", "photos/refusallab/two.txt": "2"}),
-        lambda good: _zip_of({"course/refusallab/bootstrap.py": ""}, password=True),
+        lambda good: _zip_of({"course/refusallab/colab.py": ""}, password=True),
     ],
     ids=["empty", "cut off", "damaged", "HTML", "other zip", "password"],
 )
@@ -190,46 +190,46 @@ class TestInstall:
             return subprocess.CompletedProcess(command, stand_in.code, "", stand_in.stderr)
 
         stand_in.calls, stand_in.code, stand_in.stderr = calls, 0, ""
-        monkeypatch.setattr(bootstrap.subprocess, "run", stand_in)
+        monkeypatch.setattr(colab.subprocess, "run", stand_in)
         return stand_in
 
     def test_torch_and_numpy_are_held_and_never_asked_for(self, pip):
-        bootstrap.install(ROOT)
+        colab.install(ROOT)
         [(wanted, constraints)] = pip.calls
         assert "nnsight==0.8.1" in wanted and any(re.match(r"transformers>=.*,<", line) for line in wanted)
         assert not any(re.match(r"(torch|numpy)\b", line) for line in wanted)
-        held = [f"{name}=={bootstrap.version(name)}" for name in ("numpy", "torch")]
+        held = [f"{name}=={colab.version(name)}" for name in ("numpy", "torch")]
         assert constraints.splitlines() == held
 
     def test_a_part_of_the_course_is_not_installed(self, pip, tmp_path):
-        with pytest.raises(bootstrap.SetUpError, match="a part of the course only"):
-            bootstrap.install(tmp_path)
+        with pytest.raises(colab.SetUpError, match="a part of the course only"):
+            colab.install(tmp_path)
         assert pip.calls == []
 
     def test_another_numpy_in_memory_asks_for_a_restart_before_anything_is_installed(self, pip, monkeypatch):
         monkeypatch.setattr(numpy, "__version__", "1.26.4")
-        with pytest.raises(bootstrap.SetUpError, match=r"numpy 1\.26\.4 is loaded.*Restart the kernel") as raised:
-            bootstrap.install(ROOT)
+        with pytest.raises(colab.SetUpError, match=r"numpy 1\.26\.4 is loaded.*Restart the kernel") as raised:
+            colab.install(ROOT)
         assert raised.value._render_traceback_() == [str(raised.value)]
         assert pip.calls == []
 
     def test_a_missing_torch_is_not_installed(self, pip, monkeypatch):
         def missing(name):
-            raise bootstrap.PackageNotFoundError(name)
+            raise colab.PackageNotFoundError(name)
 
-        monkeypatch.setattr(bootstrap, "version", missing)
-        with pytest.raises(bootstrap.SetUpError, match="is not installed here"):
-            bootstrap.install(ROOT)
+        monkeypatch.setattr(colab, "version", missing)
+        with pytest.raises(colab.SetUpError, match="is not installed here"):
+            colab.install(ROOT)
         assert pip.calls == []
 
     def test_a_failing_pip_gives_its_reason(self, pip):
         pip.code, pip.stderr = 1, "WARNING: slow\nERROR: No matching distribution found for nnsight==0.8.1\nERROR: x\n"
-        with pytest.raises(bootstrap.SetUpError, match=r"needs\. ERROR: No matching distribution.*0\.8\.1$"):
-            bootstrap.install(ROOT)
+        with pytest.raises(colab.SetUpError, match=r"needs\. ERROR: No matching distribution.*0\.8\.1$"):
+            colab.install(ROOT)
 
 
 def test_the_library_can_be_imported_with_the_standard_library_alone():
-    code = "import sys, refusallab.bootstrap\nprint(*(m for m in sys.modules if m.startswith(('torch', 'numpy'))))"
+    code = "import sys, refusallab.colab\nprint(*(m for m in sys.modules if m.startswith(('torch', 'numpy'))))"
     result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("\n", "")
 
