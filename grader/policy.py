@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from refusallab.course.cells import Notebook, squeeze
 from refusallab.course.exercise import Exercise
 
-FOR_LABS = {"*", "capstone", "check", "leaderboard", "progress", "real_model", "replication", "solved", "start"}  # of course
+FOR_LABS = {"*", "capstone", "check", "leaderboard", "progress", "real_model", "replication", "solved", "start"}
 BUILTINS = {"__builtins__", "__import__", "compile", "eval", "exec", "globals"}
 ATTRIBUTES = {
     "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__subclasses__", "__wrapped__",

@@ -1,4 +1,4 @@
-"""Edits of the residual stream along a direction: ablate, add, affine, clamp.
+"""Edits of the residual stream along a direction: ablate, add, affine.
 
 Each function returns an edit for `refusallab.model.logits`, `generate` and `residual`. In generation it acts
 on the prompt and on every generated token. x is the residual stream [batch, seq, width], r a direction
@@ -34,24 +34,25 @@ def project_out(x: Tensor, r: Tensor) -> Tensor:
 
     x is [..., width] and r [width], or x [batch, seq, width] and r [batch, width]: one direction per row.
     """
-    return _remove(x, unit(r))
+    wide = _wide(x)
+    r = _fit(unit(r), wide)
+    return (wide - (wide * r).sum(-1, keepdim=True) * r).to(x.dtype)
 
 
-def ablation(r: Tensor, *, share: float = 1.0, first: int = 0) -> Edit:
+def ablation(r: Tensor) -> Edit:
     """Directional ablation: no component along r anywhere (arXiv 2406.11717, section 2.4).
 
     Projects r out of the input of every block, every attention output and every MLP output, at all positions.
-    r is [width] or [batch, width]. A smaller `share` takes away that part of the component only, and `first` leaves the
-    blocks before it alone: what an attacker does who wants to be noticed less.
+    r is [width] or [batch, width].
     """
-    direction = unit(r)
+    r = unit(r)
 
     def edit(nn: Any) -> None:
-        for block in blocks(nn)[first:]:
-            block.input = _remove(block.input, direction, share)
-            output = attention(block).output
-            attention(block).output = (_remove(output[0], direction, share), *output[1:])
-            mlp(block).output = _remove(mlp(block).output, direction, share)
+        for block in blocks(nn):
+            block.input = project_out(block.input, r)
+            output, *rest = attention(block).output
+            attention(block).output = (project_out(output, r), *rest)
+            mlp(block).output = project_out(mlp(block).output, r)
 
     return edit
 
@@ -85,22 +86,7 @@ def affine(r: Tensor, layer: int, reference: Tensor, alpha: float) -> Edit:
         block = _block(nn, layer)
         x = _wide(block.input)
         away = x - _fit(origin, x)
-        block.input = (_remove(away, direction) + _fit(origin, x) + _fit(step, x)).to(block.input.dtype)
-
-    return edit
-
-
-def clamp(r: Tensor, layer: int, value: float) -> Edit:
-    """Set the component along r^ to `value`, at the input of one block, all positions.
-
-    `value` is in units of the stream: it is a length along r^, not a multiple of r.
-    """
-    direction = unit(r)
-
-    def edit(nn: Any) -> None:
-        block = _block(nn, layer)
-        x = _wide(block.input)
-        block.input = (_remove(x, direction) + value * _fit(direction, x)).to(block.input.dtype)
+        block.input = (project_out(away, direction) + _fit(origin, x) + _fit(step, x)).to(block.input.dtype)
 
     return edit
 
@@ -112,11 +98,6 @@ def _finite(r: Tensor) -> Tensor:
     if not r.isfinite().all():
         raise RefusalLabError("The direction has NaN or infinite entries: check how it was computed.")
     return r
-
-
-def _remove(x: Tensor, direction: Tensor, share: float = 1.0) -> Tensor:
-    wide, direction = _wide(x), _fit(direction, _wide(x))
-    return (wide - share * (wide * direction).sum(-1, keepdim=True) * direction).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

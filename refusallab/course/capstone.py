@@ -27,10 +27,10 @@ from refusallab.attacks.templates import PAYLOAD_SPLITTING, rewritings
 from refusallab.attacks.white_box import re_extract
 from refusallab.defence import Defence
 from refusallab.errors import RefusalLabError
-from refusallab.interventions import ablation
+from refusallab.interventions import project_out
 from refusallab.judging import judge
 from refusallab.measure import Outcome, Rate, holm, mcnemar, rate, wilson
-from refusallab.model import Edit, Model, Prompt, blocks, messages
+from refusallab.model import Edit, Model, Prompt, attention, blocks, messages, mlp
 from refusallab.prompts import Item, bundled
 
 # --- the attacks ---------------------------------------------------------------------------------------------------
@@ -44,14 +44,24 @@ NOISE = 0.01  # its strength: with more, the model cannot read the names of the 
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """Directional ablation as plain data, so that it can be sent to the process of a submitted defence."""
+    """Directional ablation as plain data, so that it can be sent to the process of a submitted defence.
+
+    An attacker who wants to be noticed less removes a `share` of the component, or leaves the `first` blocks alone.
+    """
 
     vector: Tensor
     share: float = 1.0
     first: int = 0
 
     def __call__(self, nn: Any) -> None:
-        ablation(self.vector, share=self.share, first=self.first)(nn)
+        for block in blocks(nn)[self.first :]:
+            block.input = self._reduced(block.input)
+            output, *rest = attention(block).output
+            attention(block).output = (self._reduced(output), *rest)
+            mlp(block).output = self._reduced(mlp(block).output)
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        return x + self.share * (project_out(x, self.vector) - x)
 
 
 Run = Callable[[Defence, Sequence[Item], Tensor | None], list[AttackResult]]
