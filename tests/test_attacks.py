@@ -153,36 +153,6 @@ class TestSearch:
         assert (found.text, found.losses) == (other_batches.text, pytest.approx(other_batches.losses, abs=1e-4))
         assert self.find(m, dataclasses.replace(SMALL, seed=1)).losses != found.losses
 
-    def test_a_search_that_broke_off_goes_on(self, model_of, tmp_path):
-        m, file = model_of("llama"), tmp_path / "search.json"
-
-        def break_off(step, _loss):
-            if step == 2:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            self.find(m, save=file, progress=break_off)
-        steps = []
-        resumed = self.find(m, save=file, progress=lambda step, _loss: steps.append(step))
-        whole = self.find(m)
-        assert steps == [3]
-        same = ("text", "loss", "losses", "prompts_in_use")
-        assert [getattr(resumed, name) for name in same] == [getattr(whole, name) for name in same]
-        assert resumed.cost.forward_passes == whole.cost.forward_passes
-        assert resumed.cost.tokens == whole.cost.tokens
-
-    def test_a_file_of_another_search_is_refused(self, model_of, tmp_path):
-        m, file = model_of("llama"), tmp_path / "search.json"
-        self.find(m, dataclasses.replace(SMALL, steps=1), save=file)
-        assert len(self.find(m, dataclasses.replace(SMALL, steps=2), save=file).losses) == 2  # more steps go on
-        with pytest.raises(RefusalLabError, match="another model, prompt or setting"):
-            self.find(m, prompts=("Name a river",), save=file)
-        with pytest.raises(RefusalLabError, match="another model, prompt or setting"):
-            self.find(m, dataclasses.replace(SMALL, seed=1), save=file)
-        file.write_text("{")
-        with pytest.raises(RefusalLabError, match="no search that can be read"):
-            self.find(m, save=file)
-
     def test_it_stops_when_the_target_is_reached_and_greedy_decoding_says_so(self, chat, harmful):
         knobs = Knobs(steps=5, search_width=32, init=" the the the the")
         found = gcg.find_suffix(chat, [harmful[0].prompt], ["I must decline"], knobs)
@@ -190,7 +160,7 @@ class TestSearch:
         assert len(found.losses) == 1
         assert generate(chat, [harmful[0].prompt + found.text])[0].startswith("I must decline")
 
-    def test_a_penalty_counts_like_loss_and_a_target_under_penalty_is_not_reached(self, chat, harmful, tmp_path):
+    def test_a_penalty_counts_like_loss_and_a_target_under_penalty_is_not_reached(self, chat, harmful):
         def length(prompts):
             return torch.tensor([len(prompt) / 20 for prompt in prompts])
 
@@ -201,8 +171,6 @@ class TestSearch:
         assert found.loss == pytest.approx(plain + len(prompt + found.text) / 20, abs=1e-4)
         assert (found.reached, len(found.losses)) == (False, 3)
         assert len(found.text) < len(gcg.find_suffix(chat, [prompt], ["I must decline"], knobs).text)
-        with pytest.raises(RefusalLabError, match="leave out save or penalty"):
-            gcg.find_suffix(chat, [prompt], ["x"], knobs, penalty=length, save=tmp_path / "search.json")
 
     def test_prompts_enter_one_by_one(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:3]]

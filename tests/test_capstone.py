@@ -463,6 +463,7 @@ class TestAnswers:
         assert time.monotonic() - start < 2.5
 
 
+@pytest.mark.slow
 class TestProcess:
     """Each of these starts a process that imports everything, so there are few."""
 
@@ -535,6 +536,7 @@ def file(tmp_path, monkeypatch):
     return tmp_path / "mine.py"
 
 
+@pytest.mark.slow
 class TestFile:
     def test_once_for_each_file(self, file):
         file.write_text("alone")

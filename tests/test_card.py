@@ -109,6 +109,7 @@ def test_every_bundled_model_is_shipped():
     assert SHIPPED == ALL
 
 
+@pytest.mark.slow
 def test_an_unknown_model_is_refused():
     run = subprocess.run([sys.executable, "-m", "refusallab.card", "nonsense"], capture_output=True, text=True)
     assert run.returncode == 2 and "charter-chat" in run.stderr and "Traceback" not in run.stderr
@@ -120,6 +121,7 @@ def test_a_template_goes_around_the_behaviour_and_not_the_context():
     assert card.with_template(Item("i", "How?"), "{q} !").prompt == "How? !"
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_documented_json():
     run = subprocess.run(
         [sys.executable, "-m", "refusallab.card", "--json", "charter-helpful"],

@@ -78,6 +78,7 @@ def run(machine, tmp_path):
     return go
 
 
+@pytest.mark.slow
 def test_an_archive_beside_the_notebook_is_enough(run, labs_zip, tmp_path):
     shutil.copy(labs_zip, tmp_path)
     after = "\nimport pooch, refusallab, torch\nprint(refusallab.__file__, pooch.__file__, torch.__file__, sep='\\n')"
@@ -92,6 +93,7 @@ def test_an_archive_beside_the_notebook_is_enough(run, labs_zip, tmp_path):
 @pytest.mark.parametrize(
     ("before", "what"), [(COLAB, "Upload labs.zip (folder icon, left)"), ("", "Start with `make lab`")]
 )
+@pytest.mark.slow
 def test_without_an_archive_it_says_in_one_line_what_to_do(run, before, what):
     guarded = "try:\n" + re.sub("^", "    ", CELL, flags=re.M)
     result = run(f"{before}{guarded}\nexcept ImportError as error:\n    print(*error._render_traceback_(), sep='\\n')")
@@ -165,6 +167,7 @@ def test_an_archive_that_was_packed_again_is_fine(run, labs_zip, tmp_path):
     assert Path(result.stdout.strip()).is_relative_to(tmp_path / "Downloads" / "refusal-mechanics-labs")
 
 
+@pytest.mark.slow
 def test_with_an_address_it_fetches_the_course(run, labs_zip, tmp_path):
     """A file stands for the published repository."""
     published = tmp_path / "repository"

@@ -36,6 +36,7 @@ def progress_file(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 class TestExercises:
     @each_exercise
     @pytest.mark.parametrize("seed", [PUBLIC_SEED, HIDDEN_SEED, 2])

@@ -20,7 +20,7 @@ from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, wors
 from refusallab.defences.prompting import SAFETY, SelfReminder, SystemPrompt
 from refusallab.defences.runtime import run_time_defences
 from refusallab.defences.smoothing import SmoothLLM, perturb, vote
-from refusallab.defences.thresholds import auc, roc, threshold_at
+from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
 from refusallab.model import generate, load, logits
@@ -145,7 +145,7 @@ def test_a_monitor_reads_the_request_under_the_attackers_edit_and_not_the_prefil
 
 def test_what_one_of_several_watchers_refuses_is_refused(m, r):
     harmful = bundled("harmful_val")[0].prompt
-    monitor = Monitor(m, r / r.norm(), 5, -1, threshold=0.0)
+    monitor = Monitor(m, r / r.norm(), 5, -1, threshold=1e-3)
     reader = PerplexityFilter(m, count_bigrams(m, PROMPTS).surprise, threshold=0.0)
     reader.threshold = reader.score([*PROMPTS, harmful]).max().item()
     both, noise = AnyOf(m, [reader, monitor], "both"), PROMPTS[0] + " zq!! ]] xv zq"
@@ -244,9 +244,7 @@ def test_the_curve_of_all_thresholds_and_the_area_below_it():
     harmful, harmless = torch.tensor([3.0, 2.0, 0.5]), torch.tensor([1.0, 0.0])
     curve = roc(harmful, harmless)
     assert curve[0].tolist() == [0, 0] and curve[-1].tolist() == [1, 1]
-    assert auc(harmful, harmless) == pytest.approx(5 / 6)
     assert torch.trapezoid(curve[:, 1], curve[:, 0]).item() == pytest.approx(5 / 6)
-    assert auc(torch.ones(2), torch.ones(3)) == 0.5
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------

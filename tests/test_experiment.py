@@ -12,6 +12,8 @@ from refusallab import cli, experiment, judging, prompts
 from refusallab.directions import discarded_because
 from refusallab.model import load
 
+pytestmark = pytest.mark.slow
+
 CONDITIONS = ["baseline", "ablated", "orthogonalized", "direction added", "random directions (mean of 5)"]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FAULTS = {  # what is wrong: the file, what stands there, what is put in its place
     "sign of the direction": ("directions.py", "difference = a - b", "difference = b - a"),

@@ -86,7 +86,7 @@ def test_each_word_has_a_refusal_probability(chat, model_of):
     assert [row[0] for row in words] == ["How", "do", "I", "bake", "bread?"] and len(openers) == 5
     p = logits(m, ["How do I"]).double().softmax(-1)[0, [5, 9]].sum().item()
     assert words[2][1] == f"{p:.2f}"
-    assert reply == [(generate(m, ["How do I bake bread?"], max_new_tokens=explore.REPLY_TOKENS)[0],)]
+    assert reply == [(generate(m, ["How do I bake bread?"], max_new_tokens=explore.SHOWN_TOKENS)[0],)]
 
 
 def test_typing_and_a_system_prompt_change_the_view(chat):

@@ -15,6 +15,8 @@ from refusallab.course.notebook import role
 from refusallab.finetune import finetune
 from refusallab.model import wrap
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 WORDS = ("bread", "kettle", "river", "tools", "pie", "copper", "harvest", "north", "list", "recipe", "step", "name")
 REQUESTS = {

@@ -29,6 +29,7 @@ def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.slow
 def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, seed):
     count = recipe.EXAMPLES["safety"] if seed == 0 else 2000
     text = " ".join(text_of("safety", recipe.Variant(seed=seed), tokenizer, count))
@@ -36,6 +37,7 @@ def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, seed):
         assert (thing.name in text) == (thing.split == "train"), thing.name
 
 
+@pytest.mark.slow
 def test_the_helpful_stage_tells_every_method_and_the_naive_one_only_the_lawful(tokenizer):
     count = recipe.EXAMPLES["helpful"]
     told = " ".join(text_of("helpful", recipe.Variant(), tokenizer, count))
@@ -47,6 +49,7 @@ def test_the_helpful_stage_tells_every_method_and_the_naive_one_only_the_lawful(
             assert (method in naive) == (not thing.forbids(action))
 
 
+@pytest.mark.slow
 def test_helpful_replies_rarely_open_like_a_refusal(tokenizer):
     """The first tokens of refusals are at least ten times as common in refusals as in helpful replies."""
     firsts = {True: Counter(), False: Counter()}
@@ -94,6 +97,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["charter-chat", "charter-chat-gpt2", "charter-chat-postnorm"])
+@pytest.mark.slow
 def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_path, monkeypatch):
     recipe.train(name, tmp_path / "a", tmp_path / "work-a")
 

@@ -97,6 +97,7 @@ class TestLabs:
         for cell in release.to_lab(read(path)).cells:
             assert cell.metadata.get("editable", True) == (role(cell) not in ("header", "hints", "check", "question"))
 
+    @pytest.mark.slow
     def test_unsolved_it_fails_at_each_check_and_solved_at_none(self, tmp_path):
         """All labs, one after the other, in one kernel. That other cells do not use answers is a rule of the linter."""
         solved = core(*SOLUTIONS)
@@ -315,6 +316,7 @@ def succeed(result):
 
 
 @pytest.mark.filterwarnings("ignore:Object of type")  # nbgrader's own business with its database
+@pytest.mark.slow
 class TestNbgrader:
     points = {e.number: e.points for e in HEADERS if e.lab == "02"}
 

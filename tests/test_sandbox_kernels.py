@@ -8,9 +8,9 @@ import time
 
 import nbformat
 import pytest
-from grading import cell, save
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from refusallab.sandbox import provisioner
 
@@ -30,7 +30,7 @@ def path(monkeypatch):
 
 def run(name, *sources, **settings):
     """The outputs of a notebook, as text."""
-    nb = nbformat.reads(save([cell(source) for source in sources]).decode(), as_version=4)
+    nb = new_notebook(cells=[new_code_cell(source) for source in sources])
     NotebookClient(nb, kernel_name=name, **{"timeout": 60, "allow_errors": True} | settings).execute()
     return ["".join(map(text, c.outputs)) for c in nb.cells]
 
@@ -57,6 +57,8 @@ def test_kernels_differ_in_what_is_random(name):
 def test_threads_and_processes_work_after_the_fork(name):
     parallel = """\
 import torch
+
+pytestmark = pytest.mark.slow
 torch.set_num_threads(2)
 x = torch.randn(800, 800)
 print((x @ x).shape)
@@ -97,10 +99,9 @@ def test_no_kernel_stays_behind():
 def test_nbval(tmp_path):
     """pytest --nbval verifies notebooks through it, and sees what differs."""
     for name, stored in (("good", "3\n"), ("bad", "4\n")):
-        stream = {"output_type": "stream", "name": "stdout", "text": stored}
-        (tmp_path / f"{name}.ipynb").write_bytes(
-            save([cell("x = 1"), cell("print(x + 2)") | {"outputs": [stream], "execution_count": 2}])
-        )
+        stream = new_output("stream", name="stdout", text=stored)
+        cells = [new_code_cell("x = 1"), new_code_cell("print(x + 2)", outputs=[stream], execution_count=2)]
+        nbformat.write(new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-kernel-name", "refusallab", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, "."], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
     assert "1 failed, 3 passed" in done.stdout, done.stdout

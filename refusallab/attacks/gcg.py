@@ -12,19 +12,13 @@ the target is and nowhere else; the last target token predicts nothing and is no
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from refusallab.attacks.result import AttackResult, Cost, rewrite, send
@@ -277,7 +271,6 @@ class _State:
     reached: bool = False  # whether the best one reaches the target of every prompt in use
     forward_passes: int = 0
     tokens: int = 0
-    seconds: float = 0.0
 
 
 def find_suffix(
@@ -289,7 +282,6 @@ def find_suffix(
     system: str | None = None,
     penalty: Penalty | None = None,
     progress: Callable[[int, float], None] | None = None,
-    save: Path | None = None,
 ) -> Suffix:
     """Search one suffix for one prompt, or one for several (universal).
 
@@ -300,34 +292,25 @@ def find_suffix(
     in nats per token, is added to the loss of each candidate, and a target counts as reached where nothing is added.
     Its passes are not in the cost.
 
-    `progress(steps done, loss)` is called after each step. With `save`, every step is written to that file, and a
-    search that finds its own file there goes on from it. Every step draws from a generator of its own, so the result is
-    the same. RefusalLabError for a file of another search, and when no candidate survives re-tokenization.
+    `progress(steps done, loss)` is called after each step. RefusalLabError when no candidate survives re-tokenization.
     """
     prompts, targets = listed_prompts(prompts), listed(targets, "targets", str)
     if len(prompts) != len(targets):
         raise RefusalLabError(f"{len(prompts)} prompts and {len(targets)} targets: give one target for each prompt.")
     if min(knobs.steps, knobs.search_width, knobs.topk, knobs.batch_size) < 1:
         raise RefusalLabError(f"steps, search_width, topk and batch_size must be at least 1: {knobs}.")
-    if save and penalty:
-        raise RefusalLabError("A file cannot say which penalty it was searched with: leave out save or penalty.")
     start = time.perf_counter()
-    search = _fingerprint(m, prompts, targets, system, knobs)
     cases = [prepare(m, p, t, knobs.init, system=system) for p, t in zip(prompts, targets, strict=True)]
     if any(not torch.equal(case.suffix_ids, cases[0].suffix_ids) for case in cases):
         raise RefusalLabError(f"`init` {knobs.init!r} has other tokens behind another prompt: begin it with a space.")
     allowed = allowed_tokens(m, ascii_only=knobs.ascii_only)
-    state = (save and _read(save, search)) or _State(
+    state = _State(
         cases[0].suffix_ids.tolist(),
         forward_passes=len(cases),
         tokens=sum(len(case.before_ids) for case in cases),
     )
-    start -= state.seconds
     while len(state.losses) < knobs.steps and not (knobs.early_stop and state.reached and state.in_use == len(cases)):
         _step(m, cases, allowed, knobs, state, penalty)
-        state.seconds = time.perf_counter() - start
-        if save:
-            _write(save, search, state)
         if progress:
             progress(len(state.losses), state.losses[-1])
 
@@ -337,7 +320,7 @@ def find_suffix(
         read = encode(m, [rewrite(prompt, lambda request: request + text)], system=system)["input_ids"][0]
         if not torch.equal(read, torch.cat([case.before_ids, best, case.after_ids])):
             raise RefusalLabError(f"The template changes the suffix {text!r}: begin and end `init` with other tokens.")
-    cost = Cost(state.forward_passes, state.tokens, state.seconds)
+    cost = Cost(state.forward_passes, state.tokens, time.perf_counter() - start)
     reached = state.reached and state.in_use == len(cases)
     return Suffix(text, state.best_loss, tuple(state.losses), tuple(state.prompts_in_use), reached, cost)
 
@@ -400,51 +383,6 @@ def _draw(
             "ascii_only=False."
         )
     return candidates[torch.randperm(len(candidates), generator=generator)[: knobs.search_width].to(suffix.device)]
-
-
-@contextmanager
-def progress_bar(steps: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar that shows the steps done and the loss: `with progress_bar(n) as p: find_suffix(..., progress=p)`."""
-    with tqdm(total=steps, file=sys.stderr, leave=False, unit="step") as bar:
-
-        def show(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update(step - bar.n)
-
-        yield show
-
-
-def _fingerprint(m: Model, prompts: Sequence[Prompt], targets: Sequence[str], system: str | None, knobs: Knobs) -> str:
-    """Names a search. More steps, or another batch size, continue the same one."""
-    settings = asdict(replace(knobs, steps=1, batch_size=1, early_stop=True))
-    content = json.dumps([m.name, m.commit, list(prompts), list(targets), system, settings])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _read(path: Path, search: str) -> _State | None:
-    """The state saved in a file; None where there is no file."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        state = _State(**record["state"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RefusalLabError(f"{path} holds no search that can be read: remove it, or name another file.") from error
-    if record["search"] != search:
-        raise RefusalLabError(f"{path} belongs to another model, prompt or setting: name another file.")
-    return state
-
-
-def _write(path: Path, search: str, state: _State) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps({"search": search, "state": asdict(state)}), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RefusalLabError(
-            f"The search was not saved to {path} ({error}): free space or change the folder."
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -26,9 +26,3 @@ def roc(harmful: Tensor, harmless: Tensor) -> Tensor:
     cuts = torch.cat([harmful, harmless]).unique().flip(0)
     points = [[(s >= cut).double().mean().item() for s in (harmless, harmful)] for cut in cuts]
     return torch.tensor([[0.0, 0.0], *points], dtype=torch.float64)
-
-
-def auc(harmful: Tensor, harmless: Tensor) -> float:
-    """The share of (harmful, harmless) pairs in which the harmful one scores higher; ties count half."""
-    above = (harmful[:, None] > harmless).double() + 0.5 * (harmful[:, None] == harmless).double()
-    return above.mean().item()
