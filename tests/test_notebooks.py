@@ -46,7 +46,8 @@ def shown(**data):
 @pytest.fixture
 def good():
     """A notebook of lab 02 that keeps every rule."""
-    cells = [markdown("# Lab 02\n\nTime: 90 minutes."), markdown(f"## {SECTIONS[0]}"), code("", role="setup")]
+    plan = "Time: 90 minutes.\n\nCore path, about 40 minutes: section 2, exercises 2.1 and 2.3."
+    cells = [markdown(f"# Lab 02\n\n{plan}"), markdown(f"## {SECTIONS[0]}"), code("", role="setup")]
     for e in (e for e in HEADERS if e.lab == "02"):
         answer = f'def {e.function}(x):\n    """Doc."""\n    ### BEGIN SOLUTION\n    pass\n    ### END SOLUTION'
         roles = {"header": markdown(""), "answer": code(answer), "check": code("")}
@@ -94,6 +95,11 @@ ADDED = {  # a cell at the end: the problem
     "html image in an output": (code("show()", shown(text_html="<img src='x'>")), "its output has an image without"),
     "figure without words": (code("plot()", shown(image_png="AAAA")), "*Figure: ...*"),
     "long cell": (code("x = 1\n" * 26), "27 lines of code; 25 is the most"),
+    "wide cell": (code("x = " + "1" * 97), "101 columns of code; 100 is the most"),
+    "many places": (
+        code("\n".join(f"from refusallab.{name} import x" for name in "abcdefg")),
+        "it imports from 7 places of the library; 6 is the most",
+    ),
     "path in a source": (code('open("/home/ann/x")'), "a path of one computer: /home/"),
     "path in an output": (code("print(path)", stdout("in /tmp/x")), "a path of one computer: /tmp/"),
     "path of Windows": (markdown(r"look in C:\Users"), "a path of one computer: C:\\U"),
@@ -177,11 +183,35 @@ def test_a_missing_section_is_found(good, problems, title):
     assert problems(good) == [f"no section {title!r}"]
 
 
-@pytest.mark.parametrize("time", ["", "Time: 20 minutes."])
-def test_a_missing_or_impossible_time_is_found(good, problems, time):
-    good.cells[0].source = f"# Lab 02\n\n{time}"
-    needed = sum(item.minutes for item in (*HEADERS, *QUESTIONS) if item.lab == "02")
-    assert problems(good) == [f"the first cell must state the time, Time: N minutes; the exercises take {needed}"]
+CORE = "Core path, about 40 minutes: section 2, exercises 2.1 and 2.3."
+STATE_CORE = "the first cell must state the core path, Core path, about 40 minutes: sections ..., exercises N.1, N.2."
+PLANS = {
+    "no time": (CORE, "the first cell must state the time, Time: N minutes; the exercises take 85"),
+    "too short": (f"Time: 20 minutes.\n\n{CORE}", "Time: N minutes; the exercises take 85"),
+    "no core path": ("Time: 90 minutes.", STATE_CORE),
+    "core path of another lab": ("Time: 90 minutes.\n\n" + CORE.replace("2.3", "3.3"), STATE_CORE),
+    "long core path": (
+        "Time: 90 minutes.\n\n" + CORE.replace("2.3", "2.3, 2.4"),
+        "the exercises of the core path take 45 minutes; 40 is the most",
+    ),
+    "one long sitting": (f"Time: 130 minutes.\n\n{CORE}", "sittings of at most 120 minutes that add up to 130"),
+    "sittings that do not add up": (
+        f"Time: 130 minutes.\n\n{CORE}\n\nSittings: sections 1 to 4 (70 minutes), 5 to 9 (50 minutes).",
+        "sittings of at most 120 minutes that add up to 130",
+    ),
+}
+
+
+@pytest.mark.parametrize(("plan", "problem"), PLANS.values(), ids=PLANS)
+def test_a_plan_that_does_not_fit_is_found(good, problems, plan, problem):
+    good.cells[0].source = f"# Lab 02\n\n{plan}"
+    assert any(problem in line for line in problems(good))
+
+
+def test_two_sittings_are_a_plan(good, problems):
+    sittings = "Sittings: sections 1 to 4 (70 minutes), 5 to 9 (60 minutes)."
+    good.cells[0].source = f"# Lab 02\n\nTime: 130 minutes.\n\n{CORE}\n\n{sittings}"
+    assert problems(good) == []
 
 
 def test_what_is_not_for_students_is_found(good, problems):

@@ -12,11 +12,13 @@ from nbformat import NotebookNode
 
 from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.notebook import number, role
+from refusallab.course.plan import problems, read_plan
 from refusallab.course.release import read
 
 LINES = 25
+COLUMNS = 100  # of code: what fits beside the margins of a laptop
+PLACES = 6  # modules that a lab imports from
 SECTIONS = ("What you will be able to do", "On a real model", "What this lab does not show", "References")
-TIME = re.compile(r"^Time: (\d+) minutes", re.M)
 CAPTION = re.compile(r"\*Figure: [^*]{30,}\*")
 GRADED = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
 NOT_PORTABLE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|var|mnt|Users)/|\b[A-Z]:\\\w")
@@ -49,7 +51,8 @@ Problems = Iterator[tuple[NotebookNode, str]]
 def lint(path: Path) -> list[str]:
     """One line for each rule that a notebook breaks."""
     nb = read(path)
-    rules = (headings, alternatives, code, portable, reproducible, links, graded_cells, independent, sections, terms)
+    form = (headings, alternatives, code, places, portable, reproducible, links)
+    rules = (*form, graded_cells, independent, sections, terms)
     return [f"{path}: {cell.id}: {text}" for rule in rules for cell, text in rule(nb, path)]
 
 
@@ -115,10 +118,23 @@ def code(nb: NotebookNode, path: Path) -> Problems:
         lines = cell.source.count("\n") + 1
         if cell.cell_type == "code" and lines > LINES:
             yield cell, f"{lines} lines of code; {LINES} is the most"
+        columns = max(map(len, cell.source.split("\n")))
+        if cell.cell_type == "code" and role(cell) != "setup" and columns > COLUMNS:
+            yield cell, f"{columns} columns of code; {COLUMNS} is the most"
         if is_released(path) and (MARKERS.search(cell.source) or role(cell) == "rubric"):
             yield cell, "this belongs into solutions/ only"
         if is_released(path) and cell.get("outputs"):
             yield cell, "a released notebook has no outputs"
+
+
+def places(nb: NotebookNode, path: Path) -> Problems:
+    """A lab imports from few places of the library, the course itself not counted."""
+    found = set()
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            found |= set(re.findall(r"^\s*from (refusallab(?!\.course)[\w.]*) import", cell.source, flags=re.M))
+    if len(found) > PLACES:
+        yield nb.cells[0], f"it imports from {len(found)} places of the library; {PLACES} is the most"
 
 
 def portable(nb: NotebookNode, path: Path) -> Problems:
@@ -203,13 +219,10 @@ def independent(nb: NotebookNode, path: Path) -> Problems:
 
 
 def sections(nb: NotebookNode, path: Path) -> Problems:
-    """The sections that every lab has, and how long it takes: at least as long as its exercises together."""
+    """The sections that every lab has, and a plan that fits its exercises."""
     titles = {title for _, level, title in _headings(nb) if level == 2}
     yield from ((nb.cells[0], f"no section {title!r}") for title in SECTIONS if title not in titles)
-    lab, stated = path.name[:2], TIME.search(nb.cells[0].source)
-    needed = sum(item.minutes for item in (*HEADERS, *QUESTIONS) if item.lab == lab)
-    if not stated or int(stated[1]) < needed:
-        yield nb.cells[0], f"the first cell must state the time, Time: N minutes; the exercises take {needed}"
+    yield from ((nb.cells[0], problem) for problem in problems(read_plan(nb.cells[0].source), path.name[:2]))
 
 
 def terms(nb: NotebookNode, path: Path) -> Problems:

@@ -21,6 +21,7 @@ from nbgrader import preprocessors
 from nbgrader.preprocessors import NbGraderPreprocessor
 
 from refusallab.course.notebook import read_address, role, stamp
+from refusallab.course.plan import read_plan, table
 from refusallab.errors import RefusalLabError
 
 FOLDER = "refusal-mechanics-labs"  # the one folder inside the archive
@@ -79,12 +80,13 @@ def text(nb: NotebookNode) -> str:
 
 def build(root: Path) -> dict[Path, str]:
     """Every file that the release writes: stamped solutions, and the labs made of them."""
-    address, files = read_address(root), {}
+    address, files, plans = read_address(root), {}, {}
     for path in solutions(root):
         solution = stamp(read(path), path.stem, address)
         files[path] = text(solution)
         files[root / "labs" / path.name] = text(to_lab(solution))
-    return files
+        plans[path.name] = read_plan(solution.cells[0].source)
+    return files | {root / "labs" / "README.md": table(plans)}
 
 
 def out_of_date(root: Path) -> list[Path]:
