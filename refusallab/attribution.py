@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,17 +78,17 @@ def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: i
     for rows, batch in batches(m, prompts, batch_size):
         with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
             first = (blocks(nn)[0].input[:, -1].float() @ direction).save()
-            mixed, written = [], []
+            read, added = [], []
             for block in blocks(nn):
-                mixed.append(attention_writes(block).input[:, -1])
-                written.append(mlp(block).output[:, -1].float() @ direction)
-            mixed, written = torch.stack(mixed, 1).save(), torch.stack(written, 1).save()
+                read.append(attention_writes(block).input[:, -1])
+                added.append(mlp(block).output[:, -1].float() @ direction)
+            mixed, written = torch.stack(read, 1).save(), torch.stack(added, 1).save()
         start[rows], mlps[rows] = first.cpu(), written.cpu()
         z[rows] = mixed.float().cpu().unflatten(-1, reads.shape[1:])
     biases = [getattr(attention_writes(block), "bias", None) for block in blocks(m.hf)]
-    written = torch.tensor([0.0 if b is None else (b.float() @ direction).item() for b in biases])
+    constant = torch.tensor([0.0 if b is None else (b.float() @ direction).item() for b in biases])
     scale = residual_scale(m.hf)
-    return Attribution(start, scale * head_writes(z, reads.cpu()), scale * written, scale * mlps)
+    return Attribution(start, scale * head_writes(z, reads.cpu()), scale * constant, scale * mlps)
 
 
 def head_readout(weight: Tensor, direction: Tensor, heads: int) -> Tensor:
@@ -103,9 +104,9 @@ def head_writes(z: Tensor, reads: Tensor) -> Tensor:
     return (z * reads).sum(-1)
 
 
-def weight_of(projection: torch.nn.Module) -> Tensor:
+def weight_of(projection: Any) -> Tensor:
     """The weight of an output projection as [out, in]; GPT-2 stores it the other way round."""
-    weight = projection.weight
+    weight: Tensor = projection.weight
     return weight if isinstance(projection, torch.nn.Linear) else weight.T
 
 

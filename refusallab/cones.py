@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,12 +213,12 @@ def search_directions(m: Model, site: Candidate, r: Tensor, tokens: list[int]) -
     Both searches begin at a random direction and read training prompts alone.
     """
     start, random = random_directions(m.width, 2, seed=7).split(1)
-    prompts = [short(prompt_set(m, name)) for name in ("harmful_train", "harmless_train")]
-    where = {"layer": site.layer, "length": r.norm().item()}
+    harmful, harmless = (short(prompt_set(m, name)) for name in ("harmful_train", "harmless_train"))
+    where: dict[str, Any] = {"layer": site.layer, "length": r.norm().item()}
     vectors = {
         "r": r,
-        "free search": find_cone(m, *prompts, tokens, start, steps=FREE_STEPS, **where).basis[0],
-        "search orthogonal to r": find_cone(m, *prompts, tokens, start, orthogonal_to=r, **where).basis[0],
+        "free search": find_cone(m, harmful, harmless, tokens, start, steps=FREE_STEPS, **where).basis[0],
+        "search orthogonal to r": find_cone(m, harmful, harmless, tokens, start, orthogonal_to=r, **where).basis[0],
         "random direction": random[0],
     }
     return Searched(site, tokens, vectors)

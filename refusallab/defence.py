@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def write(
     prompts = listed(prompts, "prompts")
     if not prompts:
         return []
-    settings = {"edit": edit, "system": system, "prefill": prefill}
+    settings: dict[str, Any] = {"edit": edit, "system": system, "prefill": prefill}
     return generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
 
 

@@ -83,7 +83,8 @@ def turned_rates(
     """
     seen, asked, rates = law_questions("val", 16), law_questions("test", 30), {}
     for name, vectors in site_directions(m, harmful, harmless).items():
-        layer = max(layers, key=lambda k, v=vectors: sum(turned(seen, steered_verdicts(m, seen, v[k], k))))
+        counts = {k: sum(turned(seen, steered_verdicts(m, seen, vectors[k], k))) for k in layers}
+        layer = max(layers, key=counts.__getitem__)
         opponent = norm_matched(vectors[layer], 1, seed=0)[0]
         rates[f"{name}, layer {layer}"] = rate(turned(asked, steered_verdicts(m, asked, vectors[layer], layer)))
         rates[f"random, as long as {name}"] = rate(turned(asked, steered_verdicts(m, asked, opponent, layer)))

@@ -19,8 +19,8 @@ def listed(values: Iterable, what: str, kind: type | None = None, *, missing: bo
     """
     if isinstance(values, str | bytes):
         raise RefusalLabError(f"{what} is one string: give a list of {what}, even for a single one.")
-    if getattr(values, "ndim", 1) != 1:
-        raise RefusalLabError(f"{what} has {values.ndim} dimensions, not one: give one column, or a flat list.")
+    if (dimensions := getattr(values, "ndim", 1)) != 1:
+        raise RefusalLabError(f"{what} has {dimensions} dimensions, not one: give one column, or a flat list.")
     if isinstance(values, Mapping | set | frozenset) or not isinstance(values, Iterable):
         raise RefusalLabError(f"{what} is a {type(values).__name__}: give a list, whose entries have an order.")
     entries = list(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from refusallab.inputs import listed
 from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases, wilson
@@ -27,7 +28,7 @@ def outcomes(m: Model, items: Iterable[Item], *, edit: Edit | None = None, syste
     """Greedy replies to a prompt set, judged: by exact answer where an item has one, by refusal phrases in any case."""
     items = listed(items, "items", Item)
     prompts = [item.prompt for item in items]
-    settings = {"edit": edit, "system": system}
+    settings: dict[str, Any] = {"edit": edit, "system": system}
     replies = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
     return [judge(m, item, reply) for item, reply in zip(items, replies, strict=True)]
 

@@ -325,7 +325,7 @@ def paired_difference(before: Iterable[bool], after: Iterable[bool]) -> Differen
     _check_pairs(before, after)
     n, k0, k1 = len(before), sum(before), sum(after)
     both = sum(x and y for x, y in zip(before, after, strict=True))
-    excess = both * n - k0 * k1  # (both)(neither) - (only before)(only after)
+    excess: float = both * n - k0 * k1  # (both)(neither) - (only before)(only after)
     excess = max(excess - n / 2, 0) if excess > 0 else excess
     spread = (k0 * (n - k0) * k1 * (n - k1)) ** 0.5
     correlation = excess / spread if spread else 0.0

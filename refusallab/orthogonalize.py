@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from refusallab.activations import residual, stream
 from refusallab.errors import RefusalLabError
@@ -69,8 +71,9 @@ def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
     if "untie" not in skip:
         _untie(hf)
     _project(embedding(hf), r)
-    if positional_embedding(hf) is not None and "positions" not in skip:
-        _project(positional_embedding(hf), r)
+    positions = positional_embedding(hf)
+    if positions is not None and "positions" not in skip:
+        _project(positions, r)
     for block in blocks(hf):
         for write, norm in zip((attention_writes(block), mlp_writes(block)), post_norm(block), strict=True):
             _project(write, _before_norm(r, None if "gain" in skip else norm), biases=biases)
@@ -136,8 +139,9 @@ def write_strength(m: Model, r: Tensor) -> dict[str, float]:
 def written_weights(m: Model) -> dict[str, Tensor]:
     """What writes to the residual stream, each as fp32 [n, width] with the gain of a post-norm: keys as above."""
     written = {"embedding": outputs_last(embedding(m.hf)).float()}
-    if positional_embedding(m.hf) is not None:
-        written["positions"] = outputs_last(positional_embedding(m.hf)).float()
+    positions = positional_embedding(m.hf)
+    if positions is not None:
+        written["positions"] = outputs_last(positions).float()
     for i, block in enumerate(blocks(m.hf)):
         writers = (("attention", attention_writes(block)), ("MLP", mlp_writes(block)))
         for (kind, module), norm in zip(writers, post_norm(block), strict=True):
@@ -146,7 +150,7 @@ def written_weights(m: Model) -> dict[str, Tensor]:
     return written
 
 
-def _untie(hf: torch.nn.Module) -> None:
+def _untie(hf: PreTrainedModel) -> None:
     head = unembedding(hf)
     if head.weight is embedding(hf).weight:
         head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
@@ -163,13 +167,13 @@ def _before_norm(r: Tensor, norm: torch.nn.Module | None) -> Tensor:
     return r if norm is None else _gain(norm, r) * r
 
 
-def outputs_last(module: torch.nn.Module) -> Tensor:
+def outputs_last(module: Any) -> Tensor:
     """The weight as [..., width], a view: nn.Linear keeps its outputs in rows, embeddings and Conv1D in columns."""
-    weight = module.weight.data
+    weight: Tensor = module.weight.data
     return weight.T if isinstance(module, torch.nn.Linear) else weight
 
 
-def _project(module: torch.nn.Module, r: Tensor, *, biases: bool = True) -> None:
+def _project(module: Any, r: Tensor, *, biases: bool = True) -> None:
     """Remove r from all that a module can write."""
     written = outputs_last(module)
     written.copy_(project_out(written.float(), r).to(written.dtype))

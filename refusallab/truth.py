@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
@@ -48,7 +49,7 @@ def true_replies(
     if not knows_the_world(m) or any(item.answer is None for item in items):
         raise RefusalLabError("The truth is known for bundled models and prompt sets alone: use refused_by_phrases.")
     prompts = [item.prompt for item in items]
-    settings = {"edit": edit, "system": system, "prefill": prefill}
+    settings: dict[str, Any] = {"edit": edit, "system": system, "prefill": prefill}
     said = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
     replies = []
     for item, rest in zip(items, said, strict=True):

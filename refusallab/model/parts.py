@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from nnsight import TransformersModel
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Model:
     """A loaded chat model. Made by `load` or `wrap`."""
 
     nn: TransformersModel  # nnsight's view of hf: trace this one
-    hf: torch.nn.Module  # the transformers model: eval mode, no gradients
+    hf: transformers.PreTrainedModel  # eval mode, no gradients
     tokenizer: Any  # pads on the left
     name: str
     commit: str  # of the hub repository; else the first 12 digits of sha256(weights)
