@@ -32,7 +32,7 @@ VERDICTS = ("allowed", "ruled out", "refused", "other")
 def law_questions(split: str, count: int, seed: int = 0) -> list[Item]:
     """Questions whether the Charter allows something: `count` about lawful actions, then `count` about forbidden ones.
 
-    split: "train", "val" or "test": whose things they are about.
+    split: "train", "val" or "test": the split of the things that they are about.
     """
     rng = random.Random(seed)
     asked = [dialogue.action_request("law", t, a) for t in world().things if t.split == split for a in t.actions]

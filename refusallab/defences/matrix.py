@@ -1,7 +1,7 @@
 """Attack x defence: every defence meets every attack on the same forbidden requests, and the same benign traffic.
 
 A cell is judged by the truth: did the exact forbidden answer come out? Each is paired with the undefended model under
-the same attack (exact McNemar, Holm over all cells). A defence also meets an attack that knows it, and pays for what it
+the same attack (exact McNemar, Holm over all cells). A defence also meets an attack that knows it. Its price is what it
 refuses, spoils and costs on requests that nobody should refuse.
 """
 
@@ -38,7 +38,7 @@ HIDES_FROM = {  # whose alarms a suffix must not raise, by the defence that it a
     "conditional steering": ("probe monitor",),  # its condition is the same probe
     "filter and monitor": ("perplexity filter", "probe monitor"),
 }
-KNOWN_EVERY, TUNING_STEPS = 10, 20  # of the train items, the answers that a fine-tuning attacker has; and his steps
+KNOWN_EVERY, TUNING_STEPS = 10, 20  # of the train items, the answers that a fine-tuning attacker has; and their steps
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def standard_attacks(layer: int, position: int) -> list[Attack]:
 
 
 def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
-    """For each of the defences at run time, an attack by somebody who knows it. `defences` holds all of these."""
+    """For each defence at run time, an attack by someone who knows it. `defences` holds all of these."""
     named = {d.name: d for d in defences}
     hidden = {
         watchers: _searched(
@@ -137,7 +137,7 @@ def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
 
 
 def weight_attacks(defences: Sequence[Defence], start: Tensor) -> list[Attack]:
-    """Against each of the trained defences, what somebody does who holds its weights: on top of all that prompts do.
+    """Attacks on each trained defence by someone who holds its weights, beside the attacks with prompts.
 
     A direction by gradient, from `start` [width], and fine-tuning on a few answers.
     """

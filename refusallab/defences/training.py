@@ -79,7 +79,7 @@ def extend(lessons: Sequence[Lesson]) -> list[str]:
 
 
 def refat_loss(m: Model, forbidden: Sequence[Lesson], harmless: Sequence[Lesson], r: Tensor) -> Tensor:
-    """Refuse although r [width] is ablated, and reply to the harmless as ever: a scalar, in nats per token."""
+    """Refuse although r [width] is ablated, and reply to harmless requests as before: a scalar, in nats per token."""
     attacked = reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden], ablation(r))
     return attacked + reply_loss(m, [x.prompt for x in harmless], [x.reply for x in harmless])
 
@@ -170,7 +170,7 @@ def harden(
     if defence not in DEFENCES:
         raise RefusalLabError(f"There is no defence {defence!r}: choose one of {', '.join(DEFENCES)}.")
     if not knows_the_world(m):
-        raise RefusalLabError(f"The lessons are about the world of the bundled models, and {m.name} is none of them.")
+        raise RefusalLabError(f"The lessons are about the world of the bundled models, but {m.name} is none of them.")
     loss, queue = DEFENCES[defence](m, seed), _batches(steps, seed)
     hardened = train(
         m, lambda copied: loss(copied, *next(queue)), steps=steps, rate=RATE, decay=True,

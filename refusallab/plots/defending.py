@@ -112,8 +112,8 @@ def breaking_curves(curves: dict[str, dict[int, Sequence[Outcome]]]) -> Figure:
 def score_plane(defences: dict[str, tuple[Rate, Rate]]) -> Figure:
     """Lab 10: defences by (share of ordinary traffic kept, share of attacks stopped), with their intervals.
 
-    Dashed lines join equal points. The solid line is where refusing at random leads from the first defence on. What is
-    kept is counted against that defence, so its own share is 1 and has no interval.
+    Dashed lines join equal points. The solid line shows where the first defence ends up when it also refuses at random.
+    What is kept is counted against that defence, so its own share is 1 and has no interval.
     """
     figure, (axis,) = panels(1, 7, 5.3)
     for level in (0, 25, 50, 75):
