@@ -1,8 +1,8 @@
 """Answers that a person should look at: those that fetch the answer instead of giving it.
 
 The library is at hand in the labs, so an answer can call the library's own function for the exercise, look up the
-reference in the exercise's definition, or bend what observes it. The machine does not forbid that; a person sees it.
-What each flag means, and how often honest work raises one, stands in docs/grading.md.
+reference in the exercise's definition, or tamper with the code that observes it. The grader does not forbid that, but
+shows it to a person. What each flag means, and how often honest work raises one, stands in docs/grading.md.
 """
 
 from __future__ import annotations

@@ -132,9 +132,10 @@ class Records:
             return now == "" or (now is not None and give(now))
 
     def carry_over(self, found: Found) -> list[str]:
-        """Give the rows of earlier runs to whom their files or accounts belong now, and say which.
+        """Give the rows of earlier runs to the students who have their files or accounts now, and say which.
 
-        Points given by hand go along. A row that fits nobody is taken out, after the file of the records was copied.
+        Points given by hand go along. A row that nobody takes over is removed, after the file of the records was
+        copied.
         """
         lines, rows = [], self.all_submissions()
         taken = {(row.student, row.lab) for row in rows}

@@ -391,7 +391,7 @@ class _Reader:
                         shown((*above, name)),
                         "",
                         files,
-                        "it cannot be told whether this folder is a student's or stands around submissions. Pass "
+                        "it is not clear whether this folder is a student's or only holds submissions. Pass "
                         "--shape students (or moodle, canvas, blackboard, github) with the folder that holds them, "
                         "or --shape labs with one that holds a folder for each lab",
                     )
@@ -447,7 +447,7 @@ def _settle(group: Sequence[_Claim], found: Found) -> None:
     known = [claim for claim in group if claim.known] or group
     for claim in group:
         if claim not in known:
-            reason = f"nothing of lab {claim.lab} is in it, beside files of this student that have it"
+            reason = f"it holds nothing of lab {claim.lab}, but other files of this student do"
             found.passed_over.append((shown(claim.file.parts), reason))
     newest, sure = _newest(known)
     alike = len({claim.source for claim in known}) == 1

@@ -478,7 +478,7 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     found = find(tmp_path)
     reasons = found.reasons()
     assert sorted(reasons["a link, not a file"]) == ["ada/all", "ada/link.ipynb", "bob"]
-    assert reasons["no ordinary file"] == ["ada/pipe.ipynb"]
+    assert reasons["not an ordinary file"] == ["ada/pipe.ipynb"]
     assert any("50 folders" in reason for reason in reasons)
     assert students(found) == ["ada"]
 
@@ -556,7 +556,7 @@ def test_a_sum_that_does_not_hold_is_loud(tmp_path, ungraded, monkeypatch):
     said = CliRunner().invoke(cli.app, ["grade", "in", "--out", "out"])
     assert said.exit_code == 1
     assert "2 files found ≠ 1 graded" in said.output
-    assert "sum of files does not hold" in said.output
+    assert "counts of files do not add up" in said.output
 
 
 def test_a_name_that_is_no_utf_8_does_not_stop_the_run(tmp_path, ungraded, monkeypatch):
