@@ -186,7 +186,7 @@ def test_a_missing_or_impossible_time_is_found(good, problems, time):
 
 def test_what_is_not_for_students_is_found(good, problems):
     found = problems(good, "labs")
-    assert found.count("this belongs into solutions/ only") == 2 * 5 + 1  # answers, hidden tests, the rubric
+    assert found.count("this belongs only in solutions/") == 2 * 5 + 1  # answers, hidden tests, the rubric
     assert "a released notebook has no outputs" in found
 
 

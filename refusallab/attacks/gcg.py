@@ -479,7 +479,7 @@ def gcg(
 
 
 def hiding_from(watchers: Sequence[Watcher], weight: float = HIDING) -> Penalty:
-    """The penalty of an attacker who can query the watchers: `weight` times how far each score is above its threshold."""
+    """The penalty of an attacker who can query the watchers: `weight` times what a score has above its threshold."""
     return lambda prompts: weight * sum((w.score(prompts) - w.threshold).clamp(min=0) for w in watchers)
 
 

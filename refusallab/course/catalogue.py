@@ -1,6 +1,6 @@
-"""What the exercises and written questions are called and worth. Tables, pages and rules read this and need no model.
+"""Titles and points of the exercises and written questions. Reading them needs no model.
 
-How an exercise is judged stands in `refusallab/course/exercises/`, a module for each lab.
+How an exercise is judged is defined in `refusallab/course/exercises/`, a module for each lab.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which code of a notebook has to run for an answer to be tried.
 
 A lab computes for a minute; its answers need little of that. So the answers are tried first with what they need: the
-statements that define a name that the answer uses, found from the syntax alone (`needed`). Where that does not do, the
-cells that the student wrote or changed run whole (`changed_cells`), with what they need. Lines keep their numbers.
+statements that define a name that the answer uses, found from the syntax alone (`needed`). Where that is not enough,
+the cells that the student wrote or changed run whole (`changed_cells`), with what they need. Lines keep their numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_cells(data: bytes) -> list[Cell]:
         notebook = json.loads(data.decode("utf-8-sig"))
         cells = notebook["cells"] if "cells" in notebook else notebook["worksheets"][0]["cells"]
         if len(cells) > MOST_CELLS:
-            raise RefusalLabError(f"The notebook has {len(cells)} cells. {MOST_CELLS} is the most that is read.")
+            raise RefusalLabError(f"The notebook has {len(cells)} cells. At most {MOST_CELLS} are read.")
         found = [_cell(cell) for cell in cells]
     except UnicodeDecodeError as error:
         raise RefusalLabError("The file is not text in UTF-8, so it is no notebook.") from error
@@ -57,7 +57,7 @@ def read_cells(data: bytes) -> list[Cell]:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RefusalLabError("The file is JSON, but not a notebook.") from error
     if (size := sum(len(cell.source) for cell in found if cell.kind == "code")) > MOST_CODE:
-        raise RefusalLabError(f"The notebook has {size:,} characters of code. {MOST_CODE:,} is the most that is read.")
+        raise RefusalLabError(f"The notebook has {size:,} characters of code. At most {MOST_CODE:,} are read.")
     return found
 
 

@@ -129,7 +129,7 @@ class Submitted:
         said = self._ask(order, self._limits.call)
         replies = said["replies"]
         if not isinstance(replies, list) or len(replies) != len(prompts) or any(type(x) is not str for x in replies):
-            raise Failed("It returned something else than a text for each prompt.")
+            raise Failed("It returned something other than a text for each prompt.")
         self.extra_passes = said["extra_passes"] if type(said["extra_passes"]) is int else 0
         return replies
 
@@ -155,7 +155,7 @@ class Submitted:
         except (ValueError, AttributeError) as error:
             if isinstance(error, Failed):
                 raise
-            raise Failed("It returned something that is no plain data.") from error
+            raise Failed("It returned something that is not plain data.") from error
 
     def _read(self) -> None:
         """Pass the lines of the process on; an empty one at its end."""
