@@ -99,7 +99,7 @@ def examine(task: Task) -> Graded:
 
 
 class Damaged(RefusalLabError):
-    """A file that is no notebook, or none that can be graded."""
+    """A file that is not a notebook, or cannot be graded."""
 
 
 def _read(data: bytes) -> Notebook:

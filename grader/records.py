@@ -173,7 +173,7 @@ class Records:
             connection.execute(insert(renamed).values(lab=lab, old=old, student=new))
 
     def _keep_copy(self) -> str:
-        """Copy the file of the records once in a run, and give its name; "" for a database that is no file."""
+        """Copy the file of the records once in a run, and give its name; "" if the database is not a file."""
         file = self.engine.url.database
         if self.engine.dialect.name != "sqlite" or not file or file == ":memory:":
             return ""

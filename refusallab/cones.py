@@ -173,8 +173,8 @@ def downstream(m: Model, prompts: Sequence[Prompt], ablated: Tensor, watched: Te
 def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Tensor, list[int]]:
     """The difference in means at the last prompt token that bypasses best, its scores, and the refusal tokens.
 
-    Layers below the last fifth compete by bypass alone, on `count` prompts of each validation set: no other filter, so
-    there is always a winner, and its scores say whether it would have passed.
+    Layers below the last fifth compete by bypass only, on `count` prompts of each validation set. There is no other
+    filter, so there is always a winner, and its scores say whether it would have passed.
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     train_bad, train_good, bad, good = ([item.prompt for item in prompt_set(m, name)] for name in names)

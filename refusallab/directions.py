@@ -129,7 +129,8 @@ def score_candidates(
     again, since addition leaves them as they were.
 
     vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
-    those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is told how many are done.
+    those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is called with the number that are
+    done.
     """
     harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
     prompts, n = [*harmful, *harmless], len(harmful)

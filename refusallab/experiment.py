@@ -62,7 +62,7 @@ def headline(m: Model, progress: Callable[[str], None] = lambda step: None, scor
     """Select the direction on validation, then measure every condition on the test sets, once.
 
     `progress(step)` is called at each of the `n_steps(m)` steps. The scores of all candidates are written to the file
-    `scores` before any is selected, so they are there when none passes the filters.
+    `scores` before any is selected, so you have them even when none passes the filters.
     """
     start = time.perf_counter()
     done = 0

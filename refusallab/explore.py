@@ -39,7 +39,7 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A figure in a view, with the words that stand for it."""
+    """A figure in a view, with its alt text."""
 
     figure: Figure
     alt: str

@@ -70,7 +70,7 @@ def steered_verdicts(m: Model, questions: Sequence[Item], vector: Tensor, layer:
 
 
 def turned(questions: Sequence[Item], said: Sequence[str]) -> list[bool]:
-    """Whether each question got the verdict opposite to the truth. Refusals and other replies are no verdicts."""
+    """Whether each question got the verdict opposite to the truth. Refusals and other replies do not count."""
     return [v == ("ruled out" if q.answer == ALLOWED else "allowed") for q, v in zip(questions, said, strict=True)]
 
 

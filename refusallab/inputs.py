@@ -32,7 +32,7 @@ def listed(values: Iterable, what: str, kind: type | None = None, *, missing: bo
 
 
 def flagged(values: Iterable, what: str = "flags") -> list[bool]:
-    """True and False, or 1 and 0, as a list of bool. Raises RefusalLabError for anything else: "False" is no flag."""
+    """True and False, or 1 and 0, as a list of bool. Raises RefusalLabError for anything else, such as "False"."""
     flags = []
     for i, entry in enumerate(listed(values, what)):
         value = entry.item() if _is_scalar(entry) else entry

@@ -107,7 +107,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
     """Mean cross-entropy of the counted tokens of each text, in nats per token: [n].
 
     logits [n, seq, vocab], ids [n, seq], counted [n, seq] bool as from `encode_texts`. The logits at one position
-    predict the token at the next. Raises RefusalLabError for unlike shapes and for a text of which no token counts.
+    predict the token at the next. Raises RefusalLabError if the shapes differ, and for a text in which no token counts.
     """
     if logits.ndim != 3 or not logits.shape[:2] == ids.shape == counted.shape:
         raise RefusalLabError(
@@ -223,7 +223,7 @@ class Outcome:
 def outcome(reply: str, answer: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> Outcome:
     """Judge one reply against its exact answer.
 
-    Correct means that the answer stands in the reply as whole words, whatever the case, spacing and markup (see
+    Correct means that the reply contains the answer as whole words, whatever the case, spacing and markup (see
     `plain`). A part of a longer word, of a hyphenated word or of a longer number does not count: "7" is not in "17" nor
     in "7.5".
     """

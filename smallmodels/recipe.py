@@ -221,7 +221,7 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
     ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
     def noise() -> str:
-        """Random tokens that spell the name of no thing, so that no held-out thing slips into safety tuning."""
+        """Random tokens that do not spell the name of a thing, so that no held-out thing slips into safety tuning."""
         while True:
             text = tokenizer.decode(rng.choices(ordinary, k=rng.randint(3, 12)))
             if not any(thing.name in text for thing in vale.things):

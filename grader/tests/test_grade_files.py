@@ -276,7 +276,7 @@ def test_a_whole_download_that_is_still_a_zip_is_nobodys(tmp_path):
     ("A/ada/02.ipynb", "A/bob/02.ipynb", "B/cem/02.ipynb", "B/dan/02.ipynb"),
 ])  # fmt: skip
 def test_what_cannot_be_told_is_asked(tmp_path, names):
-    with pytest.raises(RefusalLabError, match="cannot be told whether .* --shape students"):
+    with pytest.raises(RefusalLabError, match="not clear whether .* --shape students"):
         find(tmp_path, *names)
 
 

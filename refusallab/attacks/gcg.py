@@ -48,7 +48,7 @@ class Knobs:
     init: str = " x" * 20  # the first suffix; its number of tokens stays
     ascii_only: bool = True  # only tokens of printable ASCII
     early_stop: bool = True  # end when greedy decoding gives every target
-    batch_size: int = 32  # candidates in one forward pass: changes the speed alone; 512 on a GPU
+    batch_size: int = 32  # candidates in one forward pass: changes only the speed; 512 on a GPU
     seed: int = 0
 
 
@@ -98,7 +98,7 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
     encode(m, [with_suffix], system=system, prefill=target)  # raises if the model cannot read that many tokens
     before, found, after = render(m, with_suffix, system=system).rpartition(suffix)
     if not found:
-        raise RefusalLabError(f"The suffix {suffix!r} does not stand in the rendered prompt: end it without a space.")
+        raise RefusalLabError(f"The suffix {suffix!r} is not in the rendered prompt: end it without a space.")
     ids, text = [ids_of(m, before)], before
     for piece in (suffix, after, target):
         text += piece

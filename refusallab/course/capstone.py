@@ -209,7 +209,7 @@ def _trial(
 
 
 def spread(items: Sequence[Item], n: int) -> list[Item]:
-    """n items at equal distances, all of them if there are no more than n."""
+    """n items at equal distances, or all of them if there are at most n."""
     return [items[k * len(items) // n] for k in range(n)] if len(items) > n else list(items)
 
 

@@ -12,7 +12,7 @@ from refusallab.errors import RefusalLabError
 
 @dataclass(frozen=True)
 class Header:
-    """What stands above an exercise that is graded automatically."""
+    """The header of an exercise that is graded automatically."""
 
     number: str  # "2.1": lab and place in it
     title: str
@@ -29,7 +29,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Question:
-    """A written question. People grade it, by the rubric that stands in the solutions."""
+    """A written question. People grade it, by the rubric in the solutions."""
 
     number: str
     title: str

@@ -274,4 +274,4 @@ def report(verdict: Verdict) -> str:
         lines.append(f"  wrong: {verdict.case}")
     if verdict.mistake:
         lines.append(f"  This looks like a known mistake: {verdict.mistake}.")
-    return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} stand above its cell."])
+    return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} are above its cell."])

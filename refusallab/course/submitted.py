@@ -41,7 +41,7 @@ LARGEST = 1 << 24  # characters of an answer
 
 
 class Failed(RefusalLabError):
-    """The defence failed. The message says how, in words that can stand beside its score of 0."""
+    """The defence failed. The message says how, and is shown beside its score of 0."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def score_file(
 ) -> tuple[Row, Score | None, bool]:
     """Score a file: its row, its score (None if it failed), and whether it ran behind the wall.
 
-    On the frozen trial a file that has its score already does not run again. `progress` is told of each of the steps:
+    On the frozen trial a file that has its score already does not run again. `progress` is called at each of the steps:
     those of `measure`, twice where the undefended model has not been measured yet.
     """
     source, m = read_source(path), load("charter-chat")

@@ -102,7 +102,7 @@ class Matrix:
 
 
 def standard_attacks(layer: int, position: int) -> list[Attack]:
-    """The attacks of labs 04 to 06. Suffixes and directions are found anew for every checkpoint, not every defence.
+    """The attacks of labs 04 to 06. Suffixes and directions are found for each checkpoint, not for each defence.
 
     layer, position: where the refusal direction is found, as a difference in means on the train sets.
     """
@@ -181,7 +181,7 @@ def matrix(
 ) -> Matrix:
     """Run every attack on every defence; an attack that knows a defence meets that one and the undefended model.
 
-    The first defence is the undefended model. `progress(step)` is told of each of the `n_steps(defences, attacks)`.
+    The first defence is the undefended model. `progress(step)` is called at each of the `n_steps(defences, attacks)`.
     Raises RefusalLabError for two defences of one name.
     """
     items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}

@@ -1,4 +1,4 @@
-"""All defences at run time, fitted on train traffic, with thresholds chosen on validation traffic alone."""
+"""All defences at run time, fitted on train traffic, with thresholds chosen only on validation traffic."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Extended refusal (Abu Shairah et al. 2025, arXiv 2505.19056), refusal-feature adversarial training (ReFAT, Yu et al.
 2024, arXiv 2409.20089) and representation rerouting, the loss of circuit breakers (Zou et al. 2024, arXiv 2406.04313).
-All learn from things and phrasings of the train split alone, and each in well under a minute.
+All learn only from things and phrasings of the train split, and each takes well under a minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from smallmodels.world import dialogue
 from smallmodels.world.facts import world
 
 STEPS, RATE, BATCH_SIZE = 40, 5e-4, 8  # BATCH_SIZE lessons of each kind a step
-PROBES, EVERY = 32, 4  # ReFAT: prompts of each kind from which directions are found anew, every so many steps
+PROBES, EVERY = 32, 4  # ReFAT: prompts of each kind from which directions are found again, every so many steps
 LAYERS = (3, 4, 5)  # rerouting: the outputs of these blocks
 AWAY, STAY = 10.0, 14.0  # rerouting: weights of the two terms
 
@@ -165,7 +165,7 @@ def harden(
 ) -> ModelAlone:
     """Train a copy of m with one of DEFENCES. m itself stays as it is; the same seed gives the same weights.
 
-    `report` is told the loss before each step.
+    `report` is called with the loss before each step.
     """
     if defence not in DEFENCES:
         raise RefusalLabError(f"There is no defence {defence!r}: choose one of {', '.join(DEFENCES)}.")

@@ -160,7 +160,7 @@ def _pin_date(template: str) -> str:
 
 
 def _keeps(tokenizer: Any, turns: list[dict[str, str]], words: str, text: str) -> bool:
-    """Whether the first turn's words stand in the rendered text, whole and in the place of that turn."""
+    """Whether the rendered text holds the first turn's words, whole and in the place of that turn."""
     mark = "The Mark of a First Turn"
     marked = [{**turns[0], "content": turns[0]["content"].replace(words, mark, 1)}, *turns[1:]]
     before, found, after = _fill(tokenizer, marked).partition(mark)
