@@ -361,7 +361,7 @@ def defend(m):
 """
 FAILING = {
     "raises": ("def defend(m):\n    return 1 / 0", r"ZeroDivisionError: division by zero \(line 2 of the defence\)"),
-    "no Python": ("def defend(m:", "no Python: line 1"),
+    "no Python": ("def defend(m:", "not valid Python: line 1"),
     "raises within": (
         "def defend(m):\n    return inner()\n\ndef inner():\n    return 1 / 0",
         r"\(line 5 of the defence\)",
