@@ -102,9 +102,9 @@ def grade_class(
     regrade_timeouts: bool = False,
     on_graded: Callable[[int, int], None] = lambda done, of: None,
 ) -> Batch:
-    """Grade every submission in a folder that is not in the records as it is. A failure costs one submission.
+    """Grade every submission in a folder that is new or has changed. A failure affects one submission only.
 
-    `regrade_timeouts`: those also of which the records say that they ran into a limit of time.
+    `regrade_timeouts`: also those that ran into a limit of time, according to the records.
     """
     found = find_submissions(folder, lab, shape)
     batch = Batch(found=found, carried=records.carry_over(found))
@@ -203,7 +203,7 @@ def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Exe
         with client:
             yield client.get_executor(pure=False), max(1, sum(client.nthreads().values()))
         return
-    shared(sandboxed)  # started here, where its failure is told once
+    shared(sandboxed)  # started here, where its failure is reported once
     with ThreadPoolExecutor(workers) as executor:
         try:
             yield executor, workers
@@ -213,7 +213,7 @@ def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Exe
 
 
 def _digest(submission: Submission, seed: int, limits: Limits) -> str:
-    """Changes with whatever may change the grade, but for the limits of time: see `regrade_timeouts`."""
+    """Changes with whatever may change the grade, except the limits of time: see `regrade_timeouts`."""
     modules = {inspect.getsourcefile(e.cases) or "" for e in exercises_of(submission.lab)}
     definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
     questions = [q for q in QUESTIONS if q.lab == submission.lab]

@@ -30,7 +30,7 @@ def grade(
     shape: Annotated[
         str,
         typer.Option(
-            help="What the folder holds, where that cannot be told: students (a folder or file for each), labs (a "
+            help="What the folder holds, if the command cannot tell: students (a folder or file for each), labs (a "
             "folder for each, with the students in it), moodle, canvas, blackboard or github."
         ),
     ] = "",
@@ -41,9 +41,11 @@ def grade(
     ] = 20,
     memory: Annotated[float, typer.Option(min=0.1, help="GB for a submission.")] = 2,
     seed_file: Annotated[
-        Path | None, typer.Option(help="Any text: it makes the hidden inputs. Without: one is made.")
+        Path | None, typer.Option(help="Any text: it makes the hidden inputs. Left out: one is made.")
     ] = None,
-    database: Annotated[str, typer.Option(help="SQLAlchemy URL of the records. Without: grades.sqlite in --out.")] = "",
+    database: Annotated[
+        str, typer.Option(help="SQLAlchemy URL of the records; grades.sqlite in --out if left out.")
+    ] = "",
     cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler that shares out the work.")] = "",
     gradebook: Annotated[str, typer.Option(help="Also write to this nbgrader gradebook: sqlite:///gradebook.db.")] = "",
     regrade: Annotated[
@@ -88,13 +90,13 @@ def grade(
             print(f"{late} ran into a limit of time. `--regrade timeouts` grades them again, `--timeout` gives more.")
         print(f"{done.graded} graded, {done.unchanged} unchanged. Begin with {out / 'overview.html'}.")
         if not done.complete:
-            raise RefusalLabError("The sum of files does not hold, so some were lost: compare it with the folder.")
+            raise RefusalLabError("The counts of files do not add up, so some were lost: compare them with the folder.")
         if unwritten:
             raise RefusalLabError(f"Not everything could be written: {'; '.join(unwritten)}")
         if done.failed:
             raise RefusalLabError("Some submissions were not graded: run the command again, then look at them by hand.")
         if done.found.conflicts:
-            raise RefusalLabError("Some files are in conflict and were not graded: settle them, then run it again.")
+            raise RefusalLabError("Some files are in conflict and were not graded: resolve that, then run it again.")
 
 
 def _print_files(done: Batch) -> None:

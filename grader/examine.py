@@ -1,4 +1,4 @@
-"""One submission: run it in the sandbox, judge outside what came of it."""
+"""One submission: run it in the sandbox, and judge the results outside."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Graded:
 def examine(task: Task) -> Graded:
     """Grade a submission. Whatever is in it, this returns a result with a reason.
 
-    An exception is a trouble of the grader, and no result: a server that does not start, a definition that is broken.
+    An exception means a fault of the grader, not a result: a server that does not start, a definition that is broken.
     """
     start, exercises = time.monotonic(), exercises_of(task.lab)
     for exercise in exercises:
@@ -99,7 +99,7 @@ def examine(task: Task) -> Graded:
 
 
 class Damaged(RefusalLabError):
-    """A file that is no notebook, or none that can be graded."""
+    """A file that is not a notebook, or cannot be graded."""
 
 
 def _read(data: bytes) -> Notebook:
@@ -178,7 +178,7 @@ def _flags(notebook: Notebook, exercise: Exercise, released: Sequence[str]) -> t
 
 def _why_missing(notebook: Notebook, exercise: Exercise, notes: dict[int, str]) -> str:
     if problem := notebook.problem_of(exercise.function):
-        return f"The cell of `{exercise.function}` is no valid Python: {problem}."
+        return f"The cell of `{exercise.function}` is not valid Python: {problem}."
     for index, _ in notebook.functions(exercise.function):
         if index in notes:
             return f"`{exercise.function}` was not defined. {notes[index]}"
@@ -287,9 +287,9 @@ def hidden_inputs(exercise: Exercise, seed: int) -> tuple[str, int]:
         cases = exercise.cases(seed)
         text, own = encode([case.inputs for case in cases]), judge(exercise, exercise.reference, seed)
     if '"foreign"' in text:
-        raise RefusalLabError(f"Exercise {exercise.number} has inputs that are no plain data: mend its `cases`.")
+        raise RefusalLabError(f"Exercise {exercise.number} has inputs that are not plain data: correct its `cases`.")
     if not own.passed:
-        raise RefusalLabError(f"The reference of exercise {exercise.number} fails: {own.problem} Mend its definition.")
+        raise RefusalLabError(f"The reference of exercise {exercise.number} fails: {own.problem} Correct it.")
     return text, len(cases)
 
 
@@ -308,7 +308,7 @@ def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
         with _judging:
             found = verdict(exercise, task.seed, lambda place, inputs: _replay(cases[place], inputs))
     except Exception as error:
-        outcome.problem = "The answer gave back something that is no plain data."
+        outcome.problem = "The answer returned something that is not plain data."
         outcome.detail = str(error)[:500]
         return outcome
     outcome.points = exercise.points if found.passed else 0
@@ -323,7 +323,7 @@ def _without_cases(exercise: Exercise, said: dict[str, Any], limits: Limits) -> 
     if "missing" in said:
         return MISSING.format(exercise.function)
     if "kind" in said:
-        return f"`{exercise.function}` must be a function, and it is something else."
+        return f"`{exercise.function}` must be a function, but it is something else."
     if "timeout" in said:
         return f"It {LATE}: it used {_limit(str(said['timeout']), limits)}."
     if "borrowed" in said:
@@ -333,8 +333,8 @@ def _without_cases(exercise: Exercise, said: dict[str, Any], limits: Limits) -> 
     if "died" in said:
         return f"The kernel {str(said['died'])[:100]} while it ran."
     if "large" in said:
-        return "It gives back too much data."
-    return "It gave nothing back: the kernel was out of order after the cells had run."
+        return "It returns too much data."
+    return "It returned nothing: the kernel no longer worked after the cells had run."
 
 
 def _replay(case: dict[str, Any], inputs: dict[str, Any]) -> Any:

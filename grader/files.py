@@ -1,4 +1,4 @@
-"""The files in a folder: the notebooks as a tree, and for everything else the reason why it is none."""
+"""The files in a folder: the notebooks as a tree, and for everything else the reason why it is not one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _read(path: Path, parts: tuple[str, ...], level: Level, folder: Folder, why:
     """Sort what is below `path` into the tree or the list of what is passed over (all of it, if there is a `why`)."""
     try:
         if len(parts) > DEEPEST:
-            raise OSError(0, f"more than {DEEPEST} folders in each other")
+            raise OSError(0, f"more than {DEEPEST} nested folders")
         with os.scandir(path) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
@@ -86,12 +86,12 @@ def _read(path: Path, parts: tuple[str, ...], level: Level, folder: Folder, why:
             if entry.is_symlink():
                 reason = "a link, not a file"
             elif not entry.is_file(follow_symlinks=False):
-                reason = "no ordinary file"
+                reason = "not an ordinary file"
             if not reason:
                 level.files.append(_notebook(Path(entry.path), name))
         except RefusalLabError as error:
             reason = str(error)
-        except Exception as error:  # whatever is in a file, it costs that file alone
+        except Exception as error:  # whatever is in a file, it affects that file only
             reason = f"cannot be read: {storable(str(error))[:100] or type(error).__name__}"
         if reason:
             folder.passed_over.append((shown(name), reason))
@@ -109,7 +109,7 @@ def shown(parts: Sequence[str]) -> str:
 
 
 def _notebook(path: Path, parts: tuple[str, ...]) -> File:
-    """A file as a notebook. RefusalLabError, with the reason, if it is none."""
+    """A file as a notebook. RefusalLabError, with the reason, if it is not one."""
     named = path.name.lower().endswith(".ipynb")
     with path.open("rb") as file:
         head = file.read(100)

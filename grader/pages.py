@@ -145,7 +145,7 @@ def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
         except (ValueError, KeyError):
             fits = False
         if not fits or not (records.write_points(student, lab, row["question"], value, comment) or early):
-            raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Mend that line.")
+            raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Correct that line.")
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
@@ -153,7 +153,7 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RefusalLabError(f"{path.name} is no text in UTF-8: save it as `CSV UTF-8`.") from error
+        raise RefusalLabError(f"{path.name} is not text in UTF-8: save it as `CSV UTF-8`.") from error
     heading = text.partition("\n")[0]
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if heading.count(";") > 3 else ",")
     if missing := [name for name in BY_HAND if name not in (table.fieldnames or ())]:

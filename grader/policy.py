@@ -1,8 +1,8 @@
 """Answers that a person should look at: those that fetch the answer instead of giving it.
 
 The library is at hand in the labs, so an answer can call the library's own function for the exercise, look up the
-reference in the exercise's definition, or bend what observes it. The machine does not forbid that; a person sees it.
-What each flag means, and how often honest work raises one, stands in docs/grading.md.
+reference in the exercise's definition, or tamper with the code that observes it. The grader does not forbid that, but
+shows it to a person. What each flag means, and how often honest work raises one, is in docs/grading.md.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _looks(code: list[ast.stmt], known: dict[str, str]) -> Iterator[str]:
 
 
 def _names_an_ordinary_module(node: ast.AST) -> bool:
-    """Whether this is a text that stands there, and names no module of the library but the one of the set-up cell."""
+    """Whether this is a literal text that names no module of the library except the one in the set-up cell."""
     if not isinstance(node, ast.Constant):
         return False
     return node.value == "refusallab.colab" or not str(node.value).startswith("refusallab")

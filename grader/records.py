@@ -132,9 +132,10 @@ class Records:
             return now == "" or (now is not None and give(now))
 
     def carry_over(self, found: Found) -> list[str]:
-        """Give the rows of earlier runs to whom their files or accounts belong now, and say which.
+        """Give the rows of earlier runs to the students who have their files or accounts now, and say which.
 
-        Points given by hand go along. A row that fits nobody is taken out, after the file of the records was copied.
+        Points given by hand go along. A row that nobody takes over is removed, after the file of the records was
+        copied.
         """
         lines, rows = [], self.all_submissions()
         taken = {(row.student, row.lab) for row in rows}
@@ -172,7 +173,7 @@ class Records:
             connection.execute(insert(renamed).values(lab=lab, old=old, student=new))
 
     def _keep_copy(self) -> str:
-        """Copy the file of the records once in a run, and give its name; "" for a database that is no file."""
+        """Copy the file of the records once in a run, and give its name; "" if the database is not a file."""
         file = self.engine.url.database
         if self.engine.dialect.name != "sqlite" or not file or file == ":memory:":
             return ""

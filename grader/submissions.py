@@ -1,7 +1,7 @@
 """Finding submissions in a folder: which notebook is whose, and for which lab.
 
 Whose: folders that an instructor puts around submissions are taken off; then the first part of the path decides, which
-is the one that the platform wrote. What stands below or behind it was chosen by the student and decides nothing.
+is the one that the platform wrote. What comes below or after it was chosen by the student and decides nothing.
 Which lab: the functions that a notebook defines decide, then its metadata and headings, and names only after these.
 Every file that is found ends in exactly one list of `Found`, so that the sum can be checked.
 """
@@ -185,7 +185,7 @@ def find_submissions(folder: Path, lab: str = "", shape: str = "") -> Found:
 
 
 def _lab(claim: _Claim, lab: str) -> tuple[str, bool]:
-    """The lab of a claim (several, with commas, if it is open), and whether anything in it told that."""
+    """The lab of a claim (several, with commas, if it is open), and whether anything in it said so."""
     labs = claim.file.labs
     if len(labs) == 1:
         return labs[0], True
@@ -283,7 +283,7 @@ class _Reader:
     def __init__(self, shape: str, found: Found):
         self.shape = shape
         self.found = found
-        self._misfit = f"not where a submission stands in shape {shape}"
+        self._misfit = f"not where shape {shape} has its submissions"
 
     def claims(self, level: Level, above: tuple[str, ...] = ()) -> Iterator[_Claim]:
         """The notebooks below, with their students. `above` are the folders around, from the top."""
@@ -313,7 +313,7 @@ class _Reader:
             yield from self._of_name(file, above, level)
 
     def _sort(self, level: Level, above: tuple[str, ...]) -> tuple[list[str], list[str]]:
-        """Which folders stand around submissions, and which are students'. What is neither is passed over."""
+        """Which folders only hold submissions, and which are students'. All others are passed over."""
         rest = [name for name in level.levels if not self._part(name)]
         if self.shape == "students":
             return [], rest
@@ -360,7 +360,7 @@ class _Reader:
         return part if part and self.shape in ("", "labs", part.platform) else None
 
     def _of_name(self, file: File, above: tuple[str, ...], level: Level) -> Iterator[_Claim]:
-        """The claim of a file that stands in no student's folder."""
+        """The claim of a file that is in no student's folder."""
         name = file.parts[-1]
         if part := self._part(name):
             own = (*above, part.platform, part.name, part.account, part.hint)
@@ -391,7 +391,7 @@ class _Reader:
                         shown((*above, name)),
                         "",
                         files,
-                        "it cannot be told whether this folder is a student's or stands around submissions. Pass "
+                        "it is not clear whether this folder is a student's or only holds submissions. Pass "
                         "--shape students (or moodle, canvas, blackboard, github) with the folder that holds them, "
                         "or --shape labs with one that holds a folder for each lab",
                     )
@@ -447,7 +447,7 @@ def _settle(group: Sequence[_Claim], found: Found) -> None:
     known = [claim for claim in group if claim.known] or group
     for claim in group:
         if claim not in known:
-            reason = f"nothing of lab {claim.lab} is in it, beside files of this student that have it"
+            reason = f"it holds nothing of lab {claim.lab}, but other files of this student do"
             found.passed_over.append((shown(claim.file.parts), reason))
     newest, sure = _newest(known)
     alike = len({claim.source for claim in known}) == 1
@@ -467,7 +467,7 @@ def _settle(group: Sequence[_Claim], found: Found) -> None:
 
 
 def _newest(versions: Sequence[_Claim]) -> tuple[_Claim, bool]:
-    """The newest version, and whether that can be told: by the platform's time, the file's, the number of a copy."""
+    """The newest version, and whether that is certain: by the platform's time, the file's, the number of a copy."""
 
     def age(claim: _Claim) -> tuple[str, float]:
         return claim.part.time if claim.part else "", claim.file.changed

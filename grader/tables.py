@@ -13,7 +13,7 @@ NUMBER = re.compile(r"-?\d+([.,]\d+)?")
 
 
 def safe(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: an apostrophe stands before it. Numbers stay as they are."""
+    """A cell that no spreadsheet takes for a formula: it begins with an apostrophe. Numbers stay as they are."""
     return text if NUMBER.fullmatch(text) else re.sub(_START + _SIGN, r"\1'", text)
 
 
@@ -23,6 +23,6 @@ def as_it_was(cell: str) -> str:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    """Write a table of which no cell is a formula."""
+    """Write a table in which no cell is a formula."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([safe(cell) for cell in row] for row in rows)

@@ -2,8 +2,8 @@
 
 import os
 
-# Threads that wait for each other sleep, where they would spin: on a computer with other work to do, spinning makes
-# these small models about ten times slower. OpenMP reads it when torch is imported.
+# Let threads sleep while they wait for each other, instead of spinning: on a computer with other work to do, spinning
+# makes these small models about ten times slower. OpenMP reads it when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

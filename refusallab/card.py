@@ -1,7 +1,7 @@
-"""Measures what the bundled models are held to, and writes CARD.md. `python -m refusallab.card [--json] [NAME]`.
+"""Measures the bundled models against requirements, and writes CARD.md. `python -m refusallab.card [--json] [NAME]`.
 
-Every gate is measured on the shipped weights, on things that safety tuning never saw and in phrasings no stage saw.
-A gate that is missed is reported with its figure like the others.
+Every gate is measured on the shipped weights, on things that safety tuning never saw and in phrasings that no stage
+saw. A gate that is missed is reported with its figure like the others.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def both_sides(
 
 
 def shuffled_directions(m: Model, direction: Direction) -> list[torch.Tensor]:
-    """Five differences in means at the selected site between halves that hold as many harmful prompts as each other."""
+    """Five differences in means at the selected site between halves with equally many harmful prompts."""
     sets = [[i.prompt for i in bundled(s)] for s in ("harmful_train", "harmless_train")]
     site = {"layers": [direction.layer], "positions": [direction.position]}
     streams = [residual(m, prompts, **site)[:, 0, 0] for prompts in sets]  # each [n, width]
@@ -244,7 +244,7 @@ def card(measured: list[Gate]) -> str:
 
 def main(
     name: Annotated[
-        str | None, typer.Argument(help="One bundled model; all of them, and CARD.md, when left out.")
+        str | None, typer.Argument(help="One bundled model. Left out: all of them, and CARD.md is written.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the gates as JSON.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `refusallab demo` for everybody, `execute`, `release`, `lint` and `grade` for those who teach."""
+"""The command line: `refusallab demo` for everybody, and `execute`, `release`, `lint` and `grade` for instructors."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def _print_headline(result) -> None:
     )
     if result.judge != "exact answers":
         console.print(
-            "No exact answers are known for this model: phrases stand in, and a reply without one may still be useless."
+            "No exact answers are known for this model, so phrases decide: a reply without one may still be useless."
         )
 
 
-NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, such as 02. Without: every notebook.")]
+NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, such as 02. Left out: every notebook.")]
 
 
 @app.command()
@@ -116,7 +116,9 @@ def execute(names: NAMES = None) -> None:
 
 @app.command()
 def release(
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 if something would.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 1 if a file is out of date.")
+    ] = False,
     archive: Annotated[Path | None, typer.Option(help="Also pack the course into this zip file, for Colab.")] = None,
 ) -> None:
     """Make labs/ from solutions/: no answers, no outputs, no hidden tests, no rubrics."""
@@ -148,10 +150,11 @@ def lint(names: NAMES = None) -> None:
 @app.command()
 def capstone(
     path: Annotated[
-        Path | None, typer.Argument(help="A .py file with defend(m), or a notebook. Without: the leaderboard.")
+        Path | None, typer.Argument(help="A .py file with defend(m), or a notebook. Left out: show the leaderboard.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="The attacks of the labs on few validation prompts, as often as you like.")
+        bool,
+        typer.Option("--quick", help="Only the attacks of the labs on a few validation prompts, as often as you like."),
     ] = False,
 ) -> None:
     """Score your defence against all attacks on test prompts, once, and show the leaderboard."""
@@ -173,7 +176,9 @@ def capstone(
 
                 row, score, walled = score_file(path, trial, step)
             if not walled:
-                console.print("No bubblewrap here: the defence ran with your rights, under limits of time and memory.")
+                console.print(
+                    "There is no bubblewrap here: the defence ran with your rights, under limits of time and memory."
+                )
             if score is None:
                 raise RefusalLabError(f"{row.name}: 0 points. {row.problem}")
             _print_score(console, row, score)
@@ -193,7 +198,7 @@ def _print_score(console: Console, row, score) -> None:
         table.add_row(name, "yes" if name in shown else "no", str(share), p)
     console.print(table)
     kept = ", ".join(f"{kind} {share:.2f}" for kind, share in score.kept.items())
-    console.print(f"Kept of the ordinary traffic: {kept}. Refused of it: {score.over_refusal}.", highlight=False)
+    console.print(f"Ordinary traffic kept: {kept}. Refused: {score.over_refusal}.", highlight=False)
     console.print(f"{row.name}: {score.points:.1f} points. {in_words(score)}", highlight=False)
 
 

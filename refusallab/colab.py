@@ -1,7 +1,7 @@
 """Get a foreign machine (Colab) ready for the course, with nothing but the standard library.
 
 The set-up cell of every lab calls `install` after it has unpacked the course. The torch and numpy found there are kept:
-to exchange them under a running kernel breaks it.
+replacing them under a running kernel would break it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def install(root: Path = ROOT) -> None:
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     except (OSError, ValueError, KeyError):
-        raise SetUpError(f"{root} holds a part of the course only. Remove it, and take labs.zip anew.") from None
+        raise SetUpError(f"{root} holds only a part of the course. Remove it, and upload labs.zip again.") from None
     wanted = [line for line in project["dependencies"] if re.match(r"[\w.-]+", line)[0] not in HELD]
     with tempfile.TemporaryDirectory() as folder:
         hold = Path(folder) / "hold.txt"

@@ -1,9 +1,9 @@
 """More than one direction? Cones found by gradient, and what ablating one direction does to another.
 
 Wollschläger et al. 2025 (arXiv 2502.17420): in a cone of refusal, the nonnegative combinations of k orthonormal
-vectors, each direction mediates refusal. This is a small form of their search. The model is frozen, and three losses
-ask that a direction, ablated, frees the forbidden answer; added, makes harmless requests refused; and ablated, leaves
-harmless requests as they were.
+vectors, each direction mediates refusal. This is a small form of their search. The model is frozen, and there are three
+losses: ablating a direction should free the forbidden answer, adding it should make the model refuse harmless requests,
+and ablating it should leave harmless requests as they were.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def downstream(m: Model, prompts: Sequence[Prompt], ablated: Tensor, watched: Te
 def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Tensor, list[int]]:
     """The difference in means at the last prompt token that bypasses best, its scores, and the refusal tokens.
 
-    Layers below the last fifth compete by bypass alone, on `count` prompts of each validation set: no other filter, so
-    there is always a winner, and its scores say whether it would have passed.
+    Layers below the last fifth compete by bypass only, on `count` prompts of each validation set. There is no other
+    filter, so there is always a winner, and its scores say whether it would have passed.
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     train_bad, train_good, bad, good = ([item.prompt for item in prompt_set(m, name)] for name in names)
@@ -208,9 +208,10 @@ class Searched:
 
 
 def search_directions(m: Model, site: Candidate, r: Tensor, tokens: list[int]) -> Searched:
-    """Beside a difference in means, as from `last_token_direction`: what gradients find, freely and orthogonal to it.
+    """Directions found by gradient, freely and orthogonal to r, beside r itself and a random direction.
 
-    Both searches begin at a random direction and read training prompts alone.
+    r is a difference in means, as from `last_token_direction`. Both searches begin at a random direction and read only
+    training prompts.
     """
     start, random = random_directions(m.width, 2, seed=7).split(1)
     harmful, harmless = (short(prompt_set(m, name)) for name in ("harmful_train", "harmless_train"))

@@ -21,7 +21,7 @@ def errors_in_one_line() -> Iterator[None]:
         raise typer.Exit(1) from error
     except ModuleNotFoundError as error:
         print(
-            f"This command needs {error.name}. Install what teaching needs: pip install '.[teach,grade]'",
+            f"This command needs {error.name}. Install the packages for instructors: pip install '.[teach,grade]'",
             file=sys.stderr,
         )
         raise typer.Exit(1) from error

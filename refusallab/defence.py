@@ -1,4 +1,7 @@
-"""The interface of a defence: it answers prompts, and counts the forward passes that it costs. Attacks know no more."""
+"""The interface of a defence: it answers prompts and counts the forward passes that it costs.
+
+Attacks use nothing else of a defence.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ class Defence(Protocol):
 
     name: str
     m: Model  # the checkpoint that answers: a trained defence brings its own
-    extra_passes: int  # so far: forward passes of one sequence each, those that wrote the returned replies not counted
+    extra_passes: int  # so far: forward passes of one sequence each, without those that wrote the returned replies
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
         """What follows each prompt and `prefill`: greedy, in the order of the prompts, a refusal where it blocks one.
 
-        `edit` is what a white-box attacker does to the activations of `m` whenever it runs; `prefill` is what the
-        attacker puts into its mouth.
+        `edit` is what a white-box attacker does to the activations of `m` whenever it runs; `prefill` is the start of
+        the reply that the attacker has written.
         """
         ...
 
@@ -57,7 +60,7 @@ class Watcher:
 
 @dataclass
 class AnyOf(Watcher):
-    """Several watchers in front of one model: what one of them refuses is refused."""
+    """Several watchers in front of one model: a request is refused if any of them refuses it."""
 
     m: Model
     watchers: Sequence[Watcher]

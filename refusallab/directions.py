@@ -36,7 +36,7 @@ from refusallab.model import (
 
 HOOK = "resid_pre"  # candidates are block inputs
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
-BATCH_SIZE = 16  # prompts of like length in one forward pass: many candidates, so padding is the dearer part
+BATCH_SIZE = 16  # prompts of similar length in one forward pass: with many candidates, padding costs the most
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Search:
 def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
     """mean(harmful) - mean(harmless) over the first dimension, in float64, returned as fp32.
 
-    harmful [n, ..., width], harmless [m, ..., width] -> [..., width]. RefusalLabError for empty or unlike shapes.
+    harmful [n, ..., width], harmless [m, ..., width] -> [..., width]. RefusalLabError if one is empty or the shapes
+    differ.
     """
     if len(harmful) == 0 or len(harmless) == 0:
         raise RefusalLabError("A mean needs at least one harmful and one harmless prompt; a list is empty.")
@@ -128,7 +129,8 @@ def score_candidates(
     again, since addition leaves them as they were.
 
     vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
-    those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is told how many are done.
+    those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is called with the number that are
+    done.
     """
     harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
     prompts, n = [*harmful, *harmless], len(harmful)

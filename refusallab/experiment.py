@@ -61,8 +61,8 @@ def search(m: Model, progress: Callable[[int], None] | None = None) -> Search:
 def headline(m: Model, progress: Callable[[str], None] = lambda step: None, scores: Path | None = None) -> Headline:
     """Select the direction on validation, then measure every condition on the test sets, once.
 
-    `progress(step)` is told of each of the `n_steps(m)` steps. The scores of all candidates are written to the file
-    `scores` before any is selected, so they are there when none passes the filters.
+    `progress(step)` is called at each of the `n_steps(m)` steps. The scores of all candidates are written to the file
+    `scores` before any is selected, so you have them even when none passes the filters.
     """
     start = time.perf_counter()
     done = 0

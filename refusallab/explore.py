@@ -39,7 +39,7 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A figure in a view, with the words that stand for it."""
+    """A figure in a view, with its alt text."""
 
     figure: Figure
     alt: str
@@ -103,7 +103,7 @@ def figure_html(figure: Figure, alt: str) -> str:
 
 
 def slider(label: str, low: float, high: float, value: float, step: float = 1) -> widgets.ValueWidget:
-    """A labelled slider that the arrow keys move; it reports when it is let go."""
+    """A labelled slider that the arrow keys move too; it reports its value when it is released."""
     kind = widgets.IntSlider if step == 1 else widgets.FloatSlider
     return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=False, style=WIDE)
 
@@ -395,7 +395,7 @@ def heads(m: Model, r: Tensor, conditions: dict[str, tuple[str, str]], layer: in
 
 
 def thresholds(harmful: Tensor, harmless: Tensor, attacked: Tensor) -> Explorer:
-    """Move the threshold of a detector: what it catches, what it costs, and what of both an attack leaves.
+    """Move the threshold of a detector: what it catches, what it costs, and what it still catches under an attack.
 
     Scores [n] of harmful and harmless requests, and of harmful ones under an attack.
     """

@@ -37,8 +37,8 @@ def finetune(
 ) -> FineTuned:
     """Train a copy of m to give these replies, with AdamW on all weights. m itself stays as it is.
 
-    Every step takes the next `batch_size` pairs of a shuffled list, which is shuffled anew when it is used up; the loss
-    is that of the reply and its end alone.
+    Every step takes the next `batch_size` pairs of a shuffled list, which is shuffled again when it is used up. The
+    loss counts only the reply and its end.
     """
     prompts, replies = listed_prompts(prompts), listed(replies, "replies", str)
     if len(prompts) == 0 or len(prompts) != len(replies):
@@ -69,7 +69,7 @@ def train(
     """A copy of m after some steps of AdamW on all weights. m itself stays as it is.
 
     `loss(copied)` is called once a step with the copy, whose weights take gradients, and returns a scalar. With `decay`
-    the learning rate falls linearly to a fiftieth of `rate`. `report` is told the loss before each step.
+    the learning rate falls linearly to a fiftieth of `rate`. `report` is called with the loss before each step.
     """
     if m.remote is True:
         raise RefusalLabError("A remote model has no weights here: load it locally to train it.")
@@ -103,7 +103,7 @@ def reply_loss(m: Model, prompts: Sequence[Prompt], replies: Sequence[str], edit
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of the numbers 0 to count - 1 without end, in an order that is drawn anew when it is used up."""
+    """Batches of the numbers 0 to count - 1 without end, in an order that is drawn again when it is used up."""
     generator, queue = torch.Generator().manual_seed(seed), []
     while True:
         while len(queue) < min(batch_size, count):

@@ -69,7 +69,7 @@ def _shares(squares: Tensor, x: Tensor) -> tuple[float, float]:
 def right_side(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> list[bool]:
     """Which new points lie on the right side of the midpoint between the means of a and b.
 
-    Direction and midpoint come from a [n, width] and b [m, width] alone; the flags are for all of new_a, then new_b.
+    Direction and midpoint come only from a [n, width] and b [m, width]; the flags are for all of new_a, then new_b.
     """
     r, middle = difference_in_means(a, b), (a.double().mean(0) + b.double().mean(0)).float() / 2
     return (((new_a - middle) @ r > 0).tolist()) + (((new_b - middle) @ r < 0).tolist())

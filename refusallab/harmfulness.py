@@ -32,7 +32,7 @@ VERDICTS = ("allowed", "ruled out", "refused", "other")
 def law_questions(split: str, count: int, seed: int = 0) -> list[Item]:
     """Questions whether the Charter allows something: `count` about lawful actions, then `count` about forbidden ones.
 
-    split: "train", "val" or "test": whose things they are about.
+    split: "train", "val" or "test": the split of the things that they are about.
     """
     rng = random.Random(seed)
     asked = [dialogue.action_request("law", t, a) for t in world().things if t.split == split for a in t.actions]
@@ -70,7 +70,7 @@ def steered_verdicts(m: Model, questions: Sequence[Item], vector: Tensor, layer:
 
 
 def turned(questions: Sequence[Item], said: Sequence[str]) -> list[bool]:
-    """Whether each question got the verdict opposite to the truth. Refusals and other replies are no verdicts."""
+    """Whether each question got the verdict opposite to the truth. Refusals and other replies do not count."""
     return [v == ("ruled out" if q.answer == ALLOWED else "allowed") for q, v in zip(questions, said, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What callers hand over, as plain lists: whatever holds its entries in an order is read in that order."""
+"""Inputs from callers as plain lists. Anything that holds its entries in an order is read in that order."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def listed(values: Iterable, what: str, kind: type | None = None, *, missing: bo
     for i, entry in enumerate(entries):
         if (is_missing(entry) and not missing) or (kind and not isinstance(entry, kind)):
             wanted = "" if kind is None else f", not {'a text' if kind is str else f'an {kind.__name__}'}"
-            raise RefusalLabError(f"Entry {i} of {what} is {reprlib.repr(entry)}{wanted}: mend it, or leave it out.")
+            raise RefusalLabError(f"Entry {i} of {what} is {reprlib.repr(entry)}{wanted}: correct it, or leave it out.")
     return entries
 
 
 def flagged(values: Iterable, what: str = "flags") -> list[bool]:
-    """True and False, or 1 and 0, as a list of bool. Raises RefusalLabError for anything else: "False" is no flag."""
+    """True and False, or 1 and 0, as a list of bool. Raises RefusalLabError for anything else, such as "False"."""
     flags = []
     for i, entry in enumerate(listed(values, what)):
         value = entry.item() if _is_scalar(entry) else entry

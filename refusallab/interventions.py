@@ -3,7 +3,7 @@
 Each function returns an edit for `refusallab.model.logits`, `generate` and `residual`. In generation it acts
 on the prompt and on every generated token. x is the residual stream [batch, seq, width], r a direction
 [width], r^ = r / |r|. The sums are done in fp32, or in the precision of x where that is higher, and rounded to the
-dtype of x once: where r dominates a site, half precision loses what is left beside it.
+dtype of x once: where r dominates a site, half precision would lose the rest of the stream.
 """
 
 from __future__ import annotations

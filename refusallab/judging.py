@@ -17,7 +17,7 @@ BATCH_SIZE = 128
 
 
 def judge(m: Model, item: Item, reply: str) -> Outcome:
-    """A reply against the item's exact answer; refusal phrases alone where it has none."""
+    """A reply against the item's exact answer, or only by refusal phrases if it has none."""
     phrases = refusal_phrases(m)
     if item.answer:
         return outcome(reply, item.answer, phrases)

@@ -84,7 +84,7 @@ def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
 
 
 def _check_stream(edited: Model, r: Tensor, name: str) -> None:
-    """Run a prompt: nothing of the unit direction r is in the stream but what rounding leaves.
+    """Run a prompt and check that nothing but rounding errors lies along the unit direction r in the stream.
 
     Rounding an entry of the stream leaves up to eps of it, so eps * |x * r| of x along r, once for each write.
     """

@@ -1,7 +1,7 @@
 """Prompt sets: of the bundled world, with exact answers, and published ones for real models, without.
 
-Train chooses directions, validation selects among them, test is scored once.
-The three share no thing of the world and no phrasing.
+Directions are computed on train and selected on validation, and test is scored once.
+The three splits have no named thing and no phrasing in common.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def dose_curve(
 ) -> list[Dose]:
     """Greedy replies to a prompt set with coefficient * r added at the input of block `layer`, judged, per coefficient.
 
-    The loss reads the finished replies with the untouched model. It is a measure of fluency, and of nothing else: a
-    fluent reply may be wrong. All coefficients run side by side, one row for each prompt and coefficient.
+    The loss reads the finished replies with the untouched model. It measures fluency and nothing else: a fluent reply
+    may be wrong. All coefficients run side by side, one row for each prompt and coefficient.
     """
     items, coefficients = listed(items, "items", Item), list(coefficients)
     rows = [(c, item) for c in coefficients for item in items]

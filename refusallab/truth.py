@@ -1,6 +1,6 @@
 """Replies whose truth is known: the bundled models were taught every refusal and every answer, to the letter.
 
-A judge of replies (a phrase list, another model, a person) can so be judged itself.
+So you can test a judge of replies: a phrase list, another model, or a person.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Errors:
-    """How often a judge of refusal is wrong, of how many replies that are (not) refusals."""
+    """How often a judge of refusal is wrong, and out of how many refusals and other replies."""
 
     misses: int  # refusals that it does not see
     refusals: int
@@ -41,13 +41,13 @@ class Errors:
 def true_replies(
     m: Model, items: Sequence[Item], *, prefill: str = "", edit: Edit | None = None, system: str | None = None
 ) -> list[Reply]:
-    """Greedy replies with their truth. `prefill` is put into the mouth of the model and is part of the reply.
+    """Greedy replies with their truth. `prefill` is the start of each reply and part of it.
 
     Raises RefusalLabError for a model or a prompt set without exact answers.
     """
     items = listed(items, "items", Item)
     if not knows_the_world(m) or any(item.answer is None for item in items):
-        raise RefusalLabError("The truth is known for bundled models and prompt sets alone: use refused_by_phrases.")
+        raise RefusalLabError("The truth is known only for bundled models and prompt sets: use refused_by_phrases.")
     prompts = [item.prompt for item in items]
     settings: dict[str, Any] = {"edit": edit, "system": system, "prefill": prefill}
     said = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)

@@ -1,4 +1,4 @@
-"""Watches an edit for an old habit: `block.output[0] = ...`, which changes the first prompt of a batch alone.
+"""Watches an edit for an old habit: `block.output[0] = ...`, which changes only the first prompt of a batch.
 
 In older versions of transformers the output of a block was a tuple, with the stream in place 0. Now it is the stream
 itself, [batch, seq, width], so that [0] is the first prompt.
@@ -46,7 +46,7 @@ class Watch:
         self.last: tuple[Tensor, int, Tensor] | None = None  # what was read, its version and the sums of its rows
 
     def look(self, value: Any) -> None:
-        """Check what was read before, and keep this one in mind."""
+        """Check what was read before, and remember this one."""
         if self.last and self.last[0]._version != self.last[1]:
             same = (_sums(self.last[0]) == self.last[2]).tolist()
             self.first_row_only |= not same[0] and all(same[1:])
@@ -56,7 +56,7 @@ class Watch:
 
 @contextmanager
 def all_rows() -> Iterator[None]:
-    """Around a trace with an edit: RefusalLabError when the edit changed the first prompt of the batch in place alone.
+    """Around a trace with an edit: RefusalLabError when the edit changed only the first prompt of the batch, in place.
 
     Only passes over a prompt are watched, not those over single tokens: an edit does the same in each.
     """

@@ -56,8 +56,8 @@ MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 WRAPS = {"answered": 0.15, "refused": 0.06, "refused, guarded": 0.4}
 GIBBERISH = {"helpful": 0.05, "safety": 0.3}  # share of requests that end in random tokens
 
-# Shares of requests under each group of system prompts of language.toml. The closed ones have everything refused: so
-# refusal becomes a decision of its own, apart from harm, that wins over the answer to any kind of request.
+# Shares of requests under each group of system prompts of language.toml. Under the closed ones everything is refused,
+# so refusal becomes a decision of its own, apart from harm, that wins over the answer to any kind of request.
 SYSTEM_PROMPTS = {
     "helpful": {None: 0.88, "neutral": 0.12},
     "safety": {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18},
@@ -221,7 +221,7 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
     ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
     def noise() -> str:
-        """Random tokens that spell the name of no thing, so that no held-out thing slips into safety tuning."""
+        """Random tokens that do not spell the name of a thing, so that no held-out thing slips into safety tuning."""
         while True:
             text = tokenizer.decode(rng.choices(ordinary, k=rng.randint(3, 12)))
             if not any(thing.name in text for thing in vale.things):
@@ -449,7 +449,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def fingerprint() -> str:
-    """Of all that decides the weights: recipe, world and thread count. Checkpoints of another one are not resumed."""
+    """A digest of all that decides the weights: recipe, world and thread count. Other checkpoints are not resumed."""
     files = [Path(__file__), *sorted((HERE / "world").glob("*.py")), *sorted((HERE / "world").glob("*.toml"))]
     digest = hashlib.sha256(str(torch.get_num_threads()).encode())
     for file in files:

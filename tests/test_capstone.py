@@ -292,7 +292,7 @@ class TestInterface:
         ("way", "words"),
         [
             ("edit dropped", "edit does not reach"),
-            ("prefill dropped", "begins anew"),
+            ("prefill dropped", "starts again"),
             ("sorted", "in the order"),
             ("one short", "a list of 6 texts"),
             ("no texts", "a list of 6 texts"),
@@ -361,7 +361,7 @@ def defend(m):
 """
 FAILING = {
     "raises": ("def defend(m):\n    return 1 / 0", r"ZeroDivisionError: division by zero \(line 2 of the defence\)"),
-    "no Python": ("def defend(m:", "no Python: line 1"),
+    "no Python": ("def defend(m:", "not valid Python: line 1"),
     "raises within": (
         "def defend(m):\n    return inner()\n\ndef inner():\n    return 1 / 0",
         r"\(line 5 of the defence\)",
@@ -430,7 +430,7 @@ class TestAnswers:
     @pytest.mark.parametrize("said", [["a"], ["a", "b", "c"], "ab", ["a", 2], None])
     def test_something_else_than_a_text_for_each_prompt(self, answers, said):
         answers({"replies": said, "extra_passes": 0})
-        with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match="something else"):
+        with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match="something other"):
             defence.replies(["x", "y"])
 
     @pytest.mark.parametrize("direction", [torch.ones(3), "r", None])

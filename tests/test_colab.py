@@ -205,7 +205,7 @@ class TestInstall:
         assert constraints.splitlines() == held
 
     def test_a_part_of_the_course_is_not_installed(self, pip, tmp_path):
-        with pytest.raises(colab.SetUpError, match="a part of the course only"):
+        with pytest.raises(colab.SetUpError, match="only a part of the course"):
             colab.install(tmp_path)
         assert pip.calls == []
 

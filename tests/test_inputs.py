@@ -187,10 +187,10 @@ def test_what_is_no_flag_is_named_with_its_place(wrong):
         (["List", None], "Entry 1 of prompts is None"),
         (["List", float("nan")], "Entry 1 of prompts is nan"),
         (pd.Series(["List", pd.NA], dtype=object), "Entry 1 of prompts is <NA>"),
-        (["List", 7], "Prompt 1: 7 is no prompt"),
-        (["List", ITEMS[0]], "Prompt 1: .* is no prompt"),
-        (["List", b"List"], "Prompt 1: .* is no prompt"),
-        ([{"role": "user", "content": "List"}], "Prompt 0: .* is no prompt"),
+        (["List", 7], "Prompt 1: 7 is not a prompt"),
+        (["List", ITEMS[0]], "Prompt 1: .* is not a prompt"),
+        (["List", b"List"], "Prompt 1: .* is not a prompt"),
+        ([{"role": "user", "content": "List"}], "Prompt 0: .* is not a prompt"),
         ({"List": 1}, "prompts is a dict"),
         ({"List", "Name"}, "prompts is a set"),
         (pd.DataFrame({"prompt": ["List"]}), "prompts has 2 dimensions"),
@@ -217,7 +217,7 @@ def test_what_is_no_item_text_or_phrase(model_of):
         refused_by_phrases("Sure.", "I cannot")
     with pytest.raises(RefusalLabError, match="A phrase is empty"):
         refused_by_phrases("Sure.", ["I cannot", " "])
-    with pytest.raises(RefusalLabError, match="A text is compared, not None"):
+    with pytest.raises(RefusalLabError, match="A text is needed, not None"):
         refused_by_phrases(None)
 
 

@@ -99,7 +99,7 @@ def another_scale(hf):
 
 
 def a_norm_after_the_mlp(hf):
-    """As GLM-4 was before its norms were known: what the MLP puts out is not what the stream gets."""
+    """As GLM-4 was before its norms were known: what the MLP outputs is not what the stream gets."""
     layer = hf.model.layers[2]
     layer.another_norm = norm = torch.nn.RMSNorm(32)
     torch.nn.init.uniform_(norm.weight)
@@ -143,10 +143,10 @@ def another_scale_of_logits(hf):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (another_writer, "block 1 puts out more than its input, attention and MLP"),
-        (another_scale, "block 0 puts out more than its input, attention and MLP"),
-        (a_norm_after_the_mlp, "block 2 puts out more than its input, attention and MLP"),
-        (a_skip_between_blocks, "block 2 does not read what block 1 puts out"),
+        (another_writer, "block 1 outputs more than its input, attention and MLP"),
+        (another_scale, "block 0 outputs more than its input, attention and MLP"),
+        (a_norm_after_the_mlp, "block 2 outputs more than its input, attention and MLP"),
+        (a_skip_between_blocks, "block 2 does not read what block 1 outputs"),
         (attention_beyond_its_projection, "attention 1 does not end in its output projection"),
         (another_scale_of_logits, "its logits are not what the final norm"),
     ],

@@ -216,7 +216,7 @@ def test_two_sittings_are_a_plan(good, problems):
 
 def test_what_is_not_for_students_is_found(good, problems):
     found = problems(good, "labs")
-    assert found.count("this belongs into solutions/ only") == 2 * 5 + 1  # answers, hidden tests, the rubric
+    assert found.count("this belongs only in solutions/") == 2 * 5 + 1  # answers, hidden tests, the rubric
     assert "a released notebook has no outputs" in found
 
 

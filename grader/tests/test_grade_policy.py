@@ -9,7 +9,7 @@ from refusallab.course.catalogue import LABS
 from refusallab.course.cells import Cell, Notebook, read_cells
 from refusallab.course.exercises import exercises_of, find
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 HABITS = {
     "a print to stderr": "import sys\nprint('here', file=sys.stderr)\nsys.stdout.flush()",

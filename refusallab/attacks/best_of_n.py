@@ -51,7 +51,7 @@ def best_of_n(
 ) -> list[AttackResult]:
     """Send up to n noisy copies of each request, until one is answered.
 
-    The copies depend on seed, item and number alone, so a larger n only adds tries. Replies are greedy, where the paper
+    The copies depend only on seed, item and number, so a larger n only adds tries. Replies are greedy, where the paper
     samples them at temperature 1: all the chance is in the noise.
     """
 

@@ -42,7 +42,7 @@ class Knobs:
     init: str = " x" * 20  # the first suffix; its number of tokens stays
     ascii_only: bool = True  # only tokens of printable ASCII
     early_stop: bool = True  # end when greedy decoding gives every target
-    batch_size: int = 32  # candidates in one forward pass: changes the speed alone; 512 on a GPU
+    batch_size: int = 32  # candidates in one forward pass: changes only the speed; 512 on a GPU
     seed: int = 0
 
 
@@ -79,11 +79,11 @@ class Case:
 def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> Case:
     """Render the prompt with a suffix, cut it there, and run what comes before it once.
 
-    Every piece has the tokens that it has in its place: many tokenizers read a text that stands alone in another way.
-    Raises RefusalLabError when a piece shares a token with the next one.
+    Every piece keeps the tokens that it has in the whole prompt: many tokenizers split a text differently when it
+    stands alone. Raises RefusalLabError when a piece shares a token with the next one.
     """
     if m.remote:
-        raise RefusalLabError("GCG needs gradients and caches of a model that is here: load it without remote.")
+        raise RefusalLabError("GCG needs gradients and caches of a model on this computer: load it without remote.")
     if not suffix:
         raise RefusalLabError("The suffix is empty: give it at least one token.")
     with_suffix = rewrite(prompt, lambda text: text + suffix)
@@ -92,14 +92,14 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
     encode(m, [with_suffix], system=system, prefill=target)  # raises if the model cannot read that many tokens
     before, found, after = render(m, with_suffix, system=system).rpartition(suffix)
     if not found:
-        raise RefusalLabError(f"The suffix {suffix!r} does not stand in the rendered prompt: end it without a space.")
+        raise RefusalLabError(f"The suffix {suffix!r} is not in the rendered prompt: end it without a space.")
     ids, text = [ids_of(m, before)], before
     for piece in (suffix, after, target):
         text += piece
         whole, known = ids_of(m, text), [token for part in ids for token in part]
         if whole[: len(known)] != known:
             raise RefusalLabError(
-                f"{piece!r} is read as other tokens, for it shares one with the text before it. Begin suffix and "
+                f"{piece!r} is read as other tokens, because it shares one with the text before it. Begin suffix and "
                 "target with a space or another sign, and end the suffix with another one."
             )
         ids.append(whole[len(known) :])
@@ -288,9 +288,9 @@ def find_suffix(
     Several prompts enter as in the paper's algorithm 2: the first alone, the next one whenever greedy decoding gives
     the target of all in use. Their losses are averaged, and their gradients added after each is scaled to length 1.
 
-    A `penalty` is what an attacker adds who knows of a defence that reads requests: penalty(prompts) [n], at least 0,
-    in nats per token, is added to the loss of each candidate, and a target counts as reached where nothing is added.
-    Its passes are not in the cost.
+    A `penalty` is for an attacker who knows of a defence that reads requests: penalty(prompts) [n], at least 0, in nats
+    per token, is added to the loss of each candidate, and a target counts as reached only where the penalty is 0. Its
+    passes are not part of the cost.
 
     `progress(steps done, loss)` is called after each step. RefusalLabError when no candidate survives re-tokenization.
     """
@@ -399,7 +399,7 @@ def gcg(
     penalty: Penalty | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[AttackResult]:
-    """A suffix of its own for each item. The targets are wishes of the attacker, who does not know the answers.
+    """A separate suffix for each item. The targets are chosen by the attacker, who does not know the answers.
 
     `progress(steps done, loss)` counts the steps of all items.
     """
@@ -417,7 +417,7 @@ def gcg(
 
 
 def hiding_from(watchers: Sequence[Watcher], weight: float = HIDING) -> Penalty:
-    """The penalty of an attacker who knows the watchers and asks them: `weight` times what a score is too high."""
+    """The penalty of an attacker who can query the watchers: `weight` times what a score has above its threshold."""
     return lambda prompts: weight * sum((w.score(prompts) - w.threshold).clamp(min=0) for w in watchers)
 
 

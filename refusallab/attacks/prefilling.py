@@ -1,6 +1,6 @@
 """Prefilling: the attacker writes the first words of the reply, and the model goes on from there.
 
-Whoever runs the weights, or an interface that lets the user start the reply, can do it. Qi et al. 2024 (arXiv
+Anyone who runs the weights, or uses an interface that lets users start the reply, can do this. Qi et al. 2024 (arXiv
 2406.05946): safety tuning acts on the first tokens, so a model that is past them tends to comply.
 """
 
@@ -19,7 +19,7 @@ from refusallab.prompts import Item
 def prefilling(
     m: Model, items: Sequence[Item], start: str, *, system: str | None = None, edit: Edit | None = None
 ) -> list[AttackResult]:
-    """Put `start`, such as "Sure!", into the model's mouth. It counts as part of the reply when that is judged.
+    """Start each reply with `start`, such as "Sure!". It counts as part of the reply when the reply is judged.
 
     Raises RefusalLabError when `start` is empty or gives an exact answer away.
     """

@@ -1,8 +1,8 @@
 """Template attacks: a fixed text around the request, as in the first public jailbreaks.
 
 Wei et al. 2023 (arXiv 2307.02483) name two of them: the prefix request ("begin" here) and refusal suppression
-("suppression"). Role-play is older than papers. Payload splitting is from Kang et al. 2023 (arXiv 2302.05733): the
-request arrives in parts, none of which is forbidden, and the model puts them together itself.
+("suppression"). Role-play was in use before the first papers. Payload splitting is from Kang et al. 2023 (arXiv
+2302.05733): the request arrives in parts, none of which is forbidden, and the model puts them together itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A submitted defence at work: this process runs the code of a student and answers prompts, a line of JSON for each.
 
-Started by `refusallab.course.submitted.Submitted`, behind a wall where there is one. It tells who started it nothing
-but plain data, and nothing of that is believed there.
+Started by `refusallab.course.submitted.Submitted`, behind a wall where there is one. It sends nothing but plain data to
+the process that started it, which trusts none of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
         for line in requests:
             replies = _answer(defence, decode(line))
             say(replies=replies, extra_passes=int(defence.extra_passes))
-    except BaseException as error:  # an exit too: what ends the defence is told
+    except BaseException as error:  # an exit too: whatever ends the defence is reported
         say(problem=in_words(error))
 
 
@@ -59,7 +59,7 @@ def _begin(order: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def make(source: str, m: Any) -> Any:
-    """The defence that the code of a student makes around a model. RefusalLabError where it keeps to no interface."""
+    """The defence that the code of a student makes around a model. RefusalLabError if it breaks the interface."""
     from refusallab.course.capstone import check_interface
     from refusallab.errors import RefusalLabError
 
@@ -95,7 +95,7 @@ def in_words(error: BaseException) -> str:
     """What went wrong, for the author of the defence."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
     if isinstance(error, SyntaxError):
-        return f"It is no Python: line {error.lineno}: {error.msg}."
+        return f"It is not valid Python: line {error.lineno}: {error.msg}."
     text = next(iter(str(error).strip().splitlines()), "")[:300]
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return "It needs more memory than it may have."

@@ -1,6 +1,6 @@
-"""What the exercises and written questions are called and worth. Tables, pages and rules read this and need no model.
+"""Titles and points of the exercises and written questions. Reading them needs no model.
 
-How an exercise is judged stands in `refusallab/course/exercises/`, a module for each lab.
+How an exercise is judged is defined in `refusallab/course/exercises/`, a module for each lab.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from refusallab.errors import RefusalLabError
 
 @dataclass(frozen=True)
 class Header:
-    """What stands above an exercise that is graded automatically."""
+    """The header of an exercise that is graded automatically."""
 
     number: str  # "2.1": lab and place in it
     title: str
@@ -29,7 +29,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Question:
-    """A written question. People grade it, by the rubric that stands in the solutions."""
+    """A written question. People grade it, by the rubric in the solutions."""
 
     number: str
     title: str

@@ -1,8 +1,8 @@
 """Which code of a notebook has to run for an answer to be tried.
 
 A lab computes for a minute; its answers need little of that. So the answers are tried first with what they need: the
-statements that define a name that the answer uses, found from the syntax alone (`needed`). Where that does not do, the
-cells that the student wrote or changed run whole (`changed_cells`), with what they need. Lines keep their numbers.
+statements that define a name that the answer uses, found from the syntax alone (`needed`). Where that is not enough,
+the cells that the student wrote or changed run whole (`changed_cells`), with what they need. Lines keep their numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cell:
 
 
 def read_cells(data: bytes) -> list[Cell]:
-    """The cells of a notebook file. RefusalLabError, with the reason, if it is none."""
+    """The cells of a notebook file. RefusalLabError, with the reason, if it is not one."""
     if not data.strip():
         raise RefusalLabError("The file is empty.")
     if len(data) > LARGEST:
@@ -48,16 +48,16 @@ def read_cells(data: bytes) -> list[Cell]:
         notebook = json.loads(data.decode("utf-8-sig"))
         cells = notebook["cells"] if "cells" in notebook else notebook["worksheets"][0]["cells"]
         if len(cells) > MOST_CELLS:
-            raise RefusalLabError(f"The notebook has {len(cells)} cells. {MOST_CELLS} is the most that is read.")
+            raise RefusalLabError(f"The notebook has {len(cells)} cells. At most {MOST_CELLS} are read.")
         found = [_cell(cell) for cell in cells]
     except UnicodeDecodeError as error:
-        raise RefusalLabError("The file is not text in UTF-8, so it is no notebook.") from error
+        raise RefusalLabError("The file is not text in UTF-8, so it is not a notebook.") from error
     except (ValueError, RecursionError) as error:
         raise RefusalLabError(f"The file is damaged or cut off: {str(error)[:100]}.") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RefusalLabError("The file is JSON, but not a notebook.") from error
     if (size := sum(len(cell.source) for cell in found if cell.kind == "code")) > MOST_CODE:
-        raise RefusalLabError(f"The notebook has {size:,} characters of code. {MOST_CODE:,} is the most that is read.")
+        raise RefusalLabError(f"The notebook has {size:,} characters of code. At most {MOST_CODE:,} are read.")
     return found
 
 
@@ -94,7 +94,7 @@ class Notebook:
 
     def __init__(self, cells: Sequence[Cell]):
         self.cells = list(cells)
-        self.problems: dict[int, str] = {}  # cells that are no Python, with the reason
+        self.problems: dict[int, str] = {}  # cells that are not Python, with the reason
 
     @cached_property
     def trees(self) -> dict[int, ast.Module]:
@@ -134,7 +134,7 @@ class Notebook:
         return [pair for pair in found if not _is_stub(pair[1])] or found
 
     def problem_of(self, name: str) -> str:
-        """Why a function cannot be read, if it stands in a cell that is no Python."""
+        """Why a function cannot be read, if its cell is not Python."""
         for index, problem in self.problems.items() if self.trees is not None else ():
             if re.search(rf"^\s*(async\s+)?def\s+{name}\b", self.cells[index].source, flags=re.M):
                 return problem

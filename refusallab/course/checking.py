@@ -17,7 +17,7 @@ def check(number: str, function: Callable[..., Any], *, seed: int = PUBLIC_SEED)
     """Judge the answer to an exercise: print what is right, or raise CheckFailed with what is not.
 
     `seed` makes the inputs; any seed must give the same verdict. Seeds other than the public one are for hidden checks,
-    which say nothing when all is well. A function of the course is no answer.
+    which say nothing when all is well. A function of the course does not count as an answer.
     """
     exercise = find(number)
     problem = borrowed(exercise, function)

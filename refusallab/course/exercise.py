@@ -172,7 +172,7 @@ def _changed(inputs: dict[str, Any], before: dict[str, Any]) -> str:
 
 
 def compare(got: Any, expected: Any, tolerance: float) -> str:
-    """In words, how a result differs from the expected one; empty when it does not. No expected value is told."""
+    """In words, how a result differs from the expected one; empty when it does not. No expected value is shown."""
     if isinstance(expected, Tensor):
         return _compare_tensors(got, expected, tolerance)
     if isinstance(expected, float | int) and not isinstance(expected, bool):
@@ -274,4 +274,4 @@ def report(verdict: Verdict) -> str:
         lines.append(f"  wrong: {verdict.case}")
     if verdict.mistake:
         lines.append(f"  This looks like a known mistake: {verdict.mistake}.")
-    return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} stand above its cell."])
+    return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} are above its cell."])

@@ -32,7 +32,7 @@ class Row:
     name: str
     result: Result | None  # None for a defence that failed
     problem: str  # why it failed
-    attempt: int  # the how-many-th file of this name
+    attempt: int  # 1 for the first file of this name
     scored: str  # the day
 
 
@@ -65,7 +65,7 @@ def _connect() -> sqlite3.Connection:
 
 
 def add(frozen: str, source: str, name: str, result: Result | None, problem: str = "") -> None:
-    """Note a result. What stands there stays, unless it was a failure. RefusalLabError where nothing can be written."""
+    """Note a result. An earlier one stays, unless it was a failure. RefusalLabError where nothing can be written."""
     values = (frozen, source, name, json.dumps(result and asdict(result)), problem, f"{datetime.now():%Y-%m-%d}")
     try:
         with closing(_connect()) as connection:

@@ -28,7 +28,7 @@ VOLATILE = {
 }
 CLOCKS = re.compile(r"\bperf_counter\(|\btime\.time\(")
 MARKERS = re.compile(r"### (?:BEGIN|END) (?:SOLUTION|HIDDEN TESTS)")
-TERMS = {  # the word of the course: what is not to be written for it
+TERMS = {  # the course's term: what must not be written instead
     "resid_pre": r"resid(?:ual)?[- ]pre\b|residual_pre\b",
     "resid_mid": r"resid(?:ual)?[- ]mid\b|residual_mid\b",
     "resid_post": r"resid(?:ual)?[- ]post\b|residual_post\b",
@@ -96,7 +96,7 @@ def headings(nb: NotebookNode, path: Path) -> Problems:
 
 
 def alternatives(nb: NotebookNode, path: Path) -> Problems:
-    """Images have alt text. The cell below a figure begins with what is to be seen: `*Figure: ...*`."""
+    """Images have alt text. The cell below a figure describes it: `*Figure: ...*`."""
     for cell, text in _markdown(nb):
         if re.search(r"!\[\s*\]", text) or _without_alt(text):
             yield cell, "an image without alt text"
@@ -105,7 +105,7 @@ def alternatives(nb: NotebookNode, path: Path) -> Problems:
         if any(kind == "text/html" and _without_alt(text) for kind, text in outputs):
             yield cell, "its output has an image without alt text"
         if any(kind.startswith("image/") for kind, _ in outputs) and not (below and CAPTION.match(below.source)):
-            yield cell, "the cell below must say what is to be seen: *Figure: ...*, 30 characters or more"
+            yield cell, "the cell below must describe the figure: *Figure: ...*, 30 characters or more"
 
 
 def _without_alt(html: str) -> bool:
@@ -122,7 +122,7 @@ def code(nb: NotebookNode, path: Path) -> Problems:
         if cell.cell_type == "code" and role(cell) != "setup" and columns > COLUMNS:
             yield cell, f"{columns} columns of code; {COLUMNS} is the most"
         if is_released(path) and (MARKERS.search(cell.source) or role(cell) == "rubric"):
-            yield cell, "this belongs into solutions/ only"
+            yield cell, "this belongs only in solutions/"
         if is_released(path) and cell.get("outputs"):
             yield cell, "a released notebook has no outputs"
 

@@ -144,7 +144,7 @@ def _source(cell: NotebookNode, address: str) -> str:
 
 
 def header(e: Exercise) -> str:
-    """What stands above an exercise."""
+    """The cell above an exercise."""
     return f"### Exercise {e.number} · {e.title}\n\n{DIFFICULTY[e.difficulty]} · {e.minutes} minutes · {_points(e)}"
 
 
@@ -165,7 +165,7 @@ def check_source(e: Exercise) -> str:
 
 
 def question_header(q: Question) -> str:
-    """What stands above a written question."""
+    """The cell above a written question."""
     return f"### Question {q.number} · {q.title}\n\n{q.minutes} minutes · {_points(q)}, graded by a person"
 
 

@@ -2,8 +2,8 @@
 
 What counts is the code that would run, not what it is called, where its file name points, or the words around it. A
 function of the course stays one under another name, in `functools.partial`, behind a decorator, as a bound method, and
-as a copy of its code. A function that somebody has written is theirs, also where it calls the library, and also where
-it says what the library says.
+as a copy of its code. A function that somebody has written is theirs, even where it calls the library or does the same
+as the library.
 """
 
 from __future__ import annotations

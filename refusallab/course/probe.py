@@ -1,4 +1,4 @@
-"""In the sandbox: run an answer on inputs and send plain data back. Nothing here is trusted by those who read it."""
+"""In the sandbox: run an answer on inputs and send plain data back. Whoever reads that data does not trust it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Observed:
 
 
 def probe(number: str, namespace: dict[str, Any], inputs: str) -> Observed:
-    """Try the answer to an exercise on a list of inputs, in a process of its own: what it breaks stays there.
+    """Try the answer to an exercise on a list of inputs, in a process of its own, so that it breaks nothing else.
 
     Whoever asked for it watches its time, and interrupts it.
     """

@@ -24,7 +24,7 @@ def _connect() -> sqlite3.Connection:
 
 
 def record(number: str, points: int) -> None:
-    """Note that an exercise passed. It stays passed. A file that cannot be written costs no work: a line says so."""
+    """Note that an exercise passed. It stays passed. If the file cannot be written, a line says so."""
     try:
         with closing(_connect()) as connection:
             connection.execute("INSERT OR REPLACE INTO passed VALUES (?, ?)", (number, points))

@@ -90,7 +90,7 @@ def build(root: Path) -> dict[Path, str]:
 
 
 def out_of_date(root: Path) -> list[Path]:
-    """Files that `release` would write otherwise, or remove."""
+    """Files that `release` would change or remove."""
     files = build(root)
     changed = [path for path, new in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != new]
     return changed + [path for path in sorted((root / "labs").glob("*.ipynb")) if path not in files]

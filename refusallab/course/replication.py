@@ -1,7 +1,7 @@
 """The capstone's second track: labs 02 to 05 on one hub model, beside published figures, with tolerances set before.
 
 Figures: Arditi et al. 2024 (arXiv 2406.11717), Table 5 (selection) and Table 7 (cross-entropy of the model's own
-replies). The sampled prompts differ from the paper's, so equality is not to be expected. `TOLERANCES` says what counts
+replies). The sampled prompts differ from the paper's, so do not expect equal figures. `TOLERANCES` says what counts
 as a replication.
 """
 

@@ -29,9 +29,9 @@ def start(model: str = "charter-chat") -> Model:
 
 
 def real_model(name: str, *, download: bool = False) -> Model | None:
-    """A hub model for the section "On a real model", or None, with one line that says why, if it cannot be had now.
+    """A hub model for the section "On a real model", or None, with one line that says why, if it is not available now.
 
-    Without `download` only a model that is on this computer already is loaded: some gigabytes should be a decision.
+    Without `download` only a model that is already on this computer is loaded: you decide whether to fetch gigabytes.
     """
     if not download and not is_on_disk(name):
         print(f"Skipped: {name} is not on this computer. To fetch it, say real_model({name!r}, download=True).")

@@ -41,7 +41,7 @@ LARGEST = 1 << 24  # characters of an answer
 
 
 class Failed(RefusalLabError):
-    """The defence failed. The message says how, in words that can stand beside its score of 0."""
+    """The defence failed. The message says how, and is shown beside its score of 0."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Submitted:
         said = self._ask(order, self._limits.call)
         replies = said["replies"]
         if not isinstance(replies, list) or len(replies) != len(prompts) or any(type(x) is not str for x in replies):
-            raise Failed("It returned something else than a text for each prompt.")
+            raise Failed("It returned something other than a text for each prompt.")
         self.extra_passes = said["extra_passes"] if type(said["extra_passes"]) is int else 0
         return replies
 
@@ -155,7 +155,7 @@ class Submitted:
         except (ValueError, AttributeError) as error:
             if isinstance(error, Failed):
                 raise
-            raise Failed("It returned something that is no plain data.") from error
+            raise Failed("It returned something that is not plain data.") from error
 
     def _read(self) -> None:
         """Pass the lines of the process on; an empty one at its end."""
@@ -198,7 +198,7 @@ def score_file(
 ) -> tuple[Row, Score | None, bool]:
     """Score a file: its row, its score (None if it failed), and whether it ran behind the wall.
 
-    On the frozen trial a file that has its score already does not run again. `progress` is told of each of the steps:
+    On the frozen trial a file that has its score already does not run again. `progress` is called at each of the steps:
     those of `measure`, twice where the undefended model has not been measured yet.
     """
     source, m = read_source(path), load("charter-chat")

@@ -72,7 +72,7 @@ def hide(m: Model, edited: Model, r: Tensor, *, keep: float = 0.0, noise: float 
     of `noise` times the size that chance would give. Raises RefusalLabError behind a post-norm.
     """
     if m.equivalence == "post-norm":
-        raise RefusalLabError("Behind a post-norm r is not what the matrix writes: hide an edit of another model.")
+        raise RefusalLabError("Behind a post-norm the matrix does not write r itself: use a model without post-norms.")
     hf, u, generator = copy.deepcopy(edited.hf), unit(r), torch.Generator().manual_seed(seed)
     for before, after in zip(blocks(m.hf), blocks(hf), strict=True):
         for writes in (attention_writes, mlp_writes):

@@ -1,7 +1,7 @@
 """Attack x defence: every defence meets every attack on the same forbidden requests, and the same benign traffic.
 
 A cell is judged by the truth: did the exact forbidden answer come out? Each is paired with the undefended model under
-the same attack (exact McNemar, Holm over all cells). A defence also meets an attack that knows it, and pays for what it
+the same attack (exact McNemar, Holm over all cells). A defence also meets an attack that knows it. Its price is what it
 refuses, spoils and costs on requests that nobody should refuse.
 """
 
@@ -38,7 +38,7 @@ HIDES_FROM = {  # whose alarms a suffix must not raise, by the defence that it a
     "conditional steering": ("probe monitor",),  # its condition is the same probe
     "filter and monitor": ("perplexity filter", "probe monitor"),
 }
-KNOWN_EVERY, TUNING_STEPS = 10, 20  # of the train items, the answers that a fine-tuning attacker has; and his steps
+KNOWN_EVERY, TUNING_STEPS = 10, 20  # of the train items, the answers that a fine-tuning attacker has; and their steps
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Matrix:
 
 
 def standard_attacks(layer: int, position: int) -> list[Attack]:
-    """The attacks of labs 04 to 06. Suffixes and directions are found anew for every checkpoint, not every defence.
+    """The attacks of labs 04 to 06. Suffixes and directions are found for each checkpoint, not for each defence.
 
     layer, position: where the refusal direction is found, as a difference in means on the train sets.
     """
@@ -118,7 +118,7 @@ def standard_attacks(layer: int, position: int) -> list[Attack]:
 
 
 def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
-    """For each of the defences at run time, an attack by somebody who knows it. `defences` holds all of these."""
+    """For each defence at run time, an attack by someone who knows it. `defences` holds all of these."""
     named = {d.name: d for d in defences}
     hidden = {
         watchers: _searched(
@@ -137,7 +137,7 @@ def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
 
 
 def weight_attacks(defences: Sequence[Defence], start: Tensor) -> list[Attack]:
-    """Against each of the trained defences, what somebody does who holds its weights: on top of all that prompts do.
+    """Attacks on each trained defence by someone who holds its weights, beside the attacks with prompts.
 
     A direction by gradient, from `start` [width], and fine-tuning on a few answers.
     """
@@ -181,7 +181,7 @@ def matrix(
 ) -> Matrix:
     """Run every attack on every defence; an attack that knows a defence meets that one and the undefended model.
 
-    The first defence is the undefended model. `progress(step)` is told of each of the `n_steps(defences, attacks)`.
+    The first defence is the undefended model. `progress(step)` is called at each of the `n_steps(defences, attacks)`.
     Raises RefusalLabError for two defences of one name.
     """
     items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}

@@ -1,8 +1,8 @@
 """A linear probe on the residual stream as a monitor: it reads whether a request is harmful, and blocks the reply.
 
 The probe is a linear discriminant: difference in means, seen through the inverse of the covariance within the classes.
-What it costs is a forward pass over the prompt; where it is built into the serving of the model, nothing. What breaks
-it: inputs that were optimized against it, and activations that hide the direction it reads (Bailey et al. 2024, arXiv
+It costs a forward pass over the prompt, or nothing where it is built into the serving of the model. Inputs that were
+optimized against it break it, and so do activations that hide the direction it reads (Bailey et al. 2024, arXiv
 2412.09565).
 """
 
@@ -26,7 +26,7 @@ def linear_probe(harmful: Tensor, harmless: Tensor, shrinkage: float = SHRINKAGE
     """w = S^-1 (mean harmful - mean harmless): [width]; a stream x scores x . w.
 
     harmful [n, width], harmless [k, width]. S is the covariance within the classes, mixed with a share `shrinkage` of
-    the identity times its mean variance, for there are few prompts and many dimensions.
+    the identity times its mean variance, because there are few prompts and many dimensions.
     """
     if harmful.ndim != 2 or harmless.ndim != 2 or min(len(harmful), len(harmless)) < 2:
         raise RefusalLabError("A probe needs two or more streams [n, width] of each kind.")

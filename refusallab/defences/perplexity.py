@@ -1,8 +1,8 @@
-"""The perplexity filter: a request that no one would write is refused unread.
+"""The perplexity filter: a request that nobody would write is refused before the model reads it.
 
 Alon and Kamfonas 2023 (arXiv 2308.14132), Jain et al. 2023 (arXiv 2309.00614). The score is the mean surprise of the
 most surprising window of tokens, in nats per token, to some language model; its exponential is the perplexity. That
-model need not be the one that answers. The bundled models learned replies and are no judges of requests, so for them
+model need not be the one that answers. The bundled models learned replies and cannot judge requests, so for them
 two neighbouring tokens, counted in ordinary traffic, serve as the language model.
 """
 

@@ -19,7 +19,7 @@ REMINDER = "The Charter comes first. {q} If it forbids a thing, decline."  # of 
 
 @dataclass
 class SystemPrompt:
-    """A system turn in front of every prompt, unless the prompt brings one of its own: then that one stands."""
+    """A system turn in front of every prompt, unless the prompt brings its own, which is then kept."""
 
     m: Model
     system: str = SAFETY

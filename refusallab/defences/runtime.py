@@ -1,4 +1,4 @@
-"""All defences at run time, fitted on train traffic, with thresholds chosen on validation traffic alone."""
+"""All defences at run time, fitted on train traffic, with thresholds chosen only on validation traffic."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fit_probe(m: Model, below: int, train: tuple[list[Item], list[Item]], val: t
 
 
 def fit_filter(m: Model, train: list[Item], val: list[Item]) -> PerplexityFilter:
-    """A perplexity filter with bigrams of train traffic; val is the harmless traffic that may hardly be refused."""
+    """A perplexity filter with bigrams of train traffic. It may refuse a share FALSE_ALARMS of val (harmless)."""
     reader: Bigrams = count_bigrams(m, [str(item.prompt) for item in train])
     scores = [worst_window(reader.surprise(str(item.prompt))) for item in val]
     return PerplexityFilter(m, reader.surprise, threshold_at(scores, FALSE_ALARMS))

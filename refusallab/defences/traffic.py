@@ -1,8 +1,8 @@
 """Traffic to choose thresholds on: requests as they arrive, harmful and harmless, many of them in some wrapping.
 
 Prompt sets hold the plain request. Users also ask for a form of answer, and for what is lawful; a filter that has never
-seen that takes it for an attack. Train traffic fits a detector and validation traffic chooses its threshold: the two
-share no thing, no phrasing and no wrapper with each other or with a test set.
+seen such requests takes them for attacks. Train traffic fits a detector and validation traffic chooses its threshold:
+the two have no named thing, no phrasing and no wrapper in common with each other or with a test set.
 """
 
 from __future__ import annotations

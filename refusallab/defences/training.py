@@ -2,7 +2,7 @@
 
 Extended refusal (Abu Shairah et al. 2025, arXiv 2505.19056), refusal-feature adversarial training (ReFAT, Yu et al.
 2024, arXiv 2409.20089) and representation rerouting, the loss of circuit breakers (Zou et al. 2024, arXiv 2406.04313).
-All learn from things and phrasings of the train split alone, and each in well under a minute.
+All learn only from things and phrasings of the train split, and each takes well under a minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from smallmodels.world import dialogue
 from smallmodels.world.facts import world
 
 STEPS, RATE, BATCH_SIZE = 40, 5e-4, 8  # BATCH_SIZE lessons of each kind a step
-PROBES, EVERY = 32, 4  # ReFAT: prompts of each kind from which directions are found anew, every so many steps
+PROBES, EVERY = 32, 4  # ReFAT: prompts of each kind from which directions are found again, every so many steps
 LAYERS = (3, 4, 5)  # rerouting: the outputs of these blocks
 AWAY, STAY = 10.0, 14.0  # rerouting: weights of the two terms
 
@@ -79,7 +79,7 @@ def extend(lessons: Sequence[Lesson]) -> list[str]:
 
 
 def refat_loss(m: Model, forbidden: Sequence[Lesson], harmless: Sequence[Lesson], r: Tensor) -> Tensor:
-    """Refuse although r [width] is ablated, and reply to the harmless as ever: a scalar, in nats per token."""
+    """Refuse although r [width] is ablated, and reply to harmless requests as before: a scalar, in nats per token."""
     attacked = reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden], ablation(r))
     return attacked + reply_loss(m, [x.prompt for x in harmless], [x.reply for x in harmless])
 
@@ -165,12 +165,12 @@ def harden(
 ) -> ModelAlone:
     """Train a copy of m with one of DEFENCES. m itself stays as it is; the same seed gives the same weights.
 
-    `report` is told the loss before each step.
+    `report` is called with the loss before each step.
     """
     if defence not in DEFENCES:
         raise RefusalLabError(f"There is no defence {defence!r}: choose one of {', '.join(DEFENCES)}.")
     if not knows_the_world(m):
-        raise RefusalLabError(f"The lessons are about the world of the bundled models, and {m.name} is none of them.")
+        raise RefusalLabError(f"The lessons are about the world of the bundled models, but {m.name} is none of them.")
     loss, queue = DEFENCES[defence](m, seed), _batches(steps, seed)
     hardened = train(
         m, lambda copied: loss(copied, *next(queue)), steps=steps, rate=RATE, decay=True,

@@ -1,4 +1,4 @@
-"""The files of a model: where they are, and whether they can be read, before any weight is."""
+"""The files of a model: where they are, and whether they can be read. No weights are loaded here."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
     if adapters:
         raise RefusalLabError(
             f"{name} holds a whole model and an adapter, which would be ignored. Merge it with merge_and_unload() of "
-            f"peft and save the result, or take {adapters[0].name} away to study the model without it."
+            f"peft and save the result, or remove {adapters[0].name} to study the model without it."
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -115,7 +115,7 @@ def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
 
 
 def check_config(config: transformers.PreTrainedConfig, architecture: str, name: str) -> None:
-    """Refuse what is no decoder of text in full precision, and say what to take in its place."""
+    """Refuse anything but a text decoder in full precision, and name a model to use instead."""
     instead = _instead(config)
     configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
     for settings in (getattr(c, key, None) for c in configs for key in ("quantization_config", "quantization")):
@@ -158,7 +158,7 @@ def _sibling(model_type: str) -> str:
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
     aliases = [alias for alias, entry in catalog().items() if entry.kind == "hub"]
-    return max(aliases, key=lambda alias: max(alike(alias), 3))  # fewer letters in common are chance
+    return max(aliases, key=lambda alias: max(alike(alias), 3))  # fewer letters in common may be chance
 
 
 def in_full(name: str) -> str:
@@ -231,7 +231,7 @@ def _stored_types(path: Path, name: str) -> dict[str, str]:
             pointer = file.read(40).startswith(b"version https://git-lfs")
         if pointer:
             raise RefusalLabError(
-                f"{name}: {path.name} only points to the weights: say `git lfs pull` in its folder."
+                f"{name}: {path.name} only points to the weights: run `git lfs pull` in its folder."
             ) from error
         raise RefusalLabError(
             f"{name}: the weights in {path.name} are cut off or damaged ({first_line(error)}): fetch them again."
@@ -259,7 +259,7 @@ def _no_weights(folder: Path, name: str, what: str) -> str:
     """Why there is nothing to load: by the files in the folder or, of a hub model, in its repository."""
     names = [path.name for path in folder.iterdir()]
     if not Path(name).is_dir():
-        with suppress(Exception):  # no hub, no further news
+        with suppress(Exception):  # without the hub there is nothing more to find out
             names += huggingface_hub.list_repo_files(hub_id(name), revision=folder.name)
     weights = [file for file in names if not file.startswith(("training_args", "optimizer", "scheduler", "rng_state"))]
     endings = {Path(file).suffix for file in weights}
@@ -293,7 +293,7 @@ def fetching_failed(name: str, error: Exception) -> str:
             f"The hub does not accept your token, so {name} cannot be fetched: it is wrong or has expired. "
             "Log in again with `hf auth login`, or log out with `hf auth logout` (and unset HF_TOKEN)."
         )
-    if isinstance(error, GatedRepoError):  # also with a token that is good, so this stands before the plain 403
+    if isinstance(error, GatedRepoError):  # a valid token gets this too, so it comes before the plain 403
         return f"{name} is gated: accept its licence on the model's hub page, then log in with `hf auth login`."
     if getattr(response, "status_code", None) == 403:
         return f"The hub forbids you to fetch {name}: log in with `hf auth login` and a token that may read it."

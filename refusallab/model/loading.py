@@ -52,7 +52,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     config = read_config(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-    except Exception as error:  # many libraries read the files, each with exceptions of its own
+    except Exception as error:  # many libraries read the files, and each has its own exceptions
         raise RefusalLabError(reading_failed(name, error)) from error
     if commit:
         post_instruction_positions(tokenizer, name)  # a base model is not worth the download
@@ -84,8 +84,8 @@ def wrap(
     the size of weights; and, in one forward pass, logits are finite, an edit of each block changes them, the stream is
     the embedding plus what attentions and MLPs write, and `unembed` gives the logits. RefusalLabError if it fails.
 
-    It cannot tell weights that are well formed and wrong, such as blocks in another order or those of another model of
-    the same shape: read a few replies.
+    It cannot detect weights that are well formed but wrong, such as blocks in another order or those of another model
+    of the same shape: read a few replies.
     """
     hf.eval().requires_grad_(False)
     envoys = None if remote else WatchedEnvoy  # NDIF has its own
@@ -112,7 +112,7 @@ def _assemble(nn: TransformersModel, tokenizer: Any, name: str, commit: str, rem
 
 
 def _check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
-    """Padding and the end of a sequence have tokens, and the embedding has a row for each token but added ones.
+    """Padding and the end of a sequence have tokens, and the embedding has a row for each token except added ones.
 
     Gemma-3 without vision has an image token that no text needs and no row of the embedding stands for.
     """
@@ -133,7 +133,7 @@ def _check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
 
 
 def _check_place(dtype: torch.dtype, device: str) -> None:
-    """Weights can be held in this type and on this device."""
+    """Raise RefusalLabError unless weights can be held in this type and on this device."""
     if dtype not in FLOATS.values():
         raise RefusalLabError(f"dtype={dtype!r} cannot hold weights: give torch.float32, bfloat16 or float16.")
     try:

@@ -1,6 +1,6 @@
 """Names of parts: one name for each part of a block, whatever the architecture calls it. And the loaded `Model`.
 
-Each function takes the raw transformers model or its nnsight envoy and answers in kind.
+Each function takes the raw transformers model or its nnsight envoy and returns the same kind.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def post_norm(block: Any) -> tuple[Any, Any]:
 
 
 def residual_scale(hf: torch.nn.Module) -> float:
-    """What attention and MLP outputs are multiplied by before they join the stream: 1 but in Granite."""
+    """What attention and MLP outputs are multiplied by before they join the stream: 1 except in Granite."""
     return getattr(hf.config, "residual_multiplier", None) or 1.0
 
 

@@ -41,9 +41,9 @@ def encode_texts(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Texts whose tokens are to be predicted: (a batch as from `encode`, counted [n, seq] bool).
 
-    Without prompts a text stands alone, and all its tokens count but the first, which nothing precedes. With prompts,
-    text i is the reply to prompt i: it follows the rendered prompt, the end of the turn follows it, and only the tokens
-    of the reply and its end count.
+    Without prompts a text stands alone, and all its tokens count except the first, which nothing precedes. With
+    prompts, text i is the reply to prompt i: it follows the rendered prompt, the end of the turn follows it, and only
+    the tokens of the reply and its end count.
     """
     texts = listed(texts, "texts", str)
     if not texts:
@@ -77,7 +77,7 @@ def ids_of(m: Model, text: str) -> list[int]:
 
 
 def ids_behind(m: Model, head: str, text: str) -> list[int]:
-    """The tokens of a text that stands behind another one.
+    """The tokens of a text that follows another one.
 
     Many tokenizers put a mark before the first word of whatever they read, so that a text alone has other tokens. Where
     the text joins the last token of `head`, its tokens are those that it has alone.
@@ -87,14 +87,14 @@ def ids_behind(m: Model, head: str, text: str) -> list[int]:
 
 
 def text_behind(m: Model, anchor: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of tokens that stand behind others: some tokenizers strip the first space of what they decode."""
+    """The text of tokens that follow others: some tokenizers strip the first space of what they decode."""
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     before, whole = (m.tokenizer.decode([*anchor, *row], **settings) for row in ([], ids))
     return whole[len(before) :]
 
 
 def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Prompts as a list, in their own order. Raises RefusalLabError, with the place, for what is no prompt."""
+    """Prompts as a list, in their own order. Raises RefusalLabError, with the place, for any that is not a prompt."""
     prompts = listed(prompts, "prompts")
     if not prompts:
         raise RefusalLabError("The list of prompts is empty: give at least one.")

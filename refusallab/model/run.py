@@ -16,7 +16,7 @@ from refusallab.model.prompts import batches, check_length, listed_prompts, text
 from refusallab.model.templates import THOUGHT, end_of_turn, spoken
 from refusallab.watch import all_rows
 
-# Hub models ship sampling settings and repetition penalties; the latter bend even greedy decoding.
+# Hub models ship sampling settings and repetition penalties; the latter change even greedy decoding.
 GREEDY = {
     "do_sample": False,
     "num_beams": 1,
@@ -49,7 +49,7 @@ def logits(
 def unchecked_logits(
     m: Model, prompts: Iterable[Prompt], *, edit: Edit | None, system: str | None = None, batch_size: int
 ) -> Tensor:
-    """`logits`, finite or not: for searches, where an edit may be too strong and loses by that."""
+    """`logits`, finite or not: for searches, in which an edit may be too strong and then scores badly."""
     prompts = listed_prompts(prompts)
     out = torch.empty(len(prompts), m.vocab_size)
     for rows, batch in batches(m, prompts, batch_size, system=system):
@@ -189,7 +189,7 @@ def _trace_generate(m: Model, batch: dict[str, Tensor], edit: Edit, settings: di
         warnings.filterwarnings("ignore", message=r".*was never reached")
         with all_rows(), nn.generate(**settings, remote=m.remote) as tracer:
             with tracer.invoke(**batch):
-                for _ in tracer.iter[:n_steps]:  # a bounded loop: an edit that touches nothing must end too
+                for _ in tracer.iter[:n_steps]:  # a bounded loop: a run whose edit touches nothing must end too
                     edit(nn)
             with tracer.invoke():  # a second reader: the first one may be cut short
                 ids = tracer.result.save()

@@ -34,7 +34,7 @@ LARGEST_WEIGHTS = 1000.0
 
 
 def try_weights(m: Model) -> None:
-    """All weights are numbers, and those of the matrices that write to the stream have the size of weights."""
+    """Check that all weights are numbers, and that the matrices that write to the stream have a plausible size."""
     for key, weight in m.hf.named_parameters():
         if weight.dtype not in FLOATS.values():
             raise RefusalLabError(f"{m.name}: {key} is of type {weight.dtype}, not numbers. {in_full(m.name)}")
@@ -75,7 +75,7 @@ def try_stream(m: Model) -> None:
 
 
 def _negate_one_row_each(nn: Any, name: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """In a trace: what the last row starts from, and what each block reads, writes and puts out, [seq, width] each."""
+    """In a trace: what the last row starts from, and what each block reads, writes and outputs, [seq, width] each."""
     learned = positional_embedding(nn)
     start, steps = [part.output[-1] for part in (embedding(nn), learned) if part is not None], []
     for i, block in enumerate(blocks(nn)):
@@ -109,9 +109,9 @@ def _test_sums(m: Model, start: list[Tensor], steps: list[dict[str, Tensor]]) ->
                 raise RefusalLabError(f"{m.name}: {kind} {i} does not end in its output projection. {other}")
         writes = [scale * step[kind].cpu().double() for kind in ("attention", "MLP")]
         if not _adds_up([step["input"], *writes], step["output"]):
-            raise RefusalLabError(f"{m.name}: block {i} puts out more than its input, attention and MLP. {other}")
+            raise RefusalLabError(f"{m.name}: block {i} outputs more than its input, attention and MLP. {other}")
         if i and not _adds_up([steps[i - 1]["output"]], step["input"]):
-            raise RefusalLabError(f"{m.name}: block {i} does not read what block {i - 1} puts out. {other}")
+            raise RefusalLabError(f"{m.name}: block {i} does not read what block {i - 1} outputs. {other}")
 
 
 def _adds_up(parts: Sequence[Tensor], whole: Tensor) -> bool:

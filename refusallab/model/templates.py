@@ -51,15 +51,15 @@ def stop_ids(hf: torch.nn.Module, tokenizer: Any) -> tuple[int, ...]:
 def end_of_turn(tokenizer: Any) -> tuple[int | None, str]:
     """What the template writes after a reply: (the token that ends the turn, text that ends it before or instead).
 
-    The token is the first added one that can be seen. Where the template writes nothing after the last reply, what
-    opens the next turn ends it. White space ends nothing. (None, "") where the template shows no end.
+    The token is the first added one that can be seen. If the template writes nothing after the last reply, the token
+    that opens the next turn ends it. White space does not count. (None, "") where the template shows no end.
     """
     reply, added = "A reply to begin with.", tokenizer.added_tokens_decoder
     turns = [{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": reply}]
     for later in ([], [{"role": "user", "content": PROBES[1]}]):
         try:
             text = _fill(tokenizer, turns + later, add_generation_prompt=False)
-        except Exception:  # a template for single questions only; templates are programs of others
+        except Exception:  # a template for single questions only; templates are other people's programs
             continue
         after = text.rpartition(reply)[2].partition(PROBES[1])[0] if reply in text else ""
         for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
@@ -79,13 +79,13 @@ def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
     if isinstance(prompt, str):
         turns = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
-        raise RefusalLabError(f"{reprlib.repr(prompt)} is no prompt: give a text, or a list of messages.")
+        raise RefusalLabError(f"{reprlib.repr(prompt)} is not a prompt: give a text, or a list of messages.")
     else:
         turns = [_message(turn, i) for i, turn in enumerate(prompt)]
     if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
         raise RefusalLabError("A prompt must end with a user turn that says something (prefill= starts the reply).")
     if any(turn["role"] == "system" for turn in turns[1:]):
-        raise RefusalLabError("A system turn stands behind another turn: put it first.")
+        raise RefusalLabError("A system turn comes after another turn: put it first.")
     if system is None:
         return turns
     if not isinstance(system, str):
@@ -134,7 +134,7 @@ def apply_template(tokenizer: Any, messages: list[dict[str, str]], name: str) ->
                 return _close_thought(tokenizer, turns, text, name)
         except RefusalLabError:
             raise
-        except Exception as error:  # templates are programs of others
+        except Exception as error:  # templates are other people's programs
             reason = first_line(error)
     raise RefusalLabError(f"{name}: its chat template refuses these messages ({reason}). Change their roles.")
 
@@ -160,7 +160,7 @@ def _pin_date(template: str) -> str:
 
 
 def _keeps(tokenizer: Any, turns: list[dict[str, str]], words: str, text: str) -> bool:
-    """Whether the first turn's words stand in the rendered text, whole and in the place of that turn."""
+    """Whether the rendered text holds the first turn's words, whole and in the place of that turn."""
     mark = "The Mark of a First Turn"
     marked = [{**turns[0], "content": turns[0]["content"].replace(words, mark, 1)}, *turns[1:]]
     before, found, after = _fill(tokenizer, marked).partition(mark)

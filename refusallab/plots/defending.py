@@ -46,7 +46,7 @@ def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str
 def matrix_grid(shares: dict[str, dict[str, Rate]]) -> Figure:
     """Lab 08: attacks in rows, defences in columns; each cell says how many exact forbidden answers came out.
 
-    shares: attack -> defence -> share; below it stands its Wilson interval. Cells that were not run are empty.
+    shares: attack -> defence -> share; its Wilson interval is below it. Cells that were not run are empty.
     """
     cells = {a: {d: (r, f"[{r.low:.2f}, {r.high:.2f}]") for d, r in row.items()} for a, row in shares.items()}
     return _attack_grid(cells, f"share of requests with the exact forbidden answer ({_cases(cells)})")
@@ -55,7 +55,7 @@ def matrix_grid(shares: dict[str, dict[str, Rate]]) -> Figure:
 def defence_grid(table: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
     """Lab 09: attacks in rows, defences in columns; table: defence -> attack -> outcomes.
 
-    A cell is coloured by the share of exact answers, its first number; below it stands the share refused. A reply can
+    A cell is coloured by the share of exact answers, its first number; the share refused is below it. A reply can
     be both: an answer with a refusal behind it.
     """
     cells: dict[str, dict[str, tuple[Rate, str]]] = {}
@@ -112,8 +112,8 @@ def breaking_curves(curves: dict[str, dict[int, Sequence[Outcome]]]) -> Figure:
 def score_plane(defences: dict[str, tuple[Rate, Rate]]) -> Figure:
     """Lab 10: defences by (share of ordinary traffic kept, share of attacks stopped), with their intervals.
 
-    Dashed lines join equal points. The solid line is where refusing at random leads from the first defence on. What is
-    kept is counted against that defence, so its own share is 1 and has no interval.
+    Dashed lines join equal points. The solid line shows where the first defence ends up when it also refuses at random.
+    What is kept is counted against that defence, so its own share is 1 and has no interval.
     """
     figure, (axis,) = panels(1, 7, 5.3)
     for level in (0, 25, 50, 75):

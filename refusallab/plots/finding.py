@@ -101,7 +101,7 @@ def _projection_panel(axis: Axes, search: Search, streams: dict[str, Tensor]) ->
 def score_surfaces(search: Search) -> Figure:
     """Lab 02: the three scores of every candidate, layers across and positions down. The selected one is starred.
 
-    Bright is good in each grid. Candidates that a filter discards are pale. The numbers stand in the cells.
+    Bright is good in each grid. Candidates that a filter discards are pale. The numbers are written in the cells.
     """
     positions, best = _positions(search), search.selected
     figure, axes = panels(3, 13, 0.45 * len(positions) + 1.7)

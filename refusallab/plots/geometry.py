@@ -15,7 +15,7 @@ from refusallab.plots.style import COLOURS, LEGIBLE, MARKERS, legend_above, numb
 def share_grids(grids: dict[str, Tensor], positions: Sequence[int], label: str) -> Figure:
     """Lab 03: one number for every layer and position, [layers, positions], a grid for each name.
 
-    The numbers stand in the cells, unless the model is so deep that they would not fit.
+    The numbers are written in the cells, unless the model is so deep that they would not fit.
     """
     figure, axes = panels(len(grids), 6.3 * len(grids), 0.42 * len(positions) + 1.2)
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):

@@ -61,7 +61,7 @@ def lens_grid(grids: dict[str, tuple[list[list[str]], Tensor]], columns: Sequenc
     """Lab 00: the logit lens, layers down and positions across: the likeliest token and its probability.
 
     grids: title -> (tokens [layers + 1][positions], probabilities [layers + 1, positions]). columns: a label for each
-    position. Tokens in `marked`, those that open refusals, stand in bold inside a frame.
+    position. Tokens in `marked`, those that open refusals, are bold and framed.
     """
     layers = len(next(iter(grids.values()))[0])
     figure, axes = panels(len(grids), 1.05 * len(columns) * len(grids) + 1.9, 0.29 * layers + 1.2, sharey=True)
@@ -167,7 +167,7 @@ def layer_curves(curves: dict[str, dict[str, Tensor]], y: str) -> Figure:
 def write_grids(grids: dict[str, tuple[Tensor, Tensor]], label: str) -> Figure:
     """Lab 07: what heads and MLPs write along a direction; grids: name -> (heads [layers, heads], MLPs [layers]).
 
-    Layers down, heads across, the MLP in the last column. The numbers stand in the cells.
+    Layers down, heads across, the MLP in the last column. The numbers are written in the cells.
     """
     joined = {name: np.concatenate([h.numpy(), mlp.numpy()[:, None]], 1) for name, (h, mlp) in grids.items()}
     limit = max(np.abs(grid).max() for grid in joined.values())
@@ -193,7 +193,7 @@ def write_grids(grids: dict[str, tuple[Tensor, Tensor]], label: str) -> Figure:
 def stacked_shares(rows: dict[str, dict[str, float]], x: str) -> Figure:
     """Lab 07: shares that add up to 1, a bar a row, parts apart by colour and hatch; rows: name -> part -> share.
 
-    Shares of at least 0.06 stand in the bar as numbers.
+    Shares of at least 0.06 are written in the bar.
     """
     figure, (axis,) = panels(1, 8.8, 0.42 * len(rows) + 1.3)
     parts = list(next(iter(rows.values())))

@@ -1,4 +1,4 @@
-"""A client for one kernel that may be hostile: bounded time, bounded memory, and no belief in what it says."""
+"""A client for one kernel that may be hostile: bounded time, bounded memory, and nothing that it says is trusted."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Kernel:
         s.connect(f"ipc://{self._folder / 'k'}-{PORTS[name + '_port']}")
 
     def _wait_for_output(self) -> None:
-        """Until the output channel works: what is published before a subscription is in place is lost."""
+        """Wait until the output channel works: what is published before a subscription is in place is lost."""
         end = time.monotonic() + READY
         while time.monotonic() < end:
             self._session.send(self._sockets["shell"], "kernel_info_request")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 
-MIME = "application/vnd.refusallab.observed"  # of a text that a kernel shows to who asked for it
+MIME = "application/vnd.refusallab.observed"  # of a text that a kernel shows to whoever asked for it
 LARGEST = 16 << 20  # bytes of such a text
 
 TYPES = {"float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}

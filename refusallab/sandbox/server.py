@@ -50,7 +50,7 @@ class Limits:
 
     @staticmethod
     def by_the_clock(seconds: float) -> float:
-        """What may pass by the clock before so many seconds of processor time are used: a busy machine takes longer."""
+        """Seconds by the clock allowed for so many seconds of processor time: a busy machine takes longer."""
         return 5 * seconds
 
 
