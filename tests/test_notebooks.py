@@ -96,10 +96,6 @@ ADDED = {  # a cell at the end: the problem
     "figure without words": (code("plot()", shown(image_png="AAAA")), "*Figure: ...*"),
     "long cell": (code("x = 1\n" * 26), "27 lines of code; 25 is the most"),
     "wide cell": (code("x = " + "1" * 97), "101 columns of code; 100 is the most"),
-    "many places": (
-        code("\n".join(f"from refusallab.{name} import x" for name in "abcdefg")),
-        "it imports from 7 places of the library; 6 is the most",
-    ),
     "path in a source": (code('open("/home/ann/x")'), "a path of one computer: /home/"),
     "path in an output": (code("print(path)", stdout("in /tmp/x")), "a path of one computer: /tmp/"),
     "path of Windows": (markdown(r"look in C:\Users"), "a path of one computer: C:\\U"),

@@ -17,7 +17,6 @@ from refusallab.course.release import read
 
 LINES = 25
 COLUMNS = 100  # of code: what fits beside the margins of a laptop
-PLACES = 6  # modules that a lab imports from
 SECTIONS = ("What you will be able to do", "On a real model", "What this lab does not show", "References")
 CAPTION = re.compile(r"\*Figure: [^*]{30,}\*")
 GRADED = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
@@ -51,8 +50,7 @@ Problems = Iterator[tuple[NotebookNode, str]]
 def lint(path: Path) -> list[str]:
     """One line for each rule that a notebook breaks."""
     nb = read(path)
-    form = (headings, alternatives, code, places, portable, reproducible, links)
-    rules = (*form, graded_cells, independent, sections, terms)
+    rules = (headings, alternatives, code, portable, reproducible, links, graded_cells, independent, sections, terms)
     return [f"{path}: {cell.id}: {text}" for rule in rules for cell, text in rule(nb, path)]
 
 
@@ -125,16 +123,6 @@ def code(nb: NotebookNode, path: Path) -> Problems:
             yield cell, "this belongs only in solutions/"
         if is_released(path) and cell.get("outputs"):
             yield cell, "a released notebook has no outputs"
-
-
-def places(nb: NotebookNode, path: Path) -> Problems:
-    """A lab imports from few places of the library, the course itself not counted."""
-    found = set()
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            found |= set(re.findall(r"^\s*from (refusallab(?!\.course)[\w.]*) import", cell.source, flags=re.M))
-    if len(found) > PLACES:
-        yield nb.cells[0], f"it imports from {len(found)} places of the library; {PLACES} is the most"
 
 
 def portable(nb: NotebookNode, path: Path) -> Problems:
