@@ -1,20 +1,33 @@
 """Lab 00: the whole stream of a prompt, the logit lens, other chat templates; its figures and its explorer."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
 
 from refusallab import explore, plots
 from refusallab.activations import logit_lens, residual, stream
+from refusallab.course.exercises import lab00
 from refusallab.course.exercises.lab00 import tokenizer_like
 from refusallab.model import encode, generate, logits
 from smallmodels.world.facts import world
+
+SOLUTIONS = Path(__file__).parent.parent / "solutions"
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
     plt.close("all")
+
+
+@pytest.mark.parametrize("exercise", lab00.EXERCISES, ids=lambda e: e.number)
+def test_the_lab_goes_on_with_the_answer(exercise):
+    (path,) = SOLUTIONS.glob("00_*.ipynb")
+    sources = [cell.source for cell in nbformat.read(path, 4).cells]
+    assert any(f'solved("{exercise.number}", {exercise.function})' in source for source in sources)
 
 
 def test_the_stream_is_every_block_input_and_the_last_output(m, prompts):

@@ -1,11 +1,15 @@
 """Lab 01: replies with their truth, judges judged, wrong refusals; its figures and its explorer."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
 
 from refusallab import explore, plots
+from refusallab.course.exercises import find, lab01
 from refusallab.errors import RefusalLabError
 from refusallab.measure import rate, refused_by_phrases, wrong_refusal_share
 from refusallab.model import load
@@ -13,6 +17,7 @@ from refusallab.prompts import Item, bundled
 from refusallab.truth import Reply, errors, true_replies
 from smallmodels.world.dialogue import REFUSAL_WORDINGS
 
+SOLUTIONS = Path(__file__).parent.parent / "solutions"
 NO = REFUSAL_WORDINGS[0]
 REPLIES = [
     Reply("a", NO, refused=True, correct=False),
@@ -27,6 +32,18 @@ REPLIES = [
 def close_figures():
     yield
     plt.close("all")
+
+
+@pytest.mark.parametrize("exercise", lab01.EXERCISES, ids=lambda e: e.number)
+def test_the_lab_goes_on_with_the_answer(exercise):
+    (path,) = SOLUTIONS.glob("01_*.ipynb")
+    sources = [cell.source for cell in nbformat.read(path, 4).cells]
+    assert any(f'solved("{exercise.number}", {exercise.function})' in source for source in sources)
+
+
+def test_with_shuffled_labels_the_lab_finds_no_token_whoever_wrote_the_rule():
+    """The control prints an empty list in words; `learn_refusal_tokens` would end the lab with an error."""
+    assert find("1.1").reference(torch.zeros(3, 5), torch.zeros(4, 5)) == []
 
 
 def test_misses_and_false_alarms_are_counted_apart():

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -17,11 +19,20 @@ from refusallab.interventions import unit
 from refusallab.model import load, logits
 from refusallab.plots.heatmaps import FADED
 
+SOLUTIONS = Path(__file__).parent.parent / "solutions"
+
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
     plt.close("all")
+
+
+@pytest.mark.parametrize("exercise", lab02.EXERCISES, ids=lambda e: e.number)
+def test_the_lab_goes_on_with_the_answer(exercise):
+    (path,) = SOLUTIONS.glob("02_*.ipynb")
+    sources = [cell.source for cell in nbformat.read(path, 4).cells]
+    assert any(f'solved("{exercise.number}", {exercise.function})' in source for source in sources)
 
 
 @pytest.fixture

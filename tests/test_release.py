@@ -118,6 +118,18 @@ class TestLabs:
             assert failure(cell).ename == "CheckFailed" and "not written yet" in shown and "Traceback" not in shown
         assert all(cell.outputs[0].text.startswith(f"✓ {number(cell)} ") for cell in solved)
 
+    @pytest.mark.slow
+    @each_solution
+    def test_unsolved_and_wrong_a_whole_lab_fails_at_its_checks_and_nowhere_else(self, path, tmp_path):
+        """Every second answer is wrong, the others are not written: `solved` gives the library's version for both."""
+        lab = release.to_lab(read(path))
+        for cell in cells(lab, "answer")[1::2]:
+            cell.source = cell.source.replace(STUB, "    return None")
+        settings = {"OMP_NUM_THREADS": "1", "REFUSALLAB_PROGRESS": str(tmp_path / "progress.sqlite")}
+        NotebookClient(lab, timeout=600, allow_errors=True).execute(env=os.environ | settings)
+        assert [c.id for c in lab.cells if failure(c)] == [c.id for c in cells(lab, "check")]
+        assert {failure(c).ename for c in cells(lab, "check")} == {"CheckFailed"}
+
 
 def failure(cell):
     return next((o for o in cell.get("outputs", []) if o.output_type == "error" or o.get("name") == "stderr"), None)

@@ -131,7 +131,7 @@ POST_INSTRUCTION = define(
         Mistake(
             "reversed",
             lambda tokenizer: _post_instruction(tokenizer)[::-1],
-            "The tokens are right, but in reverse: give them in the order in which the model reads them.",
+            "The tokens are right, but in reverse order: give them in the order in which the model reads them.",
         ),
         Mistake(
             "the end of the instruction counted",
@@ -141,19 +141,19 @@ POST_INSTRUCTION = define(
         Mistake(
             "whole prompt",
             lambda tokenizer: tokenizer(_rendered(tokenizer, "one"), add_special_tokens=False)["input_ids"],
-            "This is the whole prompt. Only what follows the instruction is wanted.",
+            "This is the whole prompt. Return only what follows the instruction.",
         ),
         Mistake(
             "BOS added by the tokenizer",
             lambda tokenizer: _after_a_marker(tokenizer),
-            "This tokenizer puts a BOS token in front of any text that it is given. Pass add_special_tokens=False: the "
-            "template has written all special tokens already.",
+            "This tokenizer puts a BOS token in front of any text. Pass add_special_tokens=False: the template has "
+            "already written all special tokens.",
         ),
     ),
     hints=(
-        "Which part of the rendered text does not depend on the instruction, and stands behind it?",
+        "Which part of the rendered text comes after the instruction and does not depend on it?",
         "Either render two instructions that end differently and compare their tokens from the end, or render one "
-        "instruction that you recognise and tokenize what stands behind it.",
+        "instruction that you recognise and tokenize the text after it.",
         "`text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'MARKER'}], tokenize=False, "
         "add_generation_prompt=True)`; then `tokenizer(text.rpartition('MARKER')[2], add_special_tokens=False)"
         "['input_ids']`.",
@@ -205,22 +205,22 @@ STREAM = define(
         Mistake(
             "last output missing",
             lambda m, prompt: stream(m, prompt)[:-1],
-            "These are the inputs of the blocks. What the last block puts out is missing.",
+            "These are the inputs of the blocks. The output of the last block is missing.",
         ),
         Mistake(
             "first input missing",
             lambda m, prompt: stream(m, prompt)[1:],
-            "These are the outputs of the blocks. What enters block 0, the embedding, is missing.",
+            "These are the outputs of the blocks. The input of block 0, which is the embedding, is missing.",
         ),
         Mistake(
             "batch dimension kept",
             _states,
-            "A batch dimension is left. There is one prompt: take row 0 of every block input.",
+            "There is a batch dimension left. There is one prompt: take row 0 of every block input.",
         ),
         Mistake(
             "last position only",
             lambda m, prompt: stream(m, prompt)[:, -1],
-            "This is the last position only. Every token of the prompt is wanted.",
+            "This is the last position only. Return the stream at every token of the prompt.",
         ),
         Mistake(
             "after the final norm",
@@ -236,7 +236,7 @@ STREAM = define(
         Mistake(
             "no chat template",
             lambda m, prompt: _states(m, prompt, rendered=False)[:, 0],
-            "The prompt went in without its chat template. encode(m, [prompt]) renders it.",
+            "The model read the prompt without its chat template. encode(m, [prompt]) renders it.",
         ),
     ),
     hints=(
@@ -281,7 +281,7 @@ LENS = define(
         Mistake(
             "no final norm",
             lambda m, x: _lens_with(m, x, norm=lambda y: y),
-            "The final norm is missing: the head never reads the bare stream.",
+            "The final norm is missing: the unembedding always reads the stream after the norm.",
         ),
         Mistake(
             "norm without its weights",
@@ -291,19 +291,18 @@ LENS = define(
         Mistake(
             "unit length",
             lambda m, x: _lens_with(m, x, norm=lambda y: torch.nn.functional.normalize(y, dim=-1)),
-            "The stream was scaled to length 1. The final norm of the model does something else: call "
+            "You scaled the stream to length 1. The final norm of the model does something else: call "
             "final_norm(m.hf).",
         ),
         Mistake(
             "embedding instead of unembedding",
             lambda m, x: _lens_with(m, x, matrix=embedding(m.hf).weight),
-            "This is the embedding matrix, which reads tokens in. The unembedding writes them out; in this model the "
-            "two differ.",
+            "This is the embedding matrix. The lens needs the unembedding matrix, and in this model the two differ.",
         ),
         Mistake(
             "probabilities",
             lambda m, x: logit_lens(m, x).softmax(-1),
-            "These are probabilities. The logits are wanted, without softmax.",
+            "These are probabilities. Return the logits, without softmax.",
         ),
     ),
     hints=(
@@ -368,7 +367,7 @@ REPLY = define(
         Mistake(
             "end of turn kept",
             _with_end,
-            "The token that ends the turn is part of your reply. Stop before it.",
+            "Your reply contains the token that ends the turn. Stop before it.",
         ),
         Mistake(
             "does not stop",
@@ -385,22 +384,22 @@ REPLY = define(
         Mistake(
             "prompt included",
             lambda m, prompt, max_new_tokens: m.tokenizer.decode(sum(_loop(m, prompt, max_new_tokens), [])),
-            "The prompt is in it too. Decode only the tokens that were added.",
+            "The reply contains the prompt. Decode only the tokens that were added.",
         ),
         Mistake(
             "one token short",
             lambda m, prompt, max_new_tokens: _reply(m, prompt, max_new_tokens - 1),
-            "One token too few: max_new_tokens tokens may be added.",
+            "This is one token too few: you may add max_new_tokens tokens.",
         ),
         Mistake(
             "prompt not extended",
             lambda m, prompt, max_new_tokens: m.tokenizer.decode([int(logits(m, [prompt]).argmax())] * max_new_tokens),
-            "The same token again and again: each new token has to be appended to the ids before the next step.",
+            "This is the same token again and again. Append each new token to the ids before the next step.",
         ),
         Mistake(
             "no chat template",
             _no_template,
-            "The prompt went in without its chat template. encode(m, [prompt]) renders it.",
+            "The model read the prompt without its chat template. encode(m, [prompt]) renders it.",
         ),
     ),
     hints=(
@@ -434,8 +433,8 @@ PROMPT_IDS = define(
             lambda tokenizer, prompt: tokenizer(_rendered(tokenizer, prompt).strip(), add_special_tokens=False)[
                 "input_ids"
             ],
-            "White space at the end was stripped. It belongs to the generation prompt, and the model answers right "
-            "behind it.",
+            "You stripped white space at the end. It belongs to the generation prompt, and the reply begins right "
+            "after it.",
         ),
         Mistake(
             "generation prompt left out",
@@ -446,25 +445,25 @@ PROMPT_IDS = define(
         Mistake(
             "no chat template",
             lambda tokenizer, prompt: tokenizer(prompt)["input_ids"],
-            "The chat template is missing: the model sees bare text and no turn.",
+            "The chat template is missing: the model reads the text without the tokens that mark a turn.",
         ),
         Mistake(
             "everything that the tokenizer returns",
             lambda tokenizer, prompt: tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True
             ),
-            "This is everything that the tokenizer returns. The ids alone are wanted: take ['input_ids'].",
+            "This is everything that the tokenizer returns. Return the ids alone: take ['input_ids'].",
         ),
         Mistake(
             "double BOS",
             lambda tokenizer, prompt: _ids(tokenizer, prompt),
-            "Two BOS tokens in front: the template wrote one and the tokenizer added another. This is the second "
-            "mistake in her script; charter-chat forgives it, since its tokenizer adds nothing.",
+            "There are two BOS tokens in front: the template wrote one and the tokenizer added another. This is the "
+            "second mistake in her script. It does no harm on charter-chat, since its tokenizer adds nothing.",
         ),
         Mistake(
             "no BOS at all",
             lambda tokenizer, prompt: _prompt_ids(tokenizer, prompt)[1:],
-            "The BOS token that the template writes is missing. Leave what the template gives as it is.",
+            "The BOS token that the template writes is missing. Leave the rendered text as it is.",
         ),
     ),
     hints=(

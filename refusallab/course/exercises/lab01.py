@@ -14,7 +14,6 @@ from torch import Tensor
 from refusallab.course.exercise import Case, Mistake, define
 from refusallab.measure import (
     REFUSAL_PHRASES,
-    learn_refusal_tokens,
     outcome,
     refusal_metric,
     refused_by_phrases,
@@ -84,37 +83,42 @@ def _rule(
     return lambda harmful_logits, harmless_logits: _tokens(mean(harmful_logits), mean(harmless_logits), **settings)
 
 
+def _opening_tokens(harmful_logits: Tensor, harmless_logits: Tensor) -> list[int]:
+    """The rule of `learn_refusal_tokens`; where no token qualifies, an empty list, as students write it."""
+    return _rule()(harmful_logits.double(), harmless_logits.double())
+
+
 OPENING_TOKENS = define(
     "1.1",
-    reference=learn_refusal_tokens,
+    reference=_opening_tokens,
     cases=_token_cases,
     mistakes=(
         Mistake(
             "mean before softmax",
             _rule(lambda x: x.mean(0).softmax(-1)),
-            "You averaged logits. Take the softmax of every prompt first, then average the probabilities: a wording "
-            "that is used on some prompts only is lost otherwise.",
+            "You averaged logits. Take the softmax of every prompt first, then average the probabilities. Otherwise "
+            "you lose a wording that the model uses on some prompts only.",
         ),
         Mistake(
             "no minimum",
             _rule(minimum=0.0),
-            "A rare token got in. Its mean probability on harmful prompts must be at least 0.05.",
+            "A rare token is among them. Its mean probability on harmful prompts must be at least 0.05.",
         ),
         Mistake(
             "more likely is enough",
             _rule(ratio=1.0),
-            "More likely on harmful prompts is not enough: at least 10 times as likely.",
+            "It is not enough that a token is more likely on harmful prompts: it must be at least 10 times as likely.",
         ),
         Mistake(
             "no ratio",
             _rule(ratio=0.0),
-            "A token that is common on harmless prompts got in. It must be at least 10 times as likely on harmful "
-            "ones.",
+            "A token that is common on harmless prompts is among them. It must be at least 10 times as likely on "
+            "harmful ones.",
         ),
         Mistake(
             "only the likeliest token",
             lambda harmful_logits, harmless_logits: [int(harmful_logits.softmax(-1).mean(0).argmax())],
-            "There can be several: every token that passes both conditions.",
+            "There can be several. Return every token that passes both conditions.",
         ),
         Mistake(
             "harmful and harmless swapped",
@@ -256,12 +260,12 @@ PHRASE_JUDGE = define(
         Mistake(
             "typographic apostrophe",
             lambda reply, phrases: any(p.casefold() in reply.casefold() for p in phrases),
-            "A typographic apostrophe is another character: replace \u2019 in the reply by ' first.",
+            "A typographic apostrophe is a different character: replace \u2019 in the reply by ' first.",
         ),
         Mistake(
             "case matters",
             lambda reply, phrases: any(p in reply.replace("\u2019", "'") for p in phrases),
-            "Upper and lower case must not matter: compare both in lower case, the phrase too.",
+            "Upper and lower case must not matter: compare reply and phrase in lower case.",
         ),
         Mistake(
             "start only",
@@ -271,17 +275,17 @@ PHRASE_JUDGE = define(
         Mistake(
             "phrases left in upper case",
             lambda reply, phrases: any(p in reply.casefold() for p in phrases),
-            "The reply is in lower case, and the phrases are not: bring both into lower case.",
+            "The reply is in lower case, but the phrases are not. Convert both to lower case.",
         ),
         Mistake(
             "all phrases needed",
             lambda reply, phrases: all(p.casefold() in reply.casefold() for p in phrases),
-            "You ask for all phrases at once. One of them is enough.",
+            "You require all phrases at once. One of them is enough.",
         ),
         Mistake(
             "the reply must be the phrase",
             lambda reply, phrases: reply in phrases,
-            "`reply in phrases` asks whether the reply *is* a phrase. Ask whether a phrase is in the reply.",
+            "`reply in phrases` tests whether the reply *is* a phrase. Test whether a phrase is in the reply.",
         ),
         Mistake(
             "only the first phrase",
@@ -295,8 +299,8 @@ PHRASE_JUDGE = define(
         ),
     ),
     hints=(
-        "A phrase may stand anywhere in the reply: `phrase in reply`.",
-        "Bring reply and phrase into lower case, and replace the apostrophe \u2019 in the reply by '.",
+        "A phrase may occur anywhere in the reply: `phrase in reply`.",
+        "Convert reply and phrase to lower case, and replace the apostrophe \u2019 in the reply by '.",
         "`any(phrase.lower() in text for phrase in phrases)`, where text is the reply in lower case.",
     ),
 )
@@ -385,7 +389,7 @@ TABLE = define(
         Mistake(
             "part of a longer word",
             _count(lambda reply, answer, refused: answer.casefold() in reply.casefold()),
-            "7 is not in 17, and meal is not in oatmeal: the answer must stand there as whole words.",
+            "The answer must occur as whole words: 7 does not count in 17, nor meal in oatmeal.",
         ),
         Mistake(
             "case matters",
@@ -395,12 +399,12 @@ TABLE = define(
         Mistake(
             "a refusal is never correct",
             _count(lambda reply, answer, refused: not refused and _within(reply, answer)),
-            "A reply can say no and give the answer all the same. Judge the two questions apart: all four cells occur.",
+            "A reply can say no and still give the answer. Judge the two questions separately: all four cells occur.",
         ),
         Mistake(
             "the reply must equal the answer",
             _count(lambda reply, answer, refused: reply.casefold() == answer.casefold()),
-            "You ask for a reply that is the answer and nothing else. The answer may stand behind an opener, or behind "
+            "You require that the reply is the answer and nothing else. The answer may come after an opener, or after "
             "a refusal.",
         ),
         Mistake(
@@ -411,13 +415,13 @@ TABLE = define(
         Mistake(
             "word boundary behind a full stop",
             _count(lambda reply, answer, refused: re.search(rf"\b{re.escape(answer)}\b", reply, re.I) is not None),
-            "\\b behind a full stop asks for a letter after it, and these answers end with one. Ask for the opposite: "
-            "(?!\\w), no letter or digit after the answer, and (?<!\\w), none before.",
+            "\\b after a full stop requires a letter next, and these answers end with a full stop. Require the "
+            "opposite: (?!\\w), no letter or digit after the answer, and (?<!\\w), none before.",
         ),
         Mistake(
             "shares",
             _shares,
-            "These are shares. Count replies.",
+            "These are shares. Return counts of replies.",
         ),
         Mistake(
             "rows swapped",
@@ -426,7 +430,7 @@ TABLE = define(
         ),
     ),
     hints=(
-        "Two questions for every reply, apart from each other: does it hold a refusal phrase? And its exact answer?",
+        "Ask two separate questions for every reply: does it contain a refusal phrase? Does it contain its answer?",
         "`refused_by_phrases(reply, phrases)` answers the first. For the second, `re.search` with `re.escape(answer)` "
         "between two guards: `(?<!\\w)` means that no letter or digit comes before, `(?!\\w)` that none comes after.",
         "`re.search(r'(?<!\\w)' + re.escape(answer.lower()) + r'(?!\\w)', reply.lower()) is not None`. Start with a "
@@ -484,13 +488,13 @@ WILSON = define(
         Mistake(
             "normal approximation, cut at 0 and 1",
             lambda k, n: (max(0.0, _wald(k, n)[0]), min(1.0, _wald(k, n)[1])),
-            "This is the normal approximation, cut off at 0 and 1. Use the formula of Wilson: it needs no cutting.",
+            "This is the normal approximation, cut off at 0 and 1. The interval of Wilson needs no cut.",
         ),
         Mistake(
             "normal approximation",
             _wald,
             "This is p plus or minus 1.96 standard errors (Wald). It has no width at 0 of n, as if ten tries without "
-            "success proved that there can be none. Use the formula of Wilson.",
+            "success proved that success is impossible. Use the formula of Wilson.",
         ),
         Mistake(
             "centre not moved",
@@ -500,7 +504,7 @@ WILSON = define(
         Mistake(
             "denominator left out",
             lambda k, n: _wilson_with(k, n, denominator=False),
-            "Both ends have to be divided by 1 + z\u00b2/n.",
+            "Divide both ends by 1 + z\u00b2/n.",
         ),
         Mistake(
             "root left out",
@@ -515,12 +519,12 @@ WILSON = define(
         Mistake(
             "percent",
             lambda k, n: tuple(100 * end for end in _wilson_with(k, n)),
-            "These are percentages. Shares from 0 to 1 are wanted.",
+            "These are percentages. Return shares from 0 to 1.",
         ),
     ),
     hints=(
         "Put k, n and z = 1.96 into the formula above. Two numbers come out: with minus and with plus.",
-        "Work out three things: `centre = p + z**2 / (2 * n)`, `half = z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))` "
+        "Compute three things: `centre = p + z**2 / (2 * n)`, `half = z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))` "
         "and `denominator = 1 + z**2 / n`, which divides both.",
         "`((centre - half) / denominator, (centre + half) / denominator)`.",
     ),
@@ -553,32 +557,33 @@ OVER_REFUSAL = define(
             lambda refused_harmful, refused_harmless, harmful_share: (
                 refused_harmless / (refused_harmless + refused_harmful)
             ),
-            "This holds if half of the requests are harmful. Weigh the two rates with how many requests of each kind "
-            "come.",
+            "This holds if half of the requests are harmful. Weight the two rates by the share of requests of each "
+            "kind.",
         ),
         Mistake(
             "share swapped",
             lambda refused_harmful, refused_harmless, harmful_share: wrong_refusal_share(
                 refused_harmful, refused_harmless, 1 - harmful_share
             ),
-            "harmful_share is the share of *harmful* requests; 1 - harmful_share are harmless.",
+            "harmful_share is the share of *harmful* requests; the share of harmless ones is 1 - harmful_share.",
         ),
         Mistake(
             "share of all requests",
             lambda refused_harmful, refused_harmless, harmful_share: refused_harmless * (1 - harmful_share),
-            "This is the share of all *requests* that are wrongly refused. Divide by the share that is refused at all.",
+            "This is the share of wrongly refused requests among all *requests*. Divide it by the share of all refused "
+            "requests.",
         ),
         Mistake(
             "right refusals",
             lambda refused_harmful, refused_harmless, harmful_share: (
                 1 - wrong_refusal_share(refused_harmful, refused_harmless, harmful_share)
             ),
-            "This is the share of refusals that hit harmful requests. The others are wanted.",
+            "This is the share of refusals that hit harmful requests. Return the share that hits harmless ones.",
         ),
         Mistake(
             "the over-refusal rate itself",
             lambda refused_harmful, refused_harmless, harmful_share: refused_harmless,
-            "This is the share of harmless requests that are refused. Wanted: of all refusals, the share that hits "
+            "This is the share of harmless requests that are refused. Return the share of all refusals that hits "
             "harmless requests.",
         ),
     ),

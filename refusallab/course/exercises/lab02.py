@@ -42,12 +42,12 @@ MEAN_DIFFERENCE = define(
         Mistake(
             "harmless minus harmful",
             lambda harmful, harmless: -difference_in_means(harmful, harmless),
-            "The sign is reversed: the direction points from harmless to harmful, so harmful comes first.",
+            "The sign is reversed: the direction points from harmless to harmful, so subtract the harmless mean.",
         ),
         Mistake(
             "mean over the wrong axis",
             lambda harmful, harmless: harmful.mean(1) - harmless.mean(1),
-            "The prompts lie along dimension 0. Average over that one, and keep layers, positions and width.",
+            "Dimension 0 counts the prompts. Average over it, and keep layers, positions and width.",
         ),
         Mistake(
             "normalised",
@@ -111,7 +111,7 @@ KL = define(
         Mistake(
             "logits taken for probabilities",
             lambda base_logits, edited_logits: (base_logits * (base_logits - edited_logits)).sum(-1),
-            "These are logits. Turn them into probabilities with softmax first, and into their logarithms with "
+            "These are logits. First turn them into probabilities with softmax, and into log-probabilities with "
             "log_softmax.",
         ),
         Mistake(
@@ -179,7 +179,7 @@ SCORE = define(
                 - refusal_metric(logits(m, harmful), tokens).mean().item(),
                 *score(m, r, layer, harmful, harmless, tokens)[1:],
             ),
-            "Bypass is the metric itself under ablation, not how far it falls.",
+            "Bypass is the metric itself under ablation, not the change of the metric.",
         ),
         Mistake(
             "induce on harmful prompts",
@@ -188,7 +188,7 @@ SCORE = define(
                 score(m, r, layer, harmful, harmful, tokens)[1],
                 score(m, r, layer, harmful, harmless, tokens)[2],
             ),
-            "Induce asks whether r makes the model refuse what it would answer: measure it on the harmless prompts.",
+            "Induce tests whether r makes the model refuse what it would answer: measure it on the harmless prompts.",
         ),
         Mistake(
             "KL the other way round",
@@ -205,7 +205,7 @@ SCORE = define(
                 score(m, r, layer - 1, harmful, harmless, tokens)[1],
                 score(m, r, layer, harmful, harmless, tokens)[2],
             ),
-            "Induce is off: add the direction at the input of block `layer`, the one where it was extracted.",
+            "Induce is off: add the direction at the input of block `layer`, where it was extracted.",
         ),
         Mistake(
             "unit direction added",
@@ -222,7 +222,7 @@ SCORE = define(
                 *score(m, r, layer, harmful, harmless, tokens)[:2],
                 score(m, r, layer, harmful, harmful, tokens)[2],
             ),
-            "KL asks what happens to prompts that should not change: measure it on the harmless ones.",
+            "KL measures the change on prompts that should not change: measure it on the harmless ones.",
         ),
         Mistake(
             "KL after addition",
@@ -234,11 +234,12 @@ SCORE = define(
         ),
     ),
     hints=(
-        "Four forward passes: harmful ablated; harmless ablated, with r added, and untouched.",
+        "You need four forward passes: harmful ablated; harmless ablated, with r added, and untouched.",
         "`logits(m, prompts, edit=ablation(r))` gives next-token logits under the edit, `[n, vocab]`; "
         "`refusal_metric(..., tokens)` turns them into one number for each prompt.",
-        "bypass: metric of harmful, ablated. induce: metric of harmless with `addition(r, layer)`. KL: your `kl` of "
-        "harmless, untouched against ablated. Each is a mean over prompts; `.item()` makes it a number.",
+        "bypass: the metric of harmful, ablated. induce: the metric of harmless with `addition(r, layer)`. KL: "
+        "`kl_divergence` of harmless, untouched against ablated. Take the mean over prompts; `.item()` makes it a "
+        "number.",
     ),
 )
 
@@ -311,8 +312,8 @@ CHOOSE = define(
         Mistake(
             "NaN let through",
             _best(lambda c, n: c["layer"] < int(0.8 * n) and not c["kl"] > 0.1 and not c["induce"] <= 0),
-            "A candidate with a NaN score won: `kl > 0.1` is False for NaN, and so is `kl <= 0.1`. Say which to "
-            "keep, not which to drop.",
+            "A candidate with a NaN score won: `kl > 0.1` is False for NaN, and so is `kl <= 0.1`. So write which "
+            "candidates to keep, not which to drop.",
         ),
         Mistake(
             "no KL filter",
@@ -343,7 +344,7 @@ CHOOSE = define(
         Mistake(
             "highest bypass",
             _best(_passes, by=lambda c: -c["bypass"]),
-            "You took the highest bypass. It is the refusal that is left after ablation, so the lowest wins.",
+            "You took the highest bypass. Bypass measures the refusal that is left after ablation, so the lowest wins.",
         ),
         Mistake(
             "bypass nearest to 0",
@@ -357,7 +358,7 @@ CHOOSE = define(
         ),
     ),
     hints=(
-        "First filter, then take the minimum. Three conditions, one for each of induce, KL and layer.",
+        "First filter, then take the minimum. There are three conditions, for induce, KL and layer.",
         "Keep `c['induce'] > 0`, `c['kl'] <= 0.1` and `c['layer'] < int(0.8 * n_layers)`. A comparison with NaN is "
         "False, so these conditions drop NaN scores by themselves.",
         "`min(kept, key=lambda c: c['bypass'])`.",
@@ -406,7 +407,7 @@ LAST_TOKEN = define(
             lambda m, prompts, layer: _read(
                 m, [render(m, p) for p in prompts], layer, "right", _last, add_special_tokens=False
             ),
-            "Short prompts are read at a padding token. With right padding, position -1 is the last *prompt* token "
+            "For short prompts this reads a padding token. With right padding, position -1 is the last *prompt* token "
             "only in the longest row.",
         ),
         Mistake(
@@ -417,17 +418,17 @@ LAST_TOKEN = define(
         Mistake(
             "one layer late",
             lambda m, prompts, layer: residual(m, prompts, layers=[layer + 1], positions=[-1])[:, 0, 0],
-            "This is what block `layer` puts out. The candidates are block *inputs*: resid_pre.",
+            "This is the output of block `layer`. The candidates are block *inputs*: resid_pre.",
         ),
         Mistake(
             "no chat template",
             lambda m, prompts, layer: _read(m, list(prompts), layer, "left", _last),
-            "The prompts went in without their chat template: the model never saw that it is its turn to answer.",
+            "The model read the prompts without their chat template, so nothing told it that its turn had begun.",
         ),
     ),
     hints=(
         "Print `batch['attention_mask']` for two prompts of different length. Which token stands at position -1?",
-        "Either pad on the other side, or look for the last token of each row with the attention mask.",
+        "Either pad on the other side, or find the last token of each row with the attention mask.",
         '`padding_side="left"` in the call of the tokenizer is enough: then every row ends with its last prompt token.',
     ),
 )
