@@ -150,27 +150,30 @@ PLANE = define(
         Mistake(
             "smallest components",
             _plane_smallest,
-            "These are the axes with the least variance: `eigh` sorts upwards. You want the two largest.",
+            "These are the axes with the least variance: `eigh` sorts in ascending order. You want the two with the "
+            "most.",
         ),
         Mistake(
             "rows for columns",
             _plane_rows,
-            "`eigh` keeps eigenvectors in columns. You took rows, which are no axes.",
+            "`eigh` stores eigenvectors in columns. You took rows, and rows are not axes.",
         ),
         Mistake(
             "columns for rows",
             _plane_columns,
-            "You took columns of `Vh`, which are no axes. Its rows are: `Vh[:2]`.",
+            "You took columns of `Vh`, and columns are not axes. Its rows are: take `Vh[:2]`.",
         ),
         Mistake(
             "longest axis last",
             _plane_longest_last,
-            "These are the right two axes in the wrong order: `eigh` sorts upwards. The longest comes first.",
+            "These are the right two axes in the wrong order: `eigh` sorts in ascending order. The longest comes "
+            "first.",
         ),
         Mistake(
             "standardized",
             _plane_standardized,
-            "You divided each coordinate by its spread. The coordinates of the stream share one unit: only centre.",
+            "You divided each coordinate by its spread. All coordinates of the stream have the same unit, so only "
+            "subtract the mean.",
         ),
         Mistake(
             "axes of another length",
@@ -240,7 +243,7 @@ HELD_OUT = define(
         Mistake(
             "tested on the points that made it",
             lambda a, b, new_a, new_b: held_out_share(a, b, a, b),
-            "You tested on a and b, which made the direction. Count new_a and new_b: that is the whole point.",
+            "You tested on a and b, which made the direction. Count new_a and new_b, which had no part in it.",
         ),
         Mistake(
             "direction from the new points",
@@ -255,13 +258,13 @@ HELD_OUT = define(
         Mistake(
             "threshold at zero",
             _share(lambda a, b, new_a, new_b: torch.zeros(())),
-            "You compared the projection with 0. Nothing says that 0 lies between the clouds: use the midpoint of the "
-            "two means.",
+            "You compared the projection with 0, but 0 need not lie between the clouds. Use the midpoint of the two "
+            "means.",
         ),
         Mistake(
             "pooled mean for midpoint",
             _share(lambda a, b, new_a, new_b: torch.cat([a, b]).mean(0)),
-            "This is the mean of all points, and the larger set pulls it over. The midpoint is the mean of the two "
+            "This is the mean of all points, which lies closer to the larger set. The midpoint is the mean of the two "
             "means.",
         ),
         Mistake(
@@ -280,7 +283,8 @@ HELD_OUT = define(
     hints=(
         "Three steps: a direction and a midpoint from `a` and `b`; the projections of the new points; a count.",
         "`(new_a - middle) @ r` is positive on the side of `a`. The length of r does not matter for a sign.",
-        "Right are the `new_a` above 0 and the `new_b` below 0. Divide by `len(new_a) + len(new_b)`.",
+        "The `new_a` above 0 and the `new_b` below 0 are on the right side. Divide their number by "
+        "`len(new_a) + len(new_b)`.",
     ),
 )
 
@@ -333,12 +337,12 @@ COSINES = define(
         Mistake(
             "without the sign",
             lambda vectors: cosines(vectors).abs(),
-            "The sign is lost. Two candidates that point in opposite ways have cosine -1.",
+            "The sign is lost. Two candidates that point in opposite directions have cosine -1.",
         ),
     ),
     hints=(
         "The cosine of two unit vectors is their dot product.",
-        "`U @ U.T` has the dot products of all pairs of rows of `U`.",
+        "`U @ U.T` holds the dot products of all pairs of rows of `U`.",
         "`U = torch.nn.functional.normalize(vectors, dim=-1)`.",
     ),
 )

@@ -131,34 +131,34 @@ ABLATE = define(
         Mistake(
             "subtracted instead of projected",
             lambda r: _ablate(r, change=lambda x, r: x - unit(r)),
-            "You subtract the same vector everywhere. Subtract what x has along r: (x . r^) r^.",
+            "You subtract the same vector everywhere. Subtract the component of x along r: (x . r^) r^.",
         ),
         Mistake(
             "block inputs only",
             lambda r: _ablate(r, sites="i"),
-            "Block inputs are not enough: the MLP still reads what the attention of its own block writes along r, and "
-            "so does the unembedding what the last block writes.",
+            "Block inputs are not enough. The MLP still reads what the attention of its own block writes along r, and "
+            "the unembedding still reads what the last block writes.",
         ),
         Mistake(
             "attention and MLP outputs only",
             lambda r: _ablate(r, sites="am"),
-            "The embedding writes along r too, and no attention or MLP output takes that away: edit the block inputs "
-            "as well.",
+            "The embedding writes along r too, and edits of attention and MLP outputs do not remove that: edit the "
+            "block inputs as well.",
         ),
         Mistake(
             "attention outputs left out",
             lambda r: _ablate(r, sites="im"),
-            "Attention outputs are left out: the MLP of the same block reads what they write along r.",
+            "You left out attention outputs: the MLP of the same block reads what they write along r.",
         ),
         Mistake(
             "MLP outputs left out",
             lambda r: _ablate(r, sites="ia"),
-            "MLP outputs are left out: what the last one writes along r reaches the unembedding.",
+            "You left out MLP outputs: what the last one writes along r reaches the unembedding.",
         ),
         Mistake(
             "last position only",
             lambda r: _ablate(r, change=_last_position_only),
-            "Only the last position is edited. Attention carries r over from all the others: edit every position.",
+            "You edited only the last position. Attention carries r over from all the others: edit every position.",
         ),
         Mistake(
             "block outputs only",
@@ -169,12 +169,12 @@ ABLATE = define(
         Mistake(
             "one block only",
             lambda r: _one_block(r, 4),
-            "Only one block is edited, and later blocks write r again. Loop over all blocks.",
+            "You edited only one block, and later blocks write r again. Loop over all blocks.",
         ),
     ),
     hints=(
-        "Which parts write to the residual stream, and who reads it? Walk through a block in the order of the forward "
-        "pass.",
+        "Which parts write to the residual stream, and which parts read it? Go through a block in the order of the "
+        "forward pass.",
         "In the edit, for every block: assign to `block.input`, then to `attention(block).output`, then to "
         "`mlp(block).output`. Attention returns a tuple, so build a new one: `(changed, *output[1:])`.",
         r"$x - (x\cdot\hat r)\,\hat r$ for x of shape `[batch, seq, width]` is `x - (x @ u)[..., None] * u`, with "
@@ -267,7 +267,7 @@ EVERY_TOKEN = define(
         Mistake(
             "only at prefill, and never removed",
             lambda m, prompts, edit, steps: _never_removed(m, prompts, edit, steps, every_token=False),
-            "Two mistakes are left. The edit acts on the prompt only and not on the tokens that follow; and the model "
+            "Two mistakes are left. The edit acts on the prompt only and not on the tokens that follow. And the model "
             "is still edited after the call.",
         ),
         Mistake(
@@ -279,7 +279,7 @@ EVERY_TOKEN = define(
         Mistake(
             "only at prefill",
             lambda m, prompts, edit, steps: _generate(m, prompts, edit, steps, last=1),
-            "The edit acts on the prompt only. Every generated token has a forward pass of its own: edit in each of "
+            "The edit acts on the prompt only. Every generated token has a forward pass of its own. Edit in each of "
             "them, with `for _ in tracer.iter[:steps]:`.",
         ),
         Mistake(
@@ -305,7 +305,7 @@ EVERY_TOKEN = define(
         ),
     ),
     hints=(
-        "Two questions. In which forward passes does the edit act? And what is different about the model when the "
+        "Ask two questions. In which forward passes does the edit act? What is different about the model when the "
         "function has returned?",
         "Either trace the generation: `with nn.generate(max_new_tokens=steps, do_sample=False) as tracer:`, in it "
         "`with tracer.invoke(**batch):` with a loop, and a second `with tracer.invoke():` that saves `tracer.result`. "
@@ -370,7 +370,7 @@ ADD = define(
         Mistake(
             "unit direction added",
             _add(lambda x, r, c: x + c * unit(r)),
-            "Here r keeps its length: coefficient 1 moves the stream by just the difference of the two means.",
+            "Here r keeps its length: coefficient 1 moves the stream by exactly the difference of the two means.",
         ),
         Mistake(
             "coefficient forgotten",
@@ -390,12 +390,12 @@ ADD = define(
         Mistake(
             "at every layer",
             _add_at_every_layer,
-            "You added r at the input of every block, and so many times over. Add it once, at `layer`.",
+            "You added r at the input of every block, so it is added many times. Add it once, at `layer`.",
         ),
         Mistake(
             "last position only",
             _add(_add_at_last_position),
-            "Only the last position is moved. Activation addition acts on every position.",
+            "You moved only the last position. Activation addition acts on every position.",
         ),
     ),
     hints=(
@@ -451,13 +451,14 @@ MATCHED = define(
         Mistake(
             "unit length",
             lambda r, count, seed: random_directions(r.shape[-1], count, seed),
-            "The vectors have length 1. A small push against a large one is no fair comparison: give them the length "
-            "of r.",
+            "The vectors have length 1. Comparing a small push with a large one is not fair: give them the length of "
+            "r.",
         ),
         Mistake(
             "not normalized",
             _gaussian,
-            "A Gaussian vector has a length of about the root of the width. Normalize each, then multiply by |r|.",
+            "A Gaussian vector has a length of about the square root of the width. Normalize each, then multiply by "
+            "|r|.",
         ),
         Mistake(
             "times r instead of its length",
@@ -472,13 +473,13 @@ MATCHED = define(
         Mistake(
             "positive entries",
             _uniform,
-            "The vectors share a common part. (torch.rand does that: its numbers lie between 0 and 1, so that all "
-            "vectors point into the same corner.) torch.randn prefers no direction.",
+            "The vectors share a common part. (torch.rand causes that: its numbers lie between 0 and 1, so all vectors "
+            "point into the same corner.) torch.randn has no preferred direction.",
         ),
         Mistake(
             "one vector repeated",
             lambda r, count, seed: r.norm() * random_directions(r.shape[-1], 1, seed).expand(count, -1),
-            "All vectors are the same one. Draw `count` of them.",
+            "All vectors are the same. Draw `count` different ones.",
         ),
         Mistake(
             "seed ignored",
@@ -487,9 +488,9 @@ MATCHED = define(
         ),
     ),
     hints=(
-        "Two steps: directions that prefer nothing, then the right length.",
-        "`torch.randn(count, width, generator=torch.Generator().manual_seed(seed))`; a Gaussian is the same in every "
-        "direction.",
+        "Take two steps: first directions without any preference, then the right length.",
+        "`torch.randn(count, width, generator=torch.Generator().manual_seed(seed))`; a Gaussian has no "
+        "preferred direction.",
         "`x / x.norm(dim=-1, keepdim=True) * r.norm()`.",
     ),
 )
@@ -548,7 +549,7 @@ ACE = define(
         Mistake(
             "reference subtracted from the stream",
             _ace(lambda x, r, v, a: x - v - _along(x - v, r) + a * r),
-            "Only the component of x along r changes. Take it away from x, not from x - reference.",
+            "Only the component of x along r changes. Remove it from x, not from x - reference.",
         ),
         Mistake(
             "reference ignored",
@@ -563,7 +564,7 @@ ACE = define(
         Mistake(
             "replaced by the reference",
             _ace(lambda x, r, v, a: (v + a * r).expand_as(x)),
-            "The whole stream became the reference. Only the component along r changes.",
+            "You replaced the whole stream by the reference. Only the component along r changes.",
         ),
         Mistake(
             "unit direction added",
@@ -589,7 +590,7 @@ ACE = define(
     ),
     hints=(
         r"Read the formula from the inside: how far is $x$ from the reference, how much of that lies along $\hat r$, "
-        "and what is left when it is taken away?",
+        "and what is left when you remove it?",
         "`away = x - reference`; its component along u is `(away @ u)[..., None] * u`.",
         "`block.input = x - ((x - reference) @ u)[..., None] * u + alpha * r`, with `u = r / r.norm()`.",
     ),

@@ -88,8 +88,8 @@ ONE_MATRIX = define(
         Mistake(
             "Linear's layout for all",
             lambda weight, r, layout: project_out(weight.T, r).T,
-            "Right for Linear. Conv1D and embeddings store what they write along their *last* dimension: there the "
-            "projector stands on the right.",
+            "This is right for Linear. Conv1D and embeddings store what they write along their *last* dimension, so "
+            "there the projector stands on the right.",
         ),
         Mistake(
             "inputs edited instead of outputs",
@@ -99,9 +99,9 @@ ONE_MATRIX = define(
         ),
     ),
     hints=(
-        "Which dimension of the weight is the one of the stream? That one has the length of r.",
+        "Which dimension of the weight belongs to the stream? It has the length of r.",
         r"With $\hat r=r/|r|$: the stream receives $Wa$ from a Linear, $a^\top W$ from a Conv1D, a row of $E$ from an "
-        r"embedding. Put the projector $I-\hat r\hat r^\top$ behind it, and see on which side of the weight it lands.",
+        r"embedding. Apply the projector $I-\hat r\hat r^\top$ to that, and see on which side of the weight it lands.",
         "Linear: `weight - torch.outer(u, u @ weight)`. The other two: `weight - torch.outer(weight @ u, u)`.",
     ),
 )
@@ -185,27 +185,27 @@ EDIT = define(
         Mistake(
             "embedding forgotten",
             _plain(lambda hf: _writers(hf)[1:]),
-            "The embedding writes to the stream too: it is the first to do so.",
+            "The embedding writes to the stream too, before any block does.",
         ),
         Mistake(
             "attention forgotten",
             _plain(lambda hf: _writers(hf, mlp_writes)),
-            "The MLPs and the embedding are edited, the attention outputs are not.",
+            "You edited the MLPs and the embedding, but not the attention outputs.",
         ),
         Mistake(
             "MLP forgotten",
             _plain(lambda hf: _writers(hf, attention_writes)),
-            "The attention outputs and the embedding are edited, the MLPs are not.",
+            "You edited the attention outputs and the embedding, but not the MLPs.",
         ),
         Mistake(
             "head edited too",
             _plain(lambda hf: [*_writers(hf), (unembedding(hf), "embedding")]),
-            "The unembedding *reads* the stream and writes logits. Leave it as it is.",
+            "The unembedding *reads* the stream and computes logits from it. Leave it as it is.",
         ),
         Mistake(
             "last block forgotten",
             _plain(lambda hf: _writers(hf)[:-2]),
-            "Everything is edited but the last block: does your loop run over all of `blocks(hf)`?",
+            "You edited everything except the last block: does your loop run over all of `blocks(hf)`?",
         ),
         Mistake(
             "values edited too",
@@ -285,12 +285,12 @@ GAPS = define(
         Mistake(
             "hooks on both",
             lambda m, edited, r, prompts: _gaps(m, edited, r, prompts, hooked="both"),
-            "The edited model must run without hooks: they would do what its weights have failed to do.",
+            "The edited model must run without hooks, which would hide what its weights fail to do.",
         ),
         Mistake(
             "mean instead of maximum",
             lambda m, edited, r, prompts: _gaps(m, edited, r, prompts, reduce=lambda x: x.abs().mean()),
-            "A mean can be small while one prompt is far off. An equality needs the largest difference.",
+            "A mean can be small while one prompt is far off. To test an equality, take the largest difference.",
         ),
         Mistake(
             "no absolute value",
@@ -405,17 +405,17 @@ FULL = define(
         Mistake(
             "positions left out",
             lambda m, r: orthogonalize(m, r, skip=("positions",)),
-            "GPT-2 adds a learned position embedding to the stream: it is a writer like the token embedding.",
+            "GPT-2 adds a learned position embedding to the stream, so edit it like the token embedding.",
         ),
         Mistake(
             "biases left out",
             lambda m, r: orthogonalize(m, r, skip=("biases",)),
-            "An output bias is written into the stream as it stands. Project it too: `b - (b @ u) * u`.",
+            "An output bias goes into the stream unchanged. Project it too: `b - (b @ u) * u`.",
         ),
         Mistake(
             "biases set to zero",
             _bias_to_zero,
-            "Ablation takes the component along r out of the bias, and leaves the rest of it.",
+            "You removed the whole bias. Ablation removes only its component along r.",
         ),
         Mistake(
             "Conv1D taken for a Linear",
@@ -425,11 +425,11 @@ FULL = define(
     ),
     hints=(
         "Go through what enters the stream: token embedding, position embedding if there is one, and for each block "
-        "two matrices with their biases, if any. Then ask of each tensor whether somebody else uses it.",
+        "two matrices with their biases, if any. Then ask of each tensor whether another module uses it.",
         "`positional_embedding(hf)` is None where there is none; `module.bias` likewise. "
         "`unembedding(hf).weight is embedding(hf).weight` tells whether the head is tied. "
         "`isinstance(module, torch.nn.Linear)` tells the layouts apart.",
-        "Untie first of all: `head = unembedding(hf)`, then "
+        "Untie the head first: `head = unembedding(hf)`, then "
         "`head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)`. Then one helper that projects "
         "weight and bias of a module, and a loop over all writers.",
     ),
@@ -488,7 +488,7 @@ LOSS = define(
             lambda logits, ids, counted: (
                 _loss(logits[:, 1:], ids[:, :-1], counted[:, 1:]).sum(-1) / counted[:, 1:].sum(-1)
             ),
-            "You pair the logits at i with token i - 1, which they have already seen. Pair `logits[:, :-1]` with "
+            "You pair the logits at i with token i - 1, which the model has already read. Pair `logits[:, :-1]` with "
             "`ids[:, 1:]`.",
         ),
         Mistake(
@@ -506,12 +506,12 @@ LOSS = define(
         Mistake(
             "divided by the padded length",
             lambda logits, ids, counted: _loss(logits[:, :-1], ids[:, 1:], counted[:, 1:]).mean(-1),
-            "The sum is right, the divisor is not: divide by the number of tokens that count, text by text.",
+            "The sum is right, but the divisor is wrong. For each text, divide by the number of its tokens that count.",
         ),
         Mistake(
             "sum instead of mean",
             lambda logits, ids, counted: _loss(logits[:, :-1], ids[:, 1:], counted[:, 1:]).sum(-1),
-            "This is the sum over the tokens. Divide by how many count.",
+            "This is the sum over the tokens. Divide by the number of tokens that count.",
         ),
         Mistake(
             "bits instead of nats",
@@ -586,8 +586,8 @@ INTERVAL = define(
         Mistake(
             "other cases on either side",
             _unpaired,
-            "Each side was resampled on its own, so the spread between texts comes back in. Use the same picks for "
-            "both: resample the differences.",
+            "You resampled each side on its own, so the spread between texts enters the interval again. Use the same "
+            "picks for both: resample the differences.",
         ),
         Mistake(
             "before minus after",
@@ -610,7 +610,7 @@ INTERVAL = define(
         Mistake(
             "smallest and largest draw",
             _with_quantiles(0.0, 1.0),
-            "The most extreme draws grow with the number of draws. Take the 2.5 % and 97.5 % quantiles.",
+            "The most extreme draws get further apart with more draws. Take the 2.5 % and 97.5 % quantiles.",
         ),
         Mistake(
             "spread of the texts, not of their mean",
@@ -618,12 +618,14 @@ INTERVAL = define(
                 (after - before).mean().item(),
                 *(after - before).quantile(torch.tensor([0.025, 0.975])).tolist(),
             ),
-            "This is where single texts lie. The interval is about their *mean*: take quantiles of the draws' means.",
+            "This interval shows where single texts lie. You want one for their *mean*: take quantiles of the draws' "
+            "means.",
         ),
         Mistake(
             "normal approximation",
             _normal,
-            "This is mean +- 1.96 standard errors. A fair approximation, but the task is the bootstrap: use `picks`.",
+            "This is mean +- 1.96 standard errors. It is a fair approximation, but the task is the bootstrap: use "
+            "`picks`.",
         ),
     ),
     hints=(
