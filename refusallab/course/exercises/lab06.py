@@ -80,22 +80,22 @@ DISGUISE = define(
         Mistake(
             "first turn",
             lambda prompt, template: _each_turn(prompt, template, which=lambda i, turn: i == 0),
-            "The request stands in the last turn, not in the first.",
+            "The request is in the last turn, not in the first.",
         ),
         Mistake(
             "every turn",
             lambda prompt, template: _each_turn(prompt, template, which=lambda i, turn: True),
-            "The template stands around every turn. Only the last one is yours to rewrite.",
+            "You put the template around every turn. Only the last one is yours to rewrite.",
         ),
         Mistake(
             "earlier turns dropped",
             lambda prompt, template: _disguise(prompt if isinstance(prompt, str) else prompt[-1]["content"], template),
-            "A conversation stays one: return all its turns, the last of them rewritten.",
+            "A conversation stays a conversation: return all its turns, with the last one rewritten.",
         ),
     ),
     hints=(
-        "Two kinds of prompt: a string, or a list of turns of which only the last changes.",
-        '`str.format` stumbles over other braces; `template.replace("{q}", request)` does not.',
+        "There are two kinds of prompt: a string, or a list of turns. In a list, only the last turn changes.",
+        '`str.format` fails on other braces; `template.replace("{q}", request)` does not.',
         'For turns: `[*prompt[:-1], {**prompt[-1], "content": ...}]` makes a new list and leaves the old one alone.',
     ),
 )
@@ -130,29 +130,29 @@ PREFILL = define(
         Mistake(
             "turn closed",
             lambda m, prompt, start: _templated(m, prompt, start, generation_prompt=False),
-            "The template has put an end of turn behind your start, so the reply is over. It must stay open.",
+            "The template has put an end of turn behind your start, so the reply is over. Leave the turn open.",
         ),
         Mistake(
             "a second turn opened",
             lambda m, prompt, start: _templated(m, prompt, start, generation_prompt=True),
-            "The assistant has finished one turn and begins another. Your start must stand in the turn that is open.",
+            "The assistant has finished one turn and begins another. Your start belongs in the turn that is open.",
         ),
         Mistake(
             "no turn of the assistant",
             lambda m, prompt, start: (
                 m.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False) + start
             ),
-            "Nobody has opened the turn of the assistant: `add_generation_prompt=True` does.",
+            "The assistant's turn is not open: `add_generation_prompt=True` opens it.",
         ),
         Mistake(
             "a space too many",
             lambda m, prompt, start: render(m, prompt, prefill=" " + start),
-            "There is a space before your start. It makes another token, and the model has hardly seen replies that "
-            "begin so.",
+            "There is a space before your start. It makes a different token, and the model has hardly seen replies "
+            "that begin like this.",
         ),
     ),
     hints=(
-        "What does the model read just before it writes its first token? Your start comes right behind that.",
+        "What does the model read just before it writes its first token? Your start follows right behind it.",
         "`m.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)` is that text, where "
         "turns is a list of one user turn.",
         "Add the start to that text. Do not make it a turn of its own: the template would close it.",
@@ -195,13 +195,13 @@ BEST_OF_N = define(
         Mistake(
             "best reply instead of the first",
             lambda refused, correct: (_ever(~refused), _ever(~refused & correct)),
-            "The attacker stops at the first reply that is no refusal, and that reply is judged. To go on until one is "
-            "*right* takes somebody who knows the answer.",
+            "The attacker stops at the first reply that is no refusal, and that reply is judged. Only someone who "
+            "knows the answer could go on until a reply is *right*.",
         ),
         Mistake(
             "refusals counted as right",
             lambda refused, correct: (_ever(~refused), _ever(correct)),
-            "A reply that refuses does not end the tries, whatever else stands in it.",
+            "A reply that refuses does not end the tries, whatever else it says.",
         ),
         Mistake(
             "each try by itself",
@@ -211,12 +211,12 @@ BEST_OF_N = define(
         Mistake(
             "refusals and answers exchanged",
             lambda refused, correct: _success(~refused, correct),
-            "The first curve counts requests that were *refused* by then. Success is not to be refused: `~refused`.",
+            "The first curve counts requests *refused* by then. Success is a request that is not refused: `~refused`.",
         ),
         Mistake(
             "counts instead of shares",
             lambda refused, correct: tuple(len(refused) * curve for curve in _success(refused, correct)),
-            "You return counts. Wanted are shares of the requests: divide by their number.",
+            "These are counts. Return shares of the requests: divide by their number.",
         ),
         Mistake(
             "the first try that is right",
@@ -225,7 +225,7 @@ BEST_OF_N = define(
         ),
     ),
     hints=(
-        "Take one row: at which try does the attacker stop? What does he hold then?",
+        "Take one row: at which try does the attacker stop? Which reply do they have then?",
         "`x.cumsum(1) > 0` says for each n whether there was a true flag among the first n.",
         "The stop is where `answered & (answered.cumsum(1) == 1)`. Combine it with `correct`, take `cumsum(1) > 0` and "
         "the mean over the rows; for the first curve, the same with `answered` alone.",
@@ -312,7 +312,7 @@ ONE_HOT = define(
         Mistake(
             "gradient of the embedding",
             lambda m, before, suffix, after, target: _plain_gradient(m, before, suffix, after, target, wrt="embedding"),
-            "This is the gradient for the embedded suffix, [s, width]. Wanted is the one for the one-hot rows, "
+            "This is the gradient for the embedded suffix, [s, width]. Return the one for the one-hot rows, "
             "[s, vocab].",
         ),
         Mistake(
@@ -323,7 +323,7 @@ ONE_HOT = define(
         Mistake(
             "template left out",
             lambda m, before, suffix, after, target: _gradient(m, before, suffix, _none(after), target),
-            "The target follows the suffix directly. Between them stands the end of the template: `after`.",
+            "The target follows the suffix directly. Between them comes the end of the template: `after`.",
         ),
         Mistake(
             "chain rule without the scale",
@@ -413,8 +413,8 @@ SWAP = define(
         Mistake(
             "swaps add up",
             _swapped_at_once,
-            "Each candidate differs from the suffix in one token at most; yours keep the swaps of those before. Start "
-            "each from the suffix.",
+            "Each candidate differs from the suffix in one token at most; yours keep earlier swaps. Start each from "
+            "the suffix.",
         ),
         Mistake(
             "all swaps in every candidate",
@@ -427,7 +427,7 @@ SWAP = define(
             lambda suffix, gradient, allowed, positions, ranks: swapped(
                 suffix, gradient[:1].expand_as(gradient), allowed, positions, ranks
             ),
-            "Every position has a ranking of its own: row positions[i] of the gradient.",
+            "Each position has its own ranking: row positions[i] of the gradient.",
         ),
     ),
     hints=(
@@ -535,7 +535,7 @@ SURVIVORS = define(
         Mistake(
             "survivors and casualties exchanged",
             lambda m, before, suffixes, after: [not x for x in _survivors(m, before, suffixes, after)],
-            "True should mean that the suffix survives.",
+            "True must mean that the suffix survives.",
         ),
     ),
     hints=(

@@ -81,7 +81,7 @@ COSINE = define(
         ),
     ),
     hints=(
-        "`residual(m, prompts, positions=[-1])` has the stream of the last token at every block input. Of what shape?",
+        "`residual(m, prompts, positions=[-1])` is the last token's stream at every block input. What is its shape?",
         "It is `[n, layers, 1, width]`. Take the only position, then x . r / (|x| |r|), over the last dimension.",
         "`torch.nn.functional.cosine_similarity(x[:, :, 0], r, dim=-1)`.",
     ),
@@ -133,8 +133,8 @@ HEADS = define(
         Mistake(
             "weight transposed",
             lambda m, prompts, r: _heads_from(m, prompts, r, lambda z, w: (_split(z) * _split(w @ unit(r))).sum(-1)),
-            "The weight is the wrong way round. A Linear computes z @ W.T, so what reads z is r^ @ W. W is square, "
-            "and no error warns you.",
+            "The weight is the wrong way round. A Linear computes z @ W.T, so r^ @ W is what you multiply z by. W is "
+            "square, so no error warns you.",
         ),
         Mistake(
             "heads interleaved",
@@ -144,13 +144,13 @@ HEADS = define(
                 r,
                 lambda z, w: (z * (unit(r) @ w)).unflatten(-1, (-1, _split(z).shape[1])).sum(-2),
             ),
-            "You took every fourth coordinate for a head. The heads stand side by side: the first `head_dim` "
+            "You took every fourth coordinate for a head. The heads are side by side: the first `head_dim` "
             "coordinates are head 0.",
         ),
         Mistake(
             "projected before W_O",
             lambda m, prompts, r: _heads_from(m, prompts, r, lambda z, w: (_split(z) * _split(unit(r))).sum(-1)),
-            "What a head has gathered is not yet in the stream: W_O of the attention writes it. r lives behind W_O.",
+            "What a head has gathered is not yet in the stream: W_O of the attention writes it. r belongs behind W_O.",
         ),
         Mistake(
             "first token",
@@ -172,7 +172,7 @@ HEADS = define(
     ),
     hints=(
         "The attention output is `z @ W.T`, where z holds the results of all heads side by side. So its projection on "
-        r"$\hat r$ is `z @ (W.T @ u)`, and a sum over coordinates. Which coordinates belong to a head?",
+        r"$\hat r$ is `z @ (W.T @ u)`, a sum over coordinates. Which coordinates belong to a head?",
         "In the trace, block by block: `attention_writes(block).input[:, -1]` is z, `[n, heads * size]`. Stack, save. "
         "The weight is `attention_writes(block).weight` of `blocks(m.hf)`, outside the trace.",
         "With `u = r / r.norm()`: `read = u @ W`, then `(z * read).unflatten(-1, (heads, -1)).sum(-1)`; "
@@ -235,7 +235,7 @@ MASS = define(
         ),
     ),
     hints=(
-        "Attention weights of a head add up to 1 over the tokens. Keep those of the region, and add them up.",
+        "The attention weights of a head add up to 1 over the tokens. Keep those of the region, and add them up.",
         "The region has no axes for layers and heads: `region[:, None, None]` is [n, 1, 1, seq] and broadcasts.",
         "`(weights * region[:, None, None]).sum(-1)`.",
     ),
@@ -279,7 +279,7 @@ PLANE = define(
         Mistake(
             "not orthogonal",
             _plane(lambda a, b: (unit(a), unit(b))),
-            "The second vector still has a part along the first. Take it away before you normalize.",
+            "The second vector still has a part along the first. Remove it before you normalize.",
         ),
         Mistake(
             "orthogonalized without a unit vector",
@@ -294,8 +294,8 @@ PLANE = define(
         Mistake(
             "normalized too early",
             _plane(lambda a, b: (unit(a), project_out(unit(b), a))),
-            "You normalized the second vector before you took its part along the first away; what is left is shorter "
-            "than 1. Normalize last.",
+            "You normalized the second vector before you removed its part along the first, so what is left is "
+            "shorter than 1. Normalize last.",
         ),
         Mistake(
             "first not normalized",
@@ -375,7 +375,7 @@ DOWNSTREAM = define(
         Mistake(
             "watched the ablated direction",
             lambda m, prompts, ablated, watched: downstream(m, prompts, ablated, ablated),
-            "You watched the direction that is ablated: its projection must become zero. Look along `watched`.",
+            "You watched the direction that is ablated: its projection must become zero. Project on `watched`.",
         ),
         Mistake(
             "projected afterwards",
