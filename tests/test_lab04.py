@@ -27,7 +27,7 @@ def doses(model_of, r):
 
 def test_a_dose_reads_the_steered_reply_with_the_untouched_model(model_of, r, doses):
     m, prompts = model_of("llama"), ["Name a river", "What is 12 plus 7?"]
-    replies = generate(m, prompts, edit=addition(r, 1, 3), max_new_tokens=steering.REPLY_TOKENS)
+    replies = generate(m, prompts, edit=addition(r, 1, 3), max_new_tokens=steering.SHOWN_TOKENS)
     assert [d.coefficient for d in doses] == [0, 3]
     assert doses[1].loss == pytest.approx(cross_entropy(m, replies, prompts).mean().item(), abs=1e-4)
     assert doses[1].exact.n == doses[1].refused.n == 2 and doses[1].exact.value <= 0.5  # no answer, never exact
