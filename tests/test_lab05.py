@@ -271,7 +271,7 @@ def test_finetuning_is_reproducible_and_the_seed_orders_the_pairs(model_of):
 def test_finetuning_needs_pairs(model_of):
     with pytest.raises(RefusalLabError, match="one reply for each"):
         finetune(model_of("llama"), ["List"], [])
-    with pytest.raises(RefusalLabError, match="one reply for each"):
+    with pytest.raises(RefusalLabError, match="list of prompts is empty"):
         finetune(model_of("llama"), [], [])
 
 
