@@ -1,6 +1,9 @@
 """Figures: what all of them keep to, and the helpers that they share. What single figures show is tested lab by lab."""
 
+import base64
+import html
 import re
+import xml.etree.ElementTree as ET
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,9 +12,10 @@ import torch
 from matplotlib import colors
 
 from refusallab import plots
+from refusallab.errors import RefusalLabError
 from refusallab.geometry import Strip
 from refusallab.measure import Difference, Outcome, rate
-from refusallab.plots import heatmaps, intervals, style
+from refusallab.plots import heatmaps, intervals, schematics, style
 from refusallab.steering import Dose
 
 SETS = ("harmful", "harmless", "borderline")
@@ -88,7 +92,7 @@ def examples(search):
     }
 
 
-NAMES = sorted(set(plots.__all__) - {"use_style"})
+NAMES = sorted(set(plots.__all__) - {"schematic", "use_style"})
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -234,3 +238,58 @@ def test_labels_are_thinned_where_there_are_many(count):
     assert len(labels) == count and labels[0] == "0"
     assert sum(map(bool, labels)) <= style.LEGIBLE
     assert style.layer_names(count + 1) == [*labels, "end"]
+
+
+# --- schematics ------------------------------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+PARTS = {
+    "sites": ("residual", "norm,", "attention output", "MLP output", "block input", "1", "2", "3", "A"),
+    "template": ("template", "instruction", "post-instruction positions", "Guzzex", "\u22121", "layer 0", "site"),
+    "interface": ("prompt", "filter:", "monitor:", "steering:", "reply", "prefill:", "activations", "weights"),
+}
+
+
+@pytest.mark.parametrize("name", schematics.ALT)
+def test_a_schematic_is_an_image_that_needs_nothing_else_and_is_described(name):
+    shown = plots.schematic(name).data
+    assert shown == plots.schematic(name).data
+    alt, data = re.fullmatch('<img alt="([^"<>]+)" src="data:image/svg[+]xml;base64,([^"]+)">', shown).groups()
+    assert html.unescape(alt) == schematics.ALT[name] and len(alt) > 150
+    root = ET.fromstring(base64.b64decode(data))
+    assert root.get("role") == "img" and 600 <= int(root.get("width")) <= 720
+    labels = root.get("aria-labelledby").split()
+    assert [root.find(f"{SVG}{tag}").get("id") for tag in ("title", "desc")] == labels
+    assert all(root.find(f"{SVG}{tag}").text.strip() for tag in ("title", "desc"))
+    used = [value for item in root.iter() for key, value in item.attrib.items() if key.endswith(("href", "src"))]
+    assert not used, "nothing is fetched"
+
+
+@pytest.mark.parametrize("name", schematics.ALT)
+def test_a_schematic_is_drawn_in_the_style_of_the_course(name):
+    root = ET.parse(schematics.FOLDER / f"{name}.svg").getroot()
+    strokes = {item.get("stroke") for item in root.iter()} - {None}
+    coloured = {c for c in strokes if len(set(colors.to_rgb(c))) > 1}
+    assert coloured and coloured <= set(style.PALETTE)
+    background = root.find(f"{SVG}rect")
+    assert background.get("fill") == "#ffffff", "dark mode shines through nothing"
+    assert "sans-serif" in root.get("font-family")
+    assert min(float(item.get("font-size", 12)) for item in root.iter()) >= 12
+
+
+@pytest.mark.parametrize("name", schematics.ALT)
+def test_a_schematic_names_its_parts(name):
+    root = ET.parse(schematics.FOLDER / f"{name}.svg").getroot()
+    texts = ["".join(item.itertext()) for item in root.iter(f"{SVG}text")]
+    for part in PARTS[name]:
+        assert any(text == part or text.startswith(part + " ") for text in texts), (part, texts)
+
+
+def test_every_file_of_a_schematic_is_described():
+    assert sorted(path.stem for path in schematics.FOLDER.iterdir()) == sorted(schematics.ALT) == sorted(PARTS)
+
+
+@pytest.mark.parametrize("name", ["site", "", "../sites", "Sites"])
+def test_an_unknown_schematic_names_the_choices(name):
+    with pytest.raises(RefusalLabError, match="choose from sites, template, interface"):
+        plots.schematic(name)

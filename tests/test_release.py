@@ -236,6 +236,7 @@ class TestArchive:
         assert {name.split("/")[0] for name in names} == {"refusal-mechanics-labs"}
         for path in (
             *("LICENSE", "pyproject.toml", "constraints.txt", "labs/README.md", "refusallab/colab.py"),
+            *(f"refusallab/plots/schematics/{name}.svg" for name in ("sites", "template", "interface")),
             *("smallmodels/catalog.toml", "smallmodels/weights/charter-chat/model.safetensors"),
             *(f"labs/{path.name}" for path in SOLUTIONS),
         ):

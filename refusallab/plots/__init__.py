@@ -1,4 +1,7 @@
-"""Figures. Every function returns a matplotlib figure; colours are the Okabe-Ito palette, never the only carrier."""
+"""Figures. Every function returns a matplotlib figure, except `schematic`, which returns an image for a notebook.
+
+Colours are the Okabe-Ito palette, and never the only thing that tells two marks apart.
+"""
 
 from refusallab.plots.attacking import first_order, loss_curves, outcome_bars, success_curves
 from refusallab.plots.defending import breaking_curves, defence_grid, matrix_grid, roc_curve, score_plane
@@ -16,6 +19,7 @@ from refusallab.plots.inside import (
 )
 from refusallab.plots.intervals import difference_rows, rate_panels, rate_rows
 from refusallab.plots.measuring import interval_coverage, judged_shares, metric_histograms
+from refusallab.plots.schematics import schematic
 from refusallab.plots.style import use_style
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "rate_rows",
     "response_curves",
     "roc_curve",
+    "schematic",
     "score_plane",
     "score_surfaces",
     "share_grids",
