@@ -1,6 +1,9 @@
 """Lab 08: its figures say what they are given, and its explorer does the arithmetic of rare harm."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
 
@@ -62,3 +65,10 @@ def test_the_explorer_counts_who_is_blocked_where_harm_is_rare():
 def test_the_cases_tell_the_reference_from_a_guess(exercise):
     assert judge(find(exercise.number), exercise.reference, 11).passed
     assert not judge(find(exercise.number), lambda *args, **kwargs: 0.0, 11).passed
+
+
+def test_the_lab_goes_on_with_every_answer():
+    path = next(Path(__file__).parent.parent.glob("solutions/08_*.ipynb"))
+    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    for exercise in lab08.EXERCISES:
+        assert f'solved("{exercise.number}", {exercise.function})' in code

@@ -1,11 +1,14 @@
 """Lab 09: its figures, and what its checks say of errors."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 
 from refusallab import plots
 from refusallab.course.exercise import judge
-from refusallab.course.exercises import find
+from refusallab.course.exercises import find, lab09
 from refusallab.finetune import reply_loss
 from refusallab.measure import Outcome
 
@@ -42,3 +45,10 @@ def test_a_loss_without_gradient_gets_advice():
         return reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden]).detach()
 
     assert "use no torch.no_grad()" in judge(find("9.2"), detached, 0).problem
+
+
+def test_the_lab_goes_on_with_every_answer():
+    path = next(Path(__file__).parent.parent.glob("solutions/09_*.ipynb"))
+    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    for exercise in lab09.EXERCISES:
+        assert f'solved("{exercise.number}", {exercise.function})' in code

@@ -1,8 +1,10 @@
 """Lab 10: what its exercises ask beside right values, and the replication that its second track runs; its figure."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
 
@@ -152,3 +154,10 @@ def test_the_plane_shows_uncertainty_and_names_its_contours_beside_them():
     assert words == ["refusing at random", "undefended (n=20)", "two guards (n=20)"]
     assert "95 % interval" in axis.get_xlabel() and "95 %" in axis.get_ylabel()
     plt.close(figure)
+
+
+def test_the_lab_goes_on_with_every_answer():
+    path = next(Path(__file__).parent.parent.glob("solutions/10_*.ipynb"))
+    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    for exercise in lab10.EXERCISES:
+        assert f'solved("{exercise.number}", {exercise.function})' in code

@@ -53,7 +53,7 @@ PERPLEXITY = define(
         Mistake(
             "worst token",
             lambda surprise, window: surprise.max().item(),
-            "This is the single worst token. Every rare name would be an alarm: take the mean within a window first.",
+            "This is the single worst token, so every rare name raises an alarm. Take the mean within a window first.",
         ),
         Mistake(
             "windows side by side",
@@ -72,7 +72,7 @@ PERPLEXITY = define(
         ),
     ),
     hints=(
-        "A window slides over the text one token at a time; its score is a mean, the score of the text a maximum.",
+        "A window slides over the text one token at a time. Its score is a mean, and that of the text a maximum.",
         "`surprise.unfold(0, w, 1)` gives all windows, [tokens - w + 1, w]. What is w for a short text?",
         "`surprise.unfold(0, min(window, len(surprise)), 1).mean(-1).max().item()`.",
     ),
@@ -128,7 +128,7 @@ VOTE = define(
         ),
     ),
     hints=(
-        "First decide whether to refuse; then look for a reply that does what was decided.",
+        "First decide whether to refuse. Then look for the first reply that agrees with the decision.",
         "Refuse when at least half of the copies were refused.",
         "`refused.index(2 * sum(refused) >= len(refused))`.",
     ),
@@ -182,16 +182,20 @@ PROBE = define(
             "This is the difference in means. Directions in which all prompts vary must count less: solve S w = "
             "difference.",
         ),
-        Mistake("sign", _probe(lambda a, b: linear_probe(b, a)), "The sign is reversed: harmful streams score higher."),
+        Mistake(
+            "sign",
+            _probe(lambda a, b: linear_probe(b, a)),
+            "The sign is reversed: harmful streams should score higher.",
+        ),
         Mistake(
             "covariance of all together",
             _probe(_pooled),
-            "Centre each kind on its own mean before the covariance: the difference between them is no noise.",
+            "Centre each kind on its own mean before the covariance: the difference between them is not noise.",
         ),
         Mistake(
             "no shrinkage",
             _probe(lambda a, b: linear_probe(a, b, 0.0)),
-            "Mix S with a tenth of the identity times its mean variance: few prompts, many dimensions.",
+            "Mix S with a tenth of the identity times its mean variance: there are few prompts and many dimensions.",
         ),
         Mistake(
             "threshold on the training streams",
@@ -338,7 +342,7 @@ DETECT = define(
         Mistake(
             "sum for mean",
             _shares(lambda w: 16 * _share(w)),
-            "You added the shares of the matrices up. Take their mean, so that 1 is what chance gives.",
+            "You added up the shares of the matrices. Take their mean, so that chance gives 1.",
         ),
         Mistake(
             "not times the width",

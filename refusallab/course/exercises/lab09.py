@@ -70,12 +70,12 @@ EXTEND = define(
         Mistake(
             "harmless requests refused at length",
             _targets(lambda x: f"{x.overview} {x.reply} {x.verdict}"),
-            "Harmless requests keep their reply as it is: trained on anything else, a model learns to over-refuse.",
+            "Harmless requests keep their reply. A model that is trained on anything else learns to over-refuse.",
         ),
         Mistake(
             "refusal first",
             _if_forbidden(lambda x: f"{x.reply} {x.overview} {x.verdict}"),
-            "The refusal stands in front. The point of the method is that it stands behind the overview.",
+            "The refusal comes first. In this method it comes after the overview.",
         ),
         Mistake(
             "the answer given away",
@@ -166,7 +166,7 @@ REFAT = define(
         Mistake(
             "harmless ablated too",
             lambda m, forbidden, harmless, r: _parts(m, forbidden, ablation(r)) + _parts(m, harmless, ablation(r)),
-            "The harmless term runs under ablation as well. It shall keep the model as it is when nobody attacks it.",
+            "The harmless term runs under ablation as well. It should keep the model as it is when nobody attacks.",
         ),
         Mistake(
             "the wrong half ablated",
@@ -231,7 +231,7 @@ REROUTE = define(
         Mistake(
             "absolute cosine",
             lambda new, old, counted: _cosines(new, old).abs()[:, counted].mean(),
-            "A negative cosine costs nothing here: cut at zero instead of taking the absolute value.",
+            "A negative cosine should cost nothing: cut at zero instead of taking the absolute value.",
         ),
         Mistake(
             "padding counted",
@@ -253,11 +253,11 @@ REROUTE = define(
         Mistake(
             "sign reversed",
             lambda new, old, counted: -_cosines(new, old).clamp(min=0)[:, counted].mean(),
-            "This loss falls when the streams become more alike. It shall fall when they part.",
+            "This loss falls when the streams become more alike. It should fall when they move apart.",
         ),
     ),
     hints=(
-        "How alike are two vectors, whatever their lengths? And from what value on is there nothing more to gain?",
+        "How alike are two vectors, whatever their lengths? Below what value is there nothing more to gain?",
         "`torch.cosine_similarity(new[:, counted], old[:, counted], dim=-1)` is `[layers, tokens]`; cut it at "
         "zero, token by token.",
         "`torch.cosine_similarity(new[:, counted], old[:, counted], dim=-1).clamp(min=0).mean()`.",
@@ -333,7 +333,7 @@ DESCEND = define(
         ),
     ),
     hints=(
-        "The weights are frozen; the one thing that takes a gradient is the direction. Make a copy of u that does.",
+        "The weights are frozen, and only the direction takes a gradient. Make a copy of u that does.",
         "`v = u.clone().requires_grad_()`, then the loss `reply_loss(m, prompts, replies, ablation(v))`, then "
         "`torch.autograd.grad(loss, v)[0]`.",
         "Go down and back to length 1: `w = u - rate * gradient`, then `w / w.norm()`.",
@@ -411,12 +411,12 @@ BROKEN = define(
         Mistake(
             "told and refused not counted",
             _first(lambda o: o.correct and not o.refused),
-            "A reply that gives the exact answer and then refuses is not counted here. What is told is told.",
+            "You do not count a reply that gives the exact answer and then refuses. Count it: the answer is out.",
         ),
         Mistake(
             "more than the share",
             _first(lambda o: o.correct, strict=True),
-            "Broken means at least this share, the share itself included.",
+            "Broken means this share or more.",
         ),
         Mistake(
             "order of the dict",
@@ -437,7 +437,7 @@ BROKEN = define(
         ),
     ),
     hints=(
-        "What did the attacker want: that the model stops refusing, or that it tells?",
+        "What did the attacker want: that the model stops refusing, or that it gives the answer?",
         "The share of `o.correct` among the outcomes of one number of steps is a sum over a length.",
         "Go through `sorted(curve)` and return the first number of steps whose share is `>= share`; after the loop, "
         "`return None`.",

@@ -74,8 +74,8 @@ GUARDED = define(
         Mistake(
             "edit not passed on",
             lambda m, stops, prompts, edit, prefill: _guarded(m, stops, prompts, None, prefill),
-            "The attacker's edit does not reach the model. A white-box attacker does not ask your function for leave: "
-            "pass `edit` to the model.",
+            "The attacker's edit does not reach the model. A white-box attacker does not ask your function for "
+            "permission: pass `edit` to the model.",
         ),
         Mistake(
             "prefill not passed on",
@@ -88,12 +88,12 @@ GUARDED = define(
                 text if stops(p) else prefill + text
                 for p, text in zip(prompts, _guarded(m, stops, prompts, edit, prefill), strict=True)
             ],
-            "Return what *follows* the prefill. Who judges the reply puts the two together.",
+            "Return what *follows* the prefill. The judge of the reply puts the two together.",
         ),
         Mistake(
             "order lost",
             _order_lost,
-            "The refusals stand at the end. Reply i belongs to prompt i.",
+            "The refusals are at the end. Reply i belongs to prompt i.",
         ),
         Mistake(
             "one stopped, all stopped",
@@ -193,12 +193,12 @@ CASCADE = define(
                 [True] * sum(cheap(prompts))
                 + costly([p for p, a in zip(prompts, cheap(prompts), strict=True) if not a])
             ),
-            "The answers stand in another order than the prompts: entry i belongs to prompt i.",
+            "The answers are in another order than the prompts: entry i belongs to prompt i.",
         ),
         Mistake(
             "places of the longer list",
             _misplaced,
-            "The costly guard answers for the prompts that it has read: its answers stand in the order of that shorter "
+            "The costly guard answers for the prompts that it has read: its answers are in the order of that shorter "
             "list, not at the places of all prompts.",
         ),
         Mistake(
@@ -258,7 +258,7 @@ BUDGET = define(
         Mistake(
             "half the budget each",
             lambda first, second, cost: tuple(_ranked(x, int(cost * len(x) / 2 + 1e-9)) for x in (first, second)),
-            "Half the budget each is safe and wasteful: where both alarm on one prompt, it is paid for once. Count "
+            "Half the budget each is safe but wasteful: a prompt on which both alarm is lost only once. Count "
             "the prompts on which either alarms.",
         ),
         Mistake(
@@ -269,7 +269,7 @@ BUDGET = define(
         Mistake(
             "strictest thresholds",
             lambda first, second, cost: (_ranked(first, 0), _ranked(second, 0)),
-            "These thresholds never alarm. They keep to any budget and stop nothing: spend as much of it as you may.",
+            "These thresholds never alarm, so they stop nothing. Spend as much of the budget as you may.",
         ),
         Mistake(
             "one step too strict",
@@ -288,7 +288,7 @@ BUDGET = define(
     hints=(
         "Sort the scores of each guard, highest first. With the threshold at place k, how many prompts does that guard "
         "alarm on? And how many do both together, at least and at most?",
-        "Try k = 0, 1, 2, ...: thresholds at place k of either sorted list. Count the share of prompts with "
+        "Try k = 0, 1, 2, ...: thresholds at place k of each sorted list. Count the share of prompts with "
         "`(first > t1) | (second > t2)`, and keep the largest k for which it is at most `cost`.",
         "`a = first.sort(descending=True).values`, the same for b, and "
         "`allowed = [k for k in range(len(a)) if ((first > a[k]) | (second > b[k])).double().mean() <= cost + 1e-9]`.",
