@@ -173,7 +173,7 @@ def test_the_interval_covers_the_truth():
     assert 0.92 < inside / 400 < 0.99
 
 
-def test_colab_of_a_constant_change_and_of_noise():
+def test_bootstrap_of_a_constant_change_and_of_noise():
     before = torch.linspace(0, 5, 30)
     d = paired_bootstrap(before, before + 0.5)
     assert (d.value, d.low, d.high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-6)

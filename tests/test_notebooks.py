@@ -1,5 +1,6 @@
 """Every notebook keeps the rules of the course, and every rule can be broken."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -25,6 +26,17 @@ def test_the_notebook_keeps_every_rule(path):
 def test_every_exercise_and_question_has_its_notebook():
     labs = {item.lab for item in (*HEADERS, *QUESTIONS)}
     assert labs == {path.name[:2] for path in ROOT.glob("solutions/*.ipynb")}
+
+
+def test_labs_go_on_with_what_students_write():
+    """All answers are handed to `solved`, under a name that is used after that."""
+    used = set()
+    for path in ROOT.glob("solutions/*.ipynb"):
+        source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+        for name, number in re.findall(r"(\w+) = solved\(\s*\"([\d.]+)\"", source):
+            if len(re.findall(rf"\b{name}\b", source)) > 1:
+                used.add(number)
+    assert used == {header.number for header in HEADERS}
 
 
 def markdown(text, **tag):

@@ -95,7 +95,7 @@ OWN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("function", OWN, ids=repr)
+@pytest.mark.parametrize("function", OWN, ids=range(len(OWN)))
 def test_what_somebody_wrote_is_theirs(function):
     assert course_code(function) == ""
 
