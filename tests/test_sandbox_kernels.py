@@ -14,6 +14,8 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from refusallab.sandbox import provisioner
 
+pytestmark = pytest.mark.slow
+
 KERNELS = [
     "refusallab",
     pytest.param(
@@ -57,8 +59,6 @@ def test_kernels_differ_in_what_is_random(name):
 def test_threads_and_processes_work_after_the_fork(name):
     parallel = """\
 import torch
-
-pytestmark = pytest.mark.slow
 torch.set_num_threads(2)
 x = torch.randn(800, 800)
 print((x @ x).shape)
