@@ -60,7 +60,7 @@ def rows(path):
 
 def servers(folder):
     """The fork servers that were started in a folder."""
-    found = subprocess.run(["pgrep", "-f", "grade.zygote"], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(["pgrep", "-f", "sandbox.zygote"], capture_output=True, text=True).stdout.split()
     return [pid for pid in found if os.path.exists(f"/proc/{pid}") and os.readlink(f"/proc/{pid}/cwd") == str(folder)]
 
 
