@@ -1,6 +1,7 @@
 """For tests and notebooks alike: no model from this computer's cache, no trace in the progress of whoever runs them.
 
-Notebooks that changed last are verified first. After REFUSALLAB_DEADLINE (seconds since 1970) none is begun.
+Notebooks that changed last are verified first. After REFUSALLAB_DEADLINE (seconds since 1970) neither a notebook nor a
+test that takes long is begun.
 """
 
 import os
@@ -20,6 +21,7 @@ import matplotlib.font_manager  # noqa: E402, F401 - if it must build its cache,
 
 ROOT = Path(__file__).parent
 BEGUN = set()
+COSTLY = ("slow", "sandbox", "browser")
 NEEDS = {  # the part of a computer that the tests with a marker need: programs, any of which will do
     "sandbox": ("bwrap",),
     "browser": ("chromium", "chromium-browser", "google-chrome"),
@@ -43,8 +45,10 @@ def pytest_runtest_setup(item):
     for marker, programs in NEEDS.items():
         if item.get_closest_marker(marker) and not any(map(shutil.which, programs)):
             pytest.skip(f"the {marker} tests need {programs[0]}, which is not installed")
-    if item.path.suffix != ".ipynb" or item.path in BEGUN:
+    notebook = item.path.suffix == ".ipynb"
+    if item.path in BEGUN or not (notebook or any(map(item.get_closest_marker, COSTLY))):
         return
     if time.time() > float(os.environ.get("REFUSALLAB_DEADLINE") or "inf"):
         pytest.skip(f"{item.path.name} was not verified: the deadline had passed")
-    BEGUN.add(item.path)
+    if notebook:
+        BEGUN.add(item.path)
