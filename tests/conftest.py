@@ -137,6 +137,19 @@ def model_of(make):
     return get
 
 
+@pytest.fixture(scope="session")
+def save(model_of, tmp_path_factory):
+    """save("llama"): the model of that architecture in a new folder."""
+
+    def to_disk(architecture):
+        folder, m = tmp_path_factory.mktemp("saved"), model_of(architecture)
+        m.hf.save_pretrained(folder)
+        m.tokenizer.save_pretrained(folder)
+        return folder
+
+    return to_disk
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def m(request, model_of):
     """A Model; the test runs once for each architecture."""

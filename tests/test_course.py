@@ -15,7 +15,7 @@ import torch
 from refusallab.course import check, checking, progress, solved
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.checking import PUBLIC_SEED
-from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, judge, report
+from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, judge, verdict_text
 from refusallab.course.exercises import every_exercise, find
 from refusallab.course.notebook import DIFFICULTY, HIDDEN_SEED
 from refusallab.course.progress_file import passed, record
@@ -108,7 +108,7 @@ class TestJudge:
     def test_the_problem_is_named(self, answer, problem):
         verdict = judge(DOUBLE, answer, 0)
         assert problem in verdict.problem
-        assert problem in report(verdict)
+        assert problem in verdict_text(verdict)
 
     def test_a_flag_that_is_wrong_is_told_as_such(self):
         verdict = judge(exercise(lambda x: {"the same seed": True}, {"x": 1}), lambda x: {"the same seed": False}, 0)
@@ -161,7 +161,7 @@ class TestJudge:
     def test_a_report_tells_no_expected_value(self, expected, got):
         verdict = judge(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0)
         assert not verdict.passed
-        assert not re.search(r"1\.?23|6\.79", report(verdict))
+        assert not re.search(r"1\.?23|6\.79", verdict_text(verdict))
 
     @pytest.mark.parametrize(
         ("expected", "got", "right"),
@@ -190,7 +190,7 @@ class TestJudge:
         e = Exercise(**{**vars(e), "mistakes": (broken, triple)})
         assert judge(e, lambda x: x + x + x, 0).mistake == "triple"
         assert judge(e, lambda x: 5 * x, 0).mistake == ""
-        assert "Twice, not three times." in report(judge(e, lambda x: x + x + x, 0))
+        assert "Twice, not three times." in verdict_text(judge(e, lambda x: x + x + x, 0))
 
     def test_nothing_that_an_answer_says_is_shown(self, capfd):
         handler = logging.StreamHandler(sys.stderr)  # as libraries make them: bound to the stderr of that time

@@ -36,12 +36,8 @@ from smallmodels import catalog
 
 
 @pytest.fixture(scope="module")
-def saved(model_of, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    m = model_of("llama")
-    m.hf.save_pretrained(folder)
-    m.tokenizer.save_pretrained(folder)
-    return folder
+def saved(save):
+    return save("llama")
 
 
 @pytest.fixture

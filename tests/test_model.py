@@ -76,12 +76,8 @@ def with_template(make, template, **settings):
 
 
 @pytest.fixture(scope="module")
-def saved(model_of, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    m = model_of("llama-tied")
-    m.hf.save_pretrained(folder)
-    m.tokenizer.save_pretrained(folder)
-    return folder
+def saved(save):
+    return save("llama-tied")
 
 
 @pytest.fixture

@@ -255,6 +255,14 @@ class TestDeadline:
         assert done.returncode == 0 and "4 skipped" in done.stdout
         assert all(f"{name}.ipynb was not verified: the deadline had passed" in done.stdout for name in "ab")
 
+    def test_past_it_no_long_test_is_begun(self, run, tmp_path):
+        for name in ("slow", "sandbox", "browser"):
+            (tmp_path / f"test_{name}.py").write_text(f"import pytest\n\n@pytest.mark.{name}\ndef test_x(): assert 0\n")
+        (tmp_path / "test_short.py").write_text("def test_x(): pass\n")
+        done = run(REFUSALLAB_DEADLINE="1000")
+        assert done.returncode == 0 and "1 passed, 7 skipped" in done.stdout
+        assert "test_slow.py was not verified: the deadline had passed" in done.stdout
+
     def test_before_it_and_without_one_every_notebook_runs(self, run):
         assert "4 passed" in run(REFUSALLAB_DEADLINE="99999999999").stdout
         assert "4 passed" in run().stdout

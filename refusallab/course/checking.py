@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from refusallab.course.exercise import CheckFailed, Verdict, borrowed, judge, report
+from refusallab.course.exercise import CheckFailed, Verdict, borrowed, judge, verdict_text
 from refusallab.course.exercises import find
 from refusallab.course.progress_file import record
 
@@ -23,11 +23,11 @@ def check(number: str, function: Callable[..., Any], *, seed: int = PUBLIC_SEED)
     problem = borrowed(exercise, function)
     verdict = Verdict(exercise, problem) if problem else judge(exercise, function, seed)
     if not verdict.passed:
-        raise CheckFailed(report(verdict))
+        raise CheckFailed(verdict_text(verdict))
     if seed == PUBLIC_SEED:
         _approved[number] = function
         record(number, verdict.exercise.points)
-        print(report(verdict))
+        print(verdict_text(verdict))
 
 
 def solved(number: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -262,7 +262,7 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def report(verdict: Verdict) -> str:
+def verdict_text(verdict: Verdict) -> str:
     """The verdict in words: what is right, what is not, on which input, and where to look."""
     e = verdict.exercise
     if verdict.passed:

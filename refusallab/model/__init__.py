@@ -38,17 +38,15 @@ from refusallab.model.prompts import (
     render,
     text_behind,
 )
-from refusallab.model.run import GREEDY, generate, logits, no_edit, require_finite, trace_logits, unchecked_logits
-from refusallab.model.templates import PROBES, TEMPLATE_SETTINGS, THOUGHT, end_of_turn, messages, spoken
+from refusallab.model.run import generate, logits, no_edit, require_finite, trace_logits, unchecked_logits
+from refusallab.model.templates import PROBES, TEMPLATE_SETTINGS, end_of_turn, messages, spoken
 
 __all__ = [
     "Edit",
-    "GREEDY",
     "Model",
     "PROBES",
     "Prompt",
     "TEMPLATE_SETTINGS",
-    "THOUGHT",
     "attention",
     "attention_writes",
     "batches",

@@ -100,9 +100,10 @@ def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
         raise RefusalLabError("The list of prompts is empty: give at least one.")
     for i, prompt in enumerate(prompts):
         try:
-            prompts[i] = prompt if messages(prompt) and isinstance(prompt, str) else messages(prompt)
+            turns = messages(prompt)
         except RefusalLabError as error:
             raise RefusalLabError(f"Prompt {i}: {error}") from None
+        prompts[i] = prompt if isinstance(prompt, str) else turns
     return prompts
 
 
