@@ -73,6 +73,7 @@ class TestStep:
         assert gradient.shape == (len(suffix), 400)
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
+    @pytest.mark.slow
     def test_losses_equal_whole_sequences_without_a_cache(self, m):
         case, suffix = case_of(m)
         _, cache = gcg.token_gradient(m, case, suffix)
@@ -136,6 +137,7 @@ class TestSearch:
     def find(self, m, knobs=SMALL, prompts=(PROMPT,), **settings):
         return gcg.find_suffix(m, list(prompts), [TARGET] * len(prompts), knobs, **settings)
 
+    @pytest.mark.slow
     def test_the_loss_is_that_of_the_text_and_falls(self, m):
         found = self.find(m)
         case = gcg.prepare(m, PROMPT, TARGET, found.text)  # raises if the text is read as other tokens
@@ -296,6 +298,7 @@ class TestSearch:
         with pytest.raises(RefusalLabError, match="read as the same tokens again"):
             self.find(model_of("llama"))
 
+    @pytest.mark.slow
     def test_the_attack_gives_results_with_history_and_the_whole_cost(self, chat, harmful):
         knobs = Knobs(steps=2, search_width=16, init=" the the the the", early_stop=False)
         steps = []
@@ -409,6 +412,7 @@ class TestText:
         assert a + b == "How is Drusketh {q} brewed?"
         assert (a, b) == ("How is Drus", "keth {q} brewed?")
 
+    @pytest.mark.slow
     def test_a_template_attack_tries_its_texts_in_turn(self, chat, harmful):
         for r in templates.template(chat, harmful, "begin"):
             assert r.attack == "begin"
@@ -469,6 +473,7 @@ class TestText:
         assert len({noisy(one, 0), noisy(one, 1), noisy(two, 0)}) == 3
         assert noisy(one, 0) == noisy(one, 0) and plain(one, 0) == one.prompt
 
+    @pytest.mark.slow
     def test_best_of_n_depends_on_the_seed_and_more_tries_only_add(self, chat, harmful):
         def run(n, seed=0, **settings):
             return best_of_n.best_of_n(chat, harmful, n, sigma=0.1, seed=seed, **settings)

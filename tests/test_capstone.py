@@ -73,6 +73,7 @@ class TestPoints:
         with pytest.raises(RefusalLabError, match="at least one attack"):
             points({}, {"c": 1.0})
 
+    @pytest.mark.slow
     def test_compare_is_relative_to_the_undefended_model(self):
         base, tried = result([True] * 10, [True] * 8 + [False] * 2), result([False] * 10, [True] * 4 + [False] * 6)
         score = compare(tried, base)
@@ -80,6 +81,7 @@ class TestPoints:
         assert score.p["x"] == pytest.approx(2 * 0.5**10)
         assert compare(result([True] * 10, [True] * 10), base).kept["y"] == 1.0  # no reward for more than there was
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("broken", "served", "words"),
         [(False, False, "next to nothing of the traffic"), (True, True, "next to no attack"), (False, True, "100%")],
@@ -113,6 +115,7 @@ class TestPoints:
         assert stopped.low == pytest.approx(((low_a + low_b) / 2 + low_b) / 2)
         assert stopped.high == pytest.approx(((high_a + high_b) / 2 + high_b) / 2)
 
+    @pytest.mark.slow
     def test_more_served_than_by_the_undefended_model_is_all_of_it(self):
         base = result([True] * 10, [True] * 6 + [False] * 4)
         for served in ([True] * 9 + [False], [True] * 6 + [False] * 4):
@@ -282,12 +285,14 @@ class Odd(ModelAlone):
 
 
 class TestInterface:
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["as it should be", "refuses all", "counts"])
     def test_kept(self, way):
         defence = Odd(way)
         check_interface(defence)
         assert defence.asked == {str, list}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("way", "words"),
         [
@@ -576,6 +581,7 @@ class TestFile:
 
 
 class TestLeaderboard:
+    @pytest.mark.slow
     def test_order_and_failures_last(self):
         leaderboard.add("f", "1", "broken", None, "It hangs.")
         leaderboard.add("f", "undefended", "undefended", result([True, True], [True, True], "undefended"))

@@ -123,6 +123,7 @@ def _damaged(good):
     return good[:middle] + bytes(1000) + good[middle + 1000 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [COLAB, ""])
 @pytest.mark.parametrize(
     "contents",
@@ -156,6 +157,7 @@ def test_a_full_disk_is_no_damaged_archive(run, labs_zip, tmp_path):
     assert "labs.zip: [Errno 28] No space left on device. " in result.stdout
 
 
+@pytest.mark.slow
 def test_an_archive_that_was_packed_again_is_fine(run, labs_zip, tmp_path):
     """Unpacked and zipped by hand, the course lies one folder deeper."""
     with zipfile.ZipFile(labs_zip) as old, zipfile.ZipFile(tmp_path / "labs.zip", "w") as new:

@@ -65,6 +65,7 @@ def test_the_loss_is_the_sum_of_its_three_parts(model_of, r):
     assert got.item() == pytest.approx(expected.item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_search_lowers_its_loss_and_is_the_same_each_time(model_of):
     m, start = model_of("llama"), random_directions(32, 1, seed=1)
     settings = {**WHERE, "steps": 12, "batch_size": 3}
@@ -183,6 +184,7 @@ def test_what_happens_downstream_is_after_minus_before(model_of, prompts, r):
     torch.testing.assert_close(itself, -before @ (r / r.norm()), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_direction_of_the_last_token_has_the_best_bypass(monkeypatch):
     m, tried, scored = load("charter-chat"), [], []
 

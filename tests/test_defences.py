@@ -43,6 +43,7 @@ def r(m):
 # --- the words around a request ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_model_alone_answers_as_the_model_does(m, r):
     expected = generate(m, PROMPTS, edit=ablation(r), prefill="Use", max_new_tokens=32, batch_size=128)
     assert ModelAlone(m).replies(PROMPTS, edit=ablation(r), prefill="Use") == expected
@@ -130,6 +131,7 @@ def test_a_probe_separates_along_the_whitened_difference():
         linear_probe(harmful[:1], harmless)
 
 
+@pytest.mark.slow
 def test_a_monitor_reads_the_request_under_the_attackers_edit_and_not_the_prefill(m, r):
     d = Monitor(m, r / r.norm(), 5, -1, threshold=0.0)
     harmful = [item.prompt for item in bundled("harmful_val")[:3]]
@@ -197,6 +199,7 @@ def test_the_condition_must_come_first(r):
         conditional_addition(r, 0.0, 5, r, 5)
 
 
+@pytest.mark.slow
 def test_steering_that_never_fires_leaves_replies_alone_and_one_that_always_does_refuses(m, r):
     never, always = (ConditionalSteering(m, conditional_addition(r, cut, 4, r, 5)) for cut in (1e9, -1e9))
     assert never.replies(PROMPTS) == ModelAlone(m).replies(PROMPTS)
@@ -278,6 +281,7 @@ def small(m):
     return defences, attacks, same
 
 
+@pytest.mark.slow
 def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_model(small):
     defences, attacks, items = small
     steps = []
@@ -295,6 +299,7 @@ def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_mod
         evaluation.matrix([defences[0], defences[0]], attacks, items, {})
 
 
+@pytest.mark.slow
 def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
     items = bundled("harmful_val")[:2]
     at_run_time, searches = run_time_defences(m, r, 5), []
@@ -322,12 +327,14 @@ def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
     assert alone[1].min() > 0
 
 
+@pytest.mark.slow
 def test_who_holds_the_weights_gets_the_answers(m, r):
     items = bundled("harmful_val")[:6]
     for attack in evaluation.weight_attacks([ModelAlone(m, "none")], r):
         assert sum(result.outcome.correct for result in attack.run(ModelAlone(m), items)) >= 4
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     defences, attacks, items = small
     result = evaluation.matrix(defences, attacks, items, {"benign": items})

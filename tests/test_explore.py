@@ -27,12 +27,14 @@ def test_static_form_says_what_the_view_shows(candidates):
     assert "Harmful, direction ablated" in candidates.static and "layer 1" in candidates.static
 
 
+@pytest.mark.slow
 def test_moving_a_slider_changes_the_replies(candidates):
     before = candidates.shown.value
     candidates.controls[1].value -= 1
     assert candidates.shown.value != before
 
 
+@pytest.mark.slow
 def test_dropping_a_filter_changes_the_winner(candidates):
     induce = next(c for c in candidates.controls if c.description == "induce filter")
     assert "discarded" not in candidates.static

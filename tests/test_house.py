@@ -63,6 +63,7 @@ def test_imports_run_from_the_grader_to_the_library_to_the_models():
     assert {(a, b) for a, b in tops if a != b} == {("grader", "refusallab"), ("refusallab", "smallmodels")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "line"),
     [

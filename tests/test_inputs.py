@@ -117,6 +117,7 @@ ITEMS = [Item(f"i{k}", prompt, answer) for k, (prompt, answer) in enumerate(zip(
 R = torch.linspace(-1, 2, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TAKE_PROMPTS.values(), ids=TAKE_PROMPTS)
 def test_prompts_and_texts_in_any_series_give_what_a_list_gives(model_of, run):
     m = model_of()
@@ -135,6 +136,7 @@ TAKE_ITEMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TAKE_ITEMS.values(), ids=TAKE_ITEMS)
 def test_items_in_any_series_give_what_a_list_gives(model_of, run):
     m = model_of()
@@ -159,6 +161,7 @@ TAKE_FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TAKE_FLAGS.values(), ids=TAKE_FLAGS)
 def test_flags_and_numbers_in_any_series_give_what_a_list_gives(run):
     for kind in (*KINDS.values(), np.array, doubles, lambda values: map(float, values)):
@@ -301,6 +304,7 @@ def of_the_mlp(block):
     block.mlp.output[0] = 0.5 * block.mlp.output[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [assign, add, alias, method, one_position, of_the_input, of_the_mlp])
 def test_an_edit_of_the_first_prompt_alone_is_refused(model_of, change):
     m = model_of()

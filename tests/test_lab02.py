@@ -149,6 +149,7 @@ def test_the_explorer_says_why_a_candidate_is_discarded_and_who_wins(model_of, m
     assert rows[2][:2] == ("2", "-1") and rows[0][2:5] == ("bypass", "induce", "KL")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exercise", lab02.EXERCISES, ids=lambda e: e.number)
 def test_the_cases_tell_the_reference_from_a_guess(exercise):
     assert judge(find(exercise.number), exercise.reference, 11).passed

@@ -61,6 +61,7 @@ def test_figures(doses):
     assert "Wilson" in figure.get_supxlabel()
 
 
+@pytest.mark.slow
 def test_the_explorer_steers(model_of, r):
     m = model_of("llama")
     shown = explore.steering(m, 20 * r, 1, torch.zeros(m.width), [5, 9], ["Name a river"], ["List"])
@@ -109,6 +110,7 @@ def result_in_the_first_invoke(m, prompts, edit, steps):
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, answer, advice",
     [

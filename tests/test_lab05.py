@@ -163,6 +163,7 @@ def test_the_difference_mirrors_and_keeps_a_width_without_changes():
         assert paired_difference([True] * k + [False] * (10 - k), [True] * k + [False] * (10 - k)).value == 0
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth():
     g = torch.Generator().manual_seed(0)
     kinds = torch.multinomial(torch.tensor([0.8, 0.1, 0.03, 0.07]), 400 * 100, True, generator=g).view(400, 100)

@@ -119,6 +119,7 @@ def test_the_loss_of_a_suffix_is_that_of_its_text(model_of):
     assert suffix_loss(m, PROMPT, "bread", " three list tools") != pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_case_of_the_bug_clinic_has_survivors_and_both_kinds_of_merges(seed):
     m = lab06.chat_model()

@@ -36,6 +36,7 @@ def test_a_cascade_that_asks_too_much_is_told_apart_from_one_that_stops_wrongly(
     assert "also read" in judge(exercise, spendthrift.wrong, 0).problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["10.1", "10.5"])
 def test_an_answer_may_use_the_library(number):
     assert judge(find(number), find(number).reference, 3).passed

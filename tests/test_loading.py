@@ -75,6 +75,7 @@ def same_logits(ours, theirs, prompts):
 # The stream adds up
 
 
+@pytest.mark.slow
 def test_the_lens_gives_the_logits_of_every_architecture(m, prompts):
     for prompt in prompts[:2]:
         torch.testing.assert_close(logit_lens(m, stream(m, prompt)[-1, -1]), logits(m, [prompt])[0], atol=1e-4, rtol=0)
@@ -207,6 +208,7 @@ def test_other_architectures_are_refused_with_the_reason(make, prefix, extra, me
     assert "theirs" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "equivalence"),
     [
@@ -233,6 +235,7 @@ def test_architectures_that_add_up_are_read_and_edited(make, r, prefix, equivale
     assert along.max() < (1e-4 if dtype == torch.float32 else 0.1) * stream(m, "Name a river").norm(dim=-1).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4"])
 def test_an_edit_that_leaves_r_in_the_stream_is_refused(make, r, monkeypatch, name, dtype):
@@ -327,6 +330,7 @@ def test_wrap_refuses_codes_too(make):
         wrap(hf, make.tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, entry in catalog().items() if entry.kind == "bundled"])
 def test_weights_of_bundled_models_are_far_from_the_size_of_codes(name, monkeypatch):
     monkeypatch.setattr(selftest, "LARGEST_WEIGHTS", selftest.LARGEST_WEIGHTS / 20)

@@ -248,6 +248,7 @@ class TestTests:
         assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
         assert holm([]) == []
 
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=10)  # statsmodels collects garbage on every call: 0.1 s
     @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
     def test_holm_never_lowers_and_keeps_the_order(self, pvalues):

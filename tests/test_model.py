@@ -267,6 +267,7 @@ def test_logits_equal_the_raw_model(m, hooks, prompts):
     assert not torch.equal(got, logits(m, prompts, system="Be kind."))
 
 
+@pytest.mark.slow
 def test_generate_equals_a_plain_loop_with_and_without_a_null_edit(m, hooks, prompts, ids_not_text):
     ids_not_text(m)
     expected = hooks.greedy(m.hf, encode(m, prompts), 8, m.stop_ids)
@@ -275,6 +276,7 @@ def test_generate_equals_a_plain_loop_with_and_without_a_null_edit(m, hooks, pro
     assert len({tuple(row) for row in expected}) > 1
 
 
+@pytest.mark.slow
 def test_generate_sorts_batches_and_keeps_the_order(m, prompts, ids_not_text):
     ids_not_text(m)
     done = []
@@ -284,6 +286,7 @@ def test_generate_sorts_batches_and_keeps_the_order(m, prompts, ids_not_text):
     assert generate(m, prompts, max_new_tokens=6, batch_size=2, edit=no_edit) == alone
 
 
+@pytest.mark.slow
 def test_replies_end_at_the_stop_token(m, hooks, prompts, ids_not_text):
     ids_not_text(m)
     free = hooks.greedy(m.hf, encode(m, prompts), 8)
@@ -352,6 +355,7 @@ def test_no_warning_reaches_the_reader(model_of, prompts, r):
 # Remote, rehearsed by nnsight's local simulation
 
 
+@pytest.mark.slow
 def test_remote_path_gives_the_same_numbers(make, model_of, prompts, r):
     here, there = model_of(), make.model(remote="local")
     for edit in (None, ablation(r), addition(r, 1), affine(r, 1, r, 0.5)):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted([*ROOT.glob("solutions/*.ipynb"), *ROOT.glob("labs/*.ipynb")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_notebook_keeps_every_rule(path):
     assert lint(path) == []
@@ -136,6 +137,7 @@ ADDED = {  # a cell at the end: the problem
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "problem"), ADDED.values(), ids=ADDED)
 def test_a_bad_cell_is_found(good, problems, cell, problem):
     cell["id"] = "bad"

@@ -127,6 +127,7 @@ def undeclared_imports(folder, pyproject):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["grader", "grader/tests", "refusallab", "smallmodels", "tests"])
 def test_every_import_is_a_declared_dependency(folder):
     assert undeclared_imports(folder, read("pyproject.toml")) == set()

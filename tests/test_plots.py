@@ -115,6 +115,7 @@ def test_every_function_has_an_example(made_search):
     assert sorted(examples(made_search(8, 5))) == NAMES
 
 
+@pytest.mark.slow
 def test_axes_say_what_they_show(figure):
     """Every panel or the figure has a name below, and every row one on the left, unless its ticks are names."""
     panels = drawn(figure)

@@ -19,6 +19,7 @@ def text_of(stage, variant, tokenizer, count=600):
     return [tokenizer.decode(ids) for ids, _ in recipe.stage_rows(stage, variant, tokenizer, count)]
 
 
+@pytest.mark.slow
 def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
     ids = [
         tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=False)

@@ -66,9 +66,11 @@ def run(*command):
 
 
 class TestLabs:
+    @pytest.mark.slow
     def test_solutions_are_stamped_and_labs_are_made_of_them(self):
         assert release.out_of_date(ROOT) == []
 
+    @pytest.mark.slow
     @each_solution
     def test_a_stub_keeps_signature_and_docstring_and_nothing_of_the_answer(self, path):
         solution = read(path)
@@ -82,6 +84,7 @@ class TestLabs:
             body = re.search(r"### BEGIN SOLUTION\n(.*)\n    ### END SOLUTION", before.source, flags=re.S)[1]
             assert body not in nbformat.writes(lab)
 
+    @pytest.mark.slow
     @each_solution
     def test_nothing_else_changes_but_what_must_not_be_seen(self, path):
         solution = read(path)
@@ -166,6 +169,7 @@ class TestCommands:
         named = run("release", "--check").output.splitlines()
         assert named[:2] == ["out of date: labs/02_x.ipynb", "out of date: labs/03_y.ipynb"]
 
+    @pytest.mark.slow
     def test_execute_stores_the_same_outputs_each_time(self, course):
         code = (
             "import ipywidgets, os\nipywidgets.IntSlider(3)",
@@ -179,6 +183,7 @@ class TestCommands:
         assert '"False\\n"' in text  # no progress is made before, and none is left behind
         assert text == release.text(stamp(nbformat.reads(text, 4), "02_x"))
 
+    @pytest.mark.slow
     def test_execute_leaves_a_notebook_with_a_failing_cell_alone(self, course):
         nb = new_notebook(cells=[new_code_cell("1 / 0")])
         (course / "solutions" / "02_x.ipynb").write_text(nbformat.writes(nb))

@@ -207,6 +207,7 @@ def marked(kind, template=PLAIN):
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normalizer", "always", "first"])
 @pytest.mark.parametrize("init", [" x" * 6, " the x list"])
 @pytest.mark.parametrize("template", [PLAIN, STRIPS])

@@ -99,6 +99,7 @@ class TestLosses:
         assert stay(new, old, counted).item() == pytest.approx((4 + 4 + 5) / 3)
         assert stay(old, old, counted) == 0
 
+    @pytest.mark.slow
     def test_rerouting_starts_at_full_likeness_with_a_finite_gradient(self, some, chat):
         def loss(m):
             return rerouting_loss(m, chat, some[True][:4], some[False][:4])
@@ -109,6 +110,7 @@ class TestLosses:
 
 
 class TestHarden:
+    @pytest.mark.slow
     @pytest.mark.parametrize("defence", DEFENCES)
     def test_a_copy_is_trained_and_the_seed_decides(self, defence, chat, monkeypatch):
         monkeypatch.setattr(training, "BATCH_SIZE", 2)
@@ -158,6 +160,7 @@ class TestHarden:
 
 
 class TestWhiteBox:
+    @pytest.mark.slow
     def test_extraction_takes_the_candidate_that_frees_the_answers(self, chat):
         known, lawful, items = bundled("harmful_train")[:24], bundled("harmless_train")[:24], bundled("harmful_val")[:6]
         found = white_box.re_extract(chat, known, lawful, items)
@@ -199,6 +202,7 @@ class TestWhiteBox:
         assert white_box.descend(chat, u, *texts, 0.05).norm().item() == pytest.approx(1, abs=1e-5)
         torch.testing.assert_close(white_box.descend(chat, u, *texts, 0.0), u)
 
+    @pytest.mark.slow
     def test_the_curve_of_fine_tuning_starts_at_the_model_and_leaves_it(self, chat):
         known, items = bundled("harmful_train")[:4], bundled("harmful_val")[:6]
         before = copy.deepcopy(chat.hf.state_dict())

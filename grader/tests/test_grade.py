@@ -108,6 +108,7 @@ def test_own_cells_are_those_that_do_something_of_their_own():
 HOSTILE = ["-" * 100_000 + "1", "(" * 100_000, "a" + "[0]" * 50_000, "lambda:" * 20_000 + "1", "1" + "+1" * 50_000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", HOSTILE, ids=lambda s: s[:8])
 def test_no_source_breaks_the_reader(source):
     nb = code("def f(): return 1", source, "def g(): return 2")
@@ -173,6 +174,7 @@ def test_nothing_but_plain_data_is_decoded(text):
         decode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [e.number for e in HEADERS])
 def test_every_exercise_can_be_graded_from_plain_data(number):
     exercise = find(number)
@@ -388,6 +390,7 @@ def test_tables_for_canvas_and_moodle(records, tmp_path):
     assert len(read(tmp_path / "grades.csv")) == 13
 
 
+@pytest.mark.slow
 def test_nbgraders_gradebook(records, tmp_path):
     api = pytest.importorskip("nbgrader.api")
     url = f"sqlite:///{tmp_path / 'gradebook.db'}"

@@ -129,6 +129,7 @@ def test_a_file_that_cannot_be_written_costs_no_other(classroom, monkeypatch, tm
     assert len(list((tmp_path / "feedback").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_the_gradebook_takes_the_others(classroom, monkeypatch, tmp_path):
     pytest.importorskip("nbgrader.api")
     _, _, records = classroom()
@@ -189,6 +190,7 @@ CONTENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["{}", RAISES, '"' + "\\ud800" * 100 + '"', "[" * 5000], ids=lambda s: s[:10])
 @pytest.mark.parametrize("name", CONTENTS)
 def test_whatever_is_in_it_there_is_a_row_and_a_page(graded, monkeypatch, tmp_path, name, said):
@@ -291,6 +293,7 @@ def effort(size, kind):
     return pstats.Stats(profile).total_calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a chain", "one name", "a cell"])
 def test_what_is_needed_is_found_in_linear_time(kind):
     """Counted in calls, which a busy machine does not change."""

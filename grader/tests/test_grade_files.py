@@ -93,6 +93,7 @@ AROUND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("around", AROUND)
 def test_whose_and_for_which_lab(tmp_path, name, around):

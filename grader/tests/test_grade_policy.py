@@ -57,6 +57,7 @@ def lab(name):
     return read_cells(path.read_bytes()), tuple(c.source for c in given if c.kind == "code")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LABS)
 def test_honest_notebooks_raise_no_flag(name):
     cells, released = lab(name)
