@@ -347,10 +347,13 @@ class TestMake:
         ("target", "words"),
         [
             ("check", ["ruff check", "ruff format --check", "mypy"]),
-            ("test-fast", ["-m not (slow or sandbox or browser or cpu or real) tests grader/tests"]),
+            ("test-fast", ["-m not (slow or sandbox or browser or released or cpu or real) tests grader/tests"]),
             ("test-lab", ["tests/test_lab02.py solutions/02_x.ipynb"]),
             ("test", ["-m not (slow", "-m slow and not (sandbox", "--no-loadscope-reorder solutions"]),
-            ("test-all", ["-m not (slow", "-m slow and", "solutions", "-m sandbox", "-m browser", "-m cpu"]),
+            (
+                "test-all",
+                ["-m not (slow", "-m slow and", "solutions", "-m sandbox", "-m browser", "-m released", "-m cpu"],
+            ),
         ],
     )
     def test_developers_targets_work_alone(self, make, target, words):
