@@ -84,6 +84,7 @@ test-browser: develop
 	$(PYTEST) -m browser tests
 
 # Whole labs, unsolved and with wrong answers, that take minutes: they fail at their checks and nowhere else.
+# They stand in one file, so each goes to the next free worker.
 test-released: develop
 	$(PYTEST) -n 2 -m released tests
 

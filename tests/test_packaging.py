@@ -257,11 +257,11 @@ class TestDeadline:
         assert all(f"{name}.ipynb was not verified: the deadline had passed" in done.stdout for name in "ab")
 
     def test_past_it_no_long_test_is_begun(self, run, tmp_path):
-        for name in ("slow", "sandbox", "browser"):
+        for name in ("slow", "sandbox", "browser", "released"):
             (tmp_path / f"test_{name}.py").write_text(f"import pytest\n\n@pytest.mark.{name}\ndef test_x(): assert 0\n")
         (tmp_path / "test_short.py").write_text("def test_x(): pass\n")
         done = run(REFUSALLAB_DEADLINE="1000")
-        assert done.returncode == 0 and "1 passed, 7 skipped" in done.stdout
+        assert done.returncode == 0 and "1 passed, 8 skipped" in done.stdout
         assert "test_slow.py was not verified: the deadline had passed" in done.stdout
 
     def test_before_it_and_without_one_every_notebook_runs(self, run):

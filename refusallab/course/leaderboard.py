@@ -22,7 +22,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.model import Model
 
 UNDEFENDED = "undefended"
-EMPTY = "No defence has been scored yet: run refusallab capstone with the file of yours."
+EMPTY = "No defence has been scored yet: run refusallab capstone with your file."
 
 
 @dataclass(frozen=True)

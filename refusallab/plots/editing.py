@@ -86,7 +86,7 @@ def write_strengths(strengths: dict[str, dict[str, float]]) -> Figure:
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
     axis.set_xlabel("matrix that writes into the stream")
-    axis.set_ylabel("share of what it writes along\nthe direction (1: by chance)")
+    axis.set_ylabel("strength of writing along\nthe direction (1: by chance)")
     axis.set_ylim(bottom=-0.1)
     legend_above(figure)
     return figure
@@ -128,7 +128,7 @@ def cone_figure(curves: dict[str, dict[str, dict[float, Rate]]]) -> Figure:
             curve, style = by_metric[metric], OUTCOMES[metric]
             interval_band(axis, list(curve), list(curve.values()), label=metric, linestyle=dash, **style)
         axis.set_title(plane)
-        axis.set_xticks(range(0, 181, 45))
+        axis.set_xticks(list(curve))
         axis.set_xlabel("angle in the plane (degrees)")
     axes[0].set_ylabel("share of forbidden requests,\n95 % Wilson band")
     axes[0].set_ylim(-0.04, 1.04)
