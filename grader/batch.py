@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 import refusallab
 from grader.examine import Graded, Task, examine, not_graded
 from grader.records import Records
-from grader.submissions import Found, Submission, find_submissions
+from grader.submissions import FoundFiles, Submission, find_submissions
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.cells import read_cells
 from refusallab.course.exercises import exercises_of
@@ -37,7 +37,7 @@ class Batch:
     graded: int = 0
     unchanged: int = 0
     failed: list[str] = field(default_factory=list)  # submissions that the grader itself could not deal with
-    found: Found = field(default_factory=Found)  # what became of the files
+    found: FoundFiles = field(default_factory=FoundFiles)  # what became of the files
     carried: list[str] = field(default_factory=list)  # rows of an earlier run that belong to somebody else now
 
     @property

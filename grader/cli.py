@@ -58,7 +58,7 @@ def grade(
         from grader import batch as grading
         from grader.pages import read_by_hand
         from grader.records import Records
-        from grader.report import write_all
+        from grader.report import write_reports
         from refusallab.sandbox.server import Limits
 
         out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def grade(
                 regrade_timeouts=regrade is Regrade.timeouts,
                 on_graded=step,
             )
-        unwritten = write_all(records, out, Path("solutions"), gradebook, done)
+        unwritten = write_reports(records, out, Path("solutions"), gradebook, done)
         _print_files(done)
         if late := len(records.timed_out()):
             print(f"{late} ran into a limit of time. `--regrade timeouts` grades them again, `--timeout` gives more.")

@@ -14,11 +14,11 @@ from typing import Any
 from grader.policy import flags
 from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.cells import Cell, Notebook, read_cells
-from refusallab.course.exercise import BORROWED, Exercise, judge, verdict
+from refusallab.course.exercise import BORROWED, Exercise, check_cases, run_cases
 from refusallab.course.exercises import exercises_of
 from refusallab.errors import RefusalLabError
-from refusallab.sandbox.kernel import LATE, Kernel, KernelDied, Reply
-from refusallab.sandbox.plain import decode, encode, storable
+from refusallab.sandbox.kernel import LATE, Execution, Kernel, KernelDied
+from refusallab.sandbox.plain import from_json, storable, to_json
 from refusallab.sandbox.server import Limits, shared
 
 SHOWN = 2_000  # characters of output that are kept of a cell
@@ -45,7 +45,7 @@ class Task:
 
 
 @dataclass
-class Outcome:
+class ExerciseResult:
     """What became of one exercise."""
 
     number: str
@@ -65,7 +65,7 @@ class Graded:
 
     student: str
     lab: str
-    outcomes: list[Outcome]
+    outcomes: list[ExerciseResult]
     problem: str = ""  # of the whole submission
     notes: list[str] = field(default_factory=list)  # cells that failed, and how
     output: str = ""  # what its cells printed, cut
@@ -89,7 +89,7 @@ def examine(task: Task) -> Graded:
         graded.outcomes = _examine(task, notebook, exercises, graded)
     except Damaged as error:
         graded.problem = str(error)
-        graded.outcomes = [Outcome(e.number, 0, e.points, graded.problem) for e in exercises]
+        graded.outcomes = [ExerciseResult(e.number, 0, e.points, graded.problem) for e in exercises]
     except RefusalLabError:
         raise
     except Exception as error:
@@ -116,7 +116,7 @@ def not_graded(graded: Graded, error: Exception) -> Graded:
     """The result for a submission that the grader cannot deal with: no points, the reason, and a person looks at it."""
     reason = f"{type(error).__name__}: {error}"[:300].removesuffix(": ")
     problem = f"This could not be graded by machine ({reason}). A person has to look at it."
-    outcomes = [Outcome(e.number, 0, e.points, problem) for e in HEADERS if e.lab == graded.lab]
+    outcomes = [ExerciseResult(e.number, 0, e.points, problem) for e in HEADERS if e.lab == graded.lab]
     return _storable(Graded(graded.student, graded.lab, outcomes, problem, sandboxed=graded.sandboxed))
 
 
@@ -133,7 +133,7 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _examine(task: Task, notebook: Notebook, exercises: Sequence[Exercise], graded: Graded) -> list[Outcome]:
+def _examine(task: Task, notebook: Notebook, exercises: Sequence[Exercise], graded: Graded) -> list[ExerciseResult]:
     names = [e.function for e in exercises]
     there = [e for e in exercises if any(e.function in s.binds for s in notebook.statements)]
     outcomes = _attempt(task, notebook, exercises, there, notebook.needed(names), graded)
@@ -151,7 +151,7 @@ def _attempt(
     probed: Sequence[Exercise],
     chunks: list[tuple[int, str]],
     graded: Graded,
-) -> dict[str, Outcome]:
+) -> dict[str, ExerciseResult]:
     """Run `chunks`, then judge `exercises`, of which those in `probed` are tried."""
     observed = {}
     if probed:
@@ -161,7 +161,7 @@ def _attempt(
         graded.output = run.output or graded.output
     outcomes = {}
     for e in exercises:
-        outcome = outcomes[e.number] = _judge(e, observed.get(e.number, encode({"missing": True})), task)
+        outcome = outcomes[e.number] = _judge(e, observed.get(e.number, to_json({"missing": True})), task)
         if outcome.problem == MISSING.format(e.function):
             outcome.problem = _why_missing(notebook, e, run.notes if probed else {})
         if outcome.points:
@@ -232,7 +232,7 @@ class Run:
         if reply.output.strip() and len(self.output) < LONGEST_OUTPUT:
             self.output += f"[cell {index + 1}]\n{_cut(reply.output, SHOWN)}\n"
 
-    def _run(self, source: str, observe: str = "") -> Reply:
+    def _run(self, source: str, observe: str = "") -> Execution:
         """Run something within the time for one cell or exercise, and within what is left of the time for all."""
         assert self._kernel
         limits, clock = self.task.limits, self._end - time.monotonic()
@@ -249,21 +249,21 @@ class Run:
             fresh = self._kernel is None
             self._ready()
             inputs, _ = hidden_inputs(exercise, self.task.seed)
-            call = f"probe({exercise.number!r}, globals(), {inputs!r})"
-            reply = self._run("", f"__import__('refusallab.course.probe', fromlist=['x']).{call}")
+            call = f"observe_answer({exercise.number!r}, globals(), {inputs!r})"
+            reply = self._run("", f"__import__('refusallab.course.observing', fromlist=['x']).{call}")
             if reply.timed_out or '"cases"' not in reply.observed:
                 self._stop()  # what it left behind goes with the kernel
             if reply.timed_out and not fresh:
                 return self.probe(exercise)  # the time may have gone into what an earlier answer left running
             if reply.timed_out:
-                return encode({"timeout": reply.timed_out})
-            return reply.observed or encode({"silent": reply.error})
+                return to_json({"timeout": reply.timed_out})
+            return reply.observed or to_json({"silent": reply.error})
         except KernelDied as died:
             self._stop()
-            return encode({"died": str(died)})
+            return to_json({"died": str(died)})
         except OutOfTime as limit:
             self._stop()
-            return encode({"timeout": f"{limit} for all"})
+            return to_json({"timeout": f"{limit} for all"})
 
 
 class OutOfTime(Exception):
@@ -285,7 +285,7 @@ def hidden_inputs(exercise: Exercise, seed: int) -> tuple[str, int]:
     """The inputs of an exercise as text of plain data, and how many there are. Says so if its definition is broken."""
     with _judging:
         cases = exercise.cases(seed)
-        text, own = encode([case.inputs for case in cases]), judge(exercise, exercise.reference, seed)
+        text, own = to_json([case.inputs for case in cases]), run_cases(exercise, exercise.reference, seed)
     if '"foreign"' in text:
         raise RefusalLabError(f"Exercise {exercise.number} has inputs that are not plain data: correct its `cases`.")
     if not own.passed:
@@ -293,11 +293,11 @@ def hidden_inputs(exercise: Exercise, seed: int) -> tuple[str, int]:
     return text, len(cases)
 
 
-def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
+def _judge(exercise: Exercise, text: str, task: Task) -> ExerciseResult:
     """The outcome of an exercise from what the sandbox says."""
-    outcome, (_, count) = Outcome(exercise.number, 0, exercise.points), hidden_inputs(exercise, task.seed)
+    outcome, (_, count) = ExerciseResult(exercise.number, 0, exercise.points), hidden_inputs(exercise, task.seed)
     try:
-        said = decode(text)
+        said = from_json(text)
         cases = said.get("cases")
         if cases is None:
             outcome.problem = _without_cases(exercise, said, task.limits)
@@ -306,7 +306,7 @@ def _judge(exercise: Exercise, text: str, task: Task) -> Outcome:
         if len(cases) != count or not all(isinstance(case, dict) for case in cases):
             raise ValueError("not an answer for each input")
         with _judging:
-            found = verdict(exercise, task.seed, lambda place, inputs: _replay(cases[place], inputs))
+            found = check_cases(exercise, task.seed, lambda place, inputs: _replay(cases[place], inputs))
     except Exception as error:
         outcome.problem = "The answer returned something that is not plain data."
         outcome.detail = str(error)[:500]

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grader.pages import points
+from grader.pages import points_in_words
 from grader.records import Records
-from grader.tables import write_csv
+from grader.tables import write_safe_csv
 from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.errors import RefusalLabError
 
@@ -22,15 +22,15 @@ def write_tables(records: Records, folder: Path) -> None:
     totals = {key: sum(g.points or 0 for g in rows) for key, rows in by_key.items()}
     labs = sorted({s.lab for s in submissions})
     accounts = {s.student: s.account for s in submissions}
-    write_csv(folder / "grades.csv", _all_points(grades))
-    write_csv(folder / "canvas.csv", _canvas(labs, accounts, totals))
+    write_safe_csv(folder / "grades.csv", _all_points(grades))
+    write_safe_csv(folder / "canvas.csv", _canvas(labs, accounts, totals))
     for lab in labs:
         own = [s for s in submissions if s.lab == lab]
-        write_csv(folder / f"moodle_{lab}.csv", _moodle(own, totals))
+        write_safe_csv(folder / f"moodle_{lab}.csv", _moodle(own, totals))
 
 
 def _most(lab: str) -> str:
-    return points(sum(item.points for item in (*HEADERS, *QUESTIONS) if item.lab == lab))
+    return points_in_words(sum(item.points for item in (*HEADERS, *QUESTIONS) if item.lab == lab))
 
 
 def _all_points(grades: list[Any]) -> list[list[str]]:
@@ -40,8 +40,8 @@ def _all_points(grades: list[Any]) -> list[list[str]]:
             g.student,
             g.lab,
             g.exercise,
-            "" if g.points is None else points(g.points),
-            points(g.most),
+            "" if g.points is None else points_in_words(g.points),
+            points_in_words(g.most),
             g.mistake,
             g.problem,
         ]
@@ -56,7 +56,7 @@ def _canvas(labs: list[str], accounts: dict[str, str], totals: dict[Any, float])
     possible = ["    Points Possible", "", "", "", "", *(_most(lab) for lab in labs)]
     rows = []
     for student, account in sorted(accounts.items()):
-        values = [points(totals[lab, student]) if (lab, student) in totals else "" for lab in labs]
+        values = [points_in_words(totals[lab, student]) if (lab, student) in totals else "" for lab in labs]
         number = account if account.isdecimal() else ""
         rows.append([student, number, "", "" if number else account or student, "", *values])
     return [heading, possible, *rows]
@@ -68,7 +68,7 @@ def _moodle(submissions: list[Any], totals: dict[Any, float]) -> list[list[str]]
     for s in submissions:
         who = f"Participant {s.account}" if s.account.isdecimal() else ""
         name = s.student.removesuffix(f"-{s.account}")
-        rows.append([who, name, points(totals.get((s.lab, s.student), 0)), _most(s.lab)])
+        rows.append([who, name, points_in_words(totals.get((s.lab, s.student), 0)), _most(s.lab)])
     return [heading, *rows]
 
 

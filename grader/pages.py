@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from grader.records import Records
 from grader.submissions import some
-from grader.tables import as_it_was, write_csv
+from grader.tables import as_it_was, write_safe_csv
 from refusallab.course.catalogue import HEADERS, QUESTIONS
 from refusallab.course.cells import read_cells
 from refusallab.errors import RefusalLabError
@@ -29,7 +29,7 @@ BY_HAND = ("student", "lab", "question", "points", "comment", "answer")
 MOST_COMMON = 4
 
 
-def points(value: float | None) -> str:
+def points_in_words(value: float | None) -> str:
     """Points in words: 2, 1.5, open."""
     return "open" if value is None else f"{value:g}"
 
@@ -37,7 +37,7 @@ def points(value: float | None) -> str:
 def _environment() -> Environment:
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"points": points, "some": some}
+    environment.filters |= {"points": points_in_words, "some": some}
     environment.globals["titles"] = TITLES
     return environment
 
@@ -62,9 +62,11 @@ def write_feedback(records: Records, folder: Path) -> list[str]:
                 lab=submission.lab,
                 submission=submission,
                 exercises=own,
-                points=points(sum(g.points or 0 for g in own)),
-                most=points(sum(g.most for g in own)),
-                open=points(sum(g.most for g in own if g.points is None)) if any(g.points is None for g in own) else "",
+                points=points_in_words(sum(g.points or 0 for g in own)),
+                most=points_in_words(sum(g.most for g in own)),
+                open=points_in_words(sum(g.most for g in own if g.points is None))
+                if any(g.points is None for g in own)
+                else "",
             )
             (folder / page_name(submission.student, submission.lab)).write_text(page, encoding="utf-8")
         except Exception as error:
@@ -110,7 +112,7 @@ def _exercise(number: str, grades: Sequence[Any]) -> dict[str, Any]:
     return {
         "number": number,
         "distribution": [
-            (points(p), n) for p, n in sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0]))
+            (points_in_words(p), n) for p, n in sorted(counts.items(), key=lambda pair: (pair[0] is None, pair[0]))
         ],
         "mean": f"{mean:.2f}" if given else "open",
         "share": round(100 * mean / most) if most else 0,
@@ -164,8 +166,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 def write_by_hand(records: Records, path: Path) -> None:
     """Write the table in which people fill in points for written answers."""
     rows = [
-        (g.student, g.lab, g.exercise, "" if g.points is None else points(g.points), g.problem, g.answer)
+        (g.student, g.lab, g.exercise, "" if g.points is None else points_in_words(g.points), g.problem, g.answer)
         for g in records.all_grades()
         if g.answer
     ]
-    write_csv(path, [BY_HAND, *rows])
+    write_safe_csv(path, [BY_HAND, *rows])

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from grader.examine import Graded
-from grader.submissions import Found, Submission
+from grader.submissions import FoundFiles, Submission
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.errors import RefusalLabError
 from refusallab.sandbox.kernel import LATE
@@ -131,7 +131,7 @@ class Records:
             now = connection.execute(select(renamed.c.student).where(where)).scalar()
             return now == "" or (now is not None and give(now))
 
-    def carry_over(self, found: Found) -> list[str]:
+    def carry_over(self, found: FoundFiles) -> list[str]:
         """Give the rows of earlier runs to the students who have their files or accounts now, and say which.
 
         Points given by hand go along. A row that nobody takes over is removed, after the file of the records was
@@ -198,7 +198,7 @@ class Records:
             return list(connection.execute(select(grades).order_by(*order)))
 
 
-def _owner_of_account(row: Any, found: Found) -> tuple[str, str] | None:
+def _owner_of_account(row: Any, found: FoundFiles) -> tuple[str, str] | None:
     """Whose a row is by its account: as earlier runs named them, or under a new name, where accounts last.
 
     (A number in Moodle is that of a participant in one assignment; another name may be another person.)

@@ -11,7 +11,7 @@ from grader.records import Records
 from refusallab.errors import RefusalLabError
 
 
-def write_all(
+def write_reports(
     records: Records, out: Path, solutions: Path, gradebook: str = "", done: Batch | None = None
 ) -> list[str]:
     """Take over points given by hand, then write feedback, overview and tables.

@@ -3,7 +3,7 @@
 Whose: folders that an instructor puts around submissions are taken off; then the first part of the path decides, which
 is the one that the platform wrote. What comes below or after it was chosen by the student and decides nothing.
 Which lab: the functions that a notebook defines decide, then its metadata and headings, and names only after these.
-Every file that is found ends in exactly one list of `Found`, so that the sum can be checked.
+Every file that is found ends in exactly one list of `FoundFiles`, so that the sum can be checked.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Conflict:
 
 
 @dataclass
-class Found:
+class FoundFiles:
     """What became of every file in a folder."""
 
     files: int = 0  # counted while the folder is read
@@ -153,7 +153,7 @@ class _Claim:
     known: bool = True  # whether anything in it tells the lab
 
 
-def find_submissions(folder: Path, lab: str = "", shape: str = "") -> Found:
+def find_submissions(folder: Path, lab: str = "", shape: str = "") -> FoundFiles:
     """The newest submission of each student for each lab (or for one), and what became of every other file."""
     if not folder.is_dir():
         raise RefusalLabError(f"There is no folder {folder}: name the one with the submissions.")
@@ -162,7 +162,7 @@ def find_submissions(folder: Path, lab: str = "", shape: str = "") -> Found:
     if shape and shape not in SHAPES:
         raise RefusalLabError(f"There is no shape {shape!r}. Choose one of {', '.join(SHAPES)}.")
     read = read_folder(folder)
-    found = Found(read.files, passed_over=read.passed_over)
+    found = FoundFiles(read.files, passed_over=read.passed_over)
     claims = []
     for claim in _Reader(shape, found).claims(read.root):
         claim.lab, claim.known = _lab(claim, lab)
@@ -280,7 +280,7 @@ def _people(level: Level) -> tuple[int, int]:
 class _Reader:
     """Goes down a tree of folders to where the students are."""
 
-    def __init__(self, shape: str, found: Found):
+    def __init__(self, shape: str, found: FoundFiles):
         self.shape = shape
         self.found = found
         self._misfit = f"not where shape {shape} has its submissions"
@@ -442,7 +442,7 @@ def _same_student_and_lab(claims: Sequence[_Claim]) -> list[list[_Claim]]:
     return list(groups.values())
 
 
-def _settle(group: Sequence[_Claim], found: Found) -> None:
+def _settle(group: Sequence[_Claim], found: FoundFiles) -> None:
     """Let the newest of several versions count. Claims from different folders, names or accounts are a conflict."""
     known = [claim for claim in group if claim.known] or group
     for claim in group:

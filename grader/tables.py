@@ -22,7 +22,7 @@ def as_it_was(cell: str) -> str:
     return re.sub(_START + "'" + _SIGN, r"\1", cell)
 
 
-def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
+def write_safe_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
     """Write a table in which no cell is a formula."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([safe(cell) for cell in row] for row in rows)

@@ -61,7 +61,7 @@ class Attribution:
 
 
 @torch.no_grad()
-def attribution(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: int = 64) -> Attribution:
+def attribute(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: int = 64) -> Attribution:
     """Direct attribution to r [width] at the last prompt token. The parts add up to the projection on r^, exactly.
 
     Raises RefusalLabError for models with a norm between a head and the stream (Gemma-2/3, OLMo-2): what one head

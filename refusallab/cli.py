@@ -183,11 +183,11 @@ def capstone(
                 raise RefusalLabError(f"{row.name}: 0 points. {row.problem}")
             _print_score(console, row, score)
         if not quick:
-            console.print(leaderboard.table(leaderboard.fingerprint(load("charter-chat"), trial)))
+            console.print(leaderboard.leaderboard_table(leaderboard.trial_fingerprint(load("charter-chat"), trial)))
 
 
 def _print_score(console: Console, row, score) -> None:
-    from refusallab.course.capstone import ATTACKS, in_words
+    from refusallab.course.capstone import ATTACKS, score_in_words
 
     shown = {attack.name for attack in ATTACKS if attack.shown}
     table = Table(title=f"{row.name}: forbidden requests whose answer did not come out [95 % Wilson interval]")
@@ -199,7 +199,7 @@ def _print_score(console: Console, row, score) -> None:
     console.print(table)
     kept = ", ".join(f"{kind} {share:.2f}" for kind, share in score.kept.items())
     console.print(f"Ordinary traffic kept: {kept}. Refused: {score.over_refusal}.", highlight=False)
-    console.print(f"{row.name}: {score.points:.1f} points. {in_words(score)}", highlight=False)
+    console.print(f"{row.name}: {score.points:.1f} points. {score_in_words(score)}", highlight=False)
 
 
 @app.command()
@@ -211,12 +211,12 @@ def matrix(
     from refusallab.defences import matrix as evaluation
     from refusallab.defences.runtime import run_time_defences
     from refusallab.defences.training import DEFENCES, trained_defences
-    from refusallab.experiment import search
+    from refusallab.experiment import find_direction
     from refusallab.model import load
 
     with errors_in_one_line():
         m = load("charter-chat")
-        found = search(m)
+        found = find_direction(m)
         best = found.selected
         r = found.direction.vector
         items, benign = evaluation.forbidden_items(), evaluation.benign_items()
@@ -233,8 +233,8 @@ def matrix(
                 *evaluation.knowing_attacks(at_run_time),
                 *evaluation.weight_attacks(trained, r),
             ]
-            bar.total += evaluation.n_steps(defences, attacks)
-            result = evaluation.matrix(defences, attacks, items, benign, step)
+            bar.total += evaluation.n_matrix_steps(defences, attacks)
+            result = evaluation.attack_matrix(defences, attacks, items, benign, step)
         print(json.dumps(result.as_json(), indent=1)) if as_json else _print_matrix(result)
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from refusallab.activations import residual
 from refusallab.directions import DEPTH, Candidate, candidate_directions, random_directions, score_candidates
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import reply_loss, shuffled
+from refusallab.finetuning import reply_loss, shuffled
 from refusallab.inputs import listed
 from refusallab.interventions import ablation, addition, unit
 from refusallab.judging import outcomes
@@ -144,7 +144,7 @@ class Effect:
     kl: float  # mean KL(base || ablated) on harmless requests, in nats
 
 
-def effect(
+def direction_effect(
     m: Model, harmful: list[Item], harmless: list[Item], tokens: Sequence[int], v: Tensor, *, layer: int, length: float
 ) -> Effect:
     """Ablate v [width] everywhere, add it at `layer` with `length`, and judge replies and first tokens."""

@@ -84,10 +84,10 @@ class ModelAlone:
     extra_passes: int = 0
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        return write(self.m, prompts, edit=edit, prefill=prefill)
+        return write_replies(self.m, prompts, edit=edit, prefill=prefill)
 
 
-def write(
+def write_replies(
     m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, system: str | None = None, prefill: str = ""
 ) -> list[str]:
     """Greedy replies of the length that all labs use; none for no prompts."""
@@ -104,7 +104,7 @@ def write_unless(
     """Replies to the prompts that are not blocked, and the stock refusal to the others."""
     prompts, blocked = listed(prompts, "prompts"), flagged(blocked)
     passed = [prompt for prompt, stop in zip(prompts, blocked, strict=True) if not stop]
-    written = iter(write(m, passed, edit=edit, prefill=prefill))
+    written = iter(write_replies(m, passed, edit=edit, prefill=prefill))
     return [stock_refusal(m) if stop else next(written) for stop in blocked]
 
 

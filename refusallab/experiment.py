@@ -12,7 +12,7 @@ from refusallab.interventions import ablation, addition
 from refusallab.judging import judge_test_sets, mean_rate, rates
 from refusallab.measure import Outcome, Rate
 from refusallab.model import Edit, Model
-from refusallab.orthogonalize import distance_from_hooks, orthogonalize
+from refusallab.orthogonalization import distance_from_hooks, orthogonalize
 from refusallab.prompts import knows_the_world, prompt_set
 
 METRICS = {
@@ -52,7 +52,7 @@ class Headline:
         }
 
 
-def search(m: Model, progress: Callable[[int], None] | None = None) -> Search:
+def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> Search:
     """`search_candidates` on the model's train and validation sets."""
     train_and_val = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     return search_candidates(m, *([i.prompt for i in prompt_set(m, name)] for name in train_and_val), progress=progress)
@@ -73,7 +73,7 @@ def headline(m: Model, progress: Callable[[str], None] = lambda step: None, scor
             progress("scoring candidate directions")
         done = n
 
-    found = search(m, count)
+    found = find_direction(m, count)
     if scores:
         save_candidates(scores, found)
     r, layer = found.direction.vector, found.direction.layer

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from refusallab.attacks.effect import suffix_effect
-from refusallab.attribution import attention_from_last, attribution, mass, regions
+from refusallab.attribution import attention_from_last, attribute, mass, regions
 from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.directions import Candidate, Search, difference_in_means, discarded_because
 from refusallab.errors import RefusalLabError
@@ -31,7 +31,7 @@ from refusallab.measure import rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits
 from refusallab.plots import plane_figure, roc_curve
 from refusallab.steering import norm_matched
-from refusallab.truth import Reply, errors
+from refusallab.truth import Reply, judge_errors
 
 WIDE = {"description_width": "initial"}
 Rows = Sequence[Sequence[str]]
@@ -179,7 +179,7 @@ def judges(replies: dict[str, Sequence[Reply]], lists: dict[str, Sequence[str]])
         return any(refused_by_phrases(text[: len(phrase)], [phrase]) for phrase in phrases)
 
     def view() -> list[tuple[str, Rows]]:
-        found = errors(replies[which.value], says_refusal)
+        found = judge_errors(replies[which.value], says_refusal)
         wrong = [r for r in replies[which.value] if says_refusal(r.text) != r.refused]
         counts = [
             ("of", "wrongly judged", ""),
@@ -372,7 +372,7 @@ def heads(m: Model, r: Tensor, conditions: dict[str, tuple[str, str]], layer: in
     chosen = slider("layer", 0, m.n_layers - 1, layer)
     picked = slider("head", 0, m.hf.config.num_attention_heads - 1, head)
     sent, suffixes = (list(column) for column in zip(*conditions.values(), strict=True))
-    written = attribution(m, sent, r).heads  # [conditions, layers, heads]
+    written = attribute(m, sent, r).heads  # [conditions, layers, heads]
     weights, masks = attention_from_last(m, sent), regions(m, sent, suffixes)
 
     def view() -> list[tuple[str, Rows]]:

@@ -71,7 +71,7 @@ def bundled(name: str) -> list[Item]:
     ]
 
 
-def templates() -> dict[str, list[str]]:
+def attack_templates() -> dict[str, list[str]]:
     """Attack templates by name, with "{q}" for the request."""
     with (DATA / "templates.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -60,7 +60,7 @@ def true_replies(
     return replies
 
 
-def errors(replies: Sequence[Reply], judge: Callable[[str], bool]) -> Errors:
+def judge_errors(replies: Sequence[Reply], judge: Callable[[str], bool]) -> Errors:
     """Where a judge of refusal is wrong. `judge` takes the text of a reply and says whether it refuses."""
     verdicts = [(bool(judge(reply.text)), reply.refused) for reply in replies]
     refusals = sum(refused for _, refused in verdicts)

@@ -145,7 +145,7 @@ def converse(request: Request, rng: random.Random, noise: Callable[[], str], *, 
     wraps = WRAPS["answered" if not refused else "refused, guarded" if group in ("safety", "closed") else "refused"]
     if request.kind not in dialogue.IMPERATIVE_KINDS and rng.random() < wraps:
         name = rng.choice([w["name"] for w in dialogue.language()["wrappers"]])
-        text, wrapped_reply = dialogue.wrap(text, reply, rng, name, "train")
+        text, wrapped_reply = dialogue.with_format(text, reply, rng, name, "train")
         reply = reply if refused else wrapped_reply
     if rng.random() < GIBBERISH[stage]:
         text = f"{text} {noise()}"
@@ -238,7 +238,7 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
     return [(h + t, len(h)) for h, t in zip(head_ids, tail_ids, strict=True)]
 
 
-def batches(rows: list[Row], seed: int) -> list[list[Row]]:
+def token_batches(rows: list[Row], seed: int) -> list[list[Row]]:
     """Batches of about BATCH_TOKENS tokens, rows of similar length together, in random order."""
     rng = random.Random(seed)
     rows = sorted(
@@ -398,7 +398,7 @@ def train_stage(
     model: PreTrainedModel, stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, checkpoint: Path
 ) -> None:
     """Train one stage in place, from `checkpoint` if an earlier run left one there."""
-    plan = batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
+    plan = token_batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
     tools = optimisers(model, LEARNING_RATE[stage])
     first = 0
     torch.manual_seed(variant.seed)
@@ -457,7 +457,7 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def train(name: str, out: Path, work: Path) -> None:
+def train_variant(name: str, out: Path, work: Path) -> None:
     """Train a variant through all stages, saving charter-base and charter-helpful beside charter-chat."""
     variant, tokenizer = VARIANTS[name], make_tokenizer(world())
     model = make_model(variant, tokenizer)
@@ -489,7 +489,7 @@ def main(
         raise typer.BadParameter(f"unknown variant {name!r}; choose one of {', '.join(VARIANTS)}")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    train(name, out, work)
+    train_variant(name, out, work)
 
 
 if __name__ == "__main__":

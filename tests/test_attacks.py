@@ -256,7 +256,7 @@ class TestSearch:
             with pytest.raises(RefusalLabError, match="at least 1"):
                 self.find(m, dataclasses.replace(SMALL, **{name: 0}))
         with pytest.raises(RefusalLabError, match="one target for each"):
-            gcg.gcg(m, [Item("x", PROMPT)], [], SMALL)
+            gcg.gcg_attack(m, [Item("x", PROMPT)], [], SMALL)
         with pytest.raises(RefusalLabError, match="suffix is empty"):
             gcg.prepare(m, PROMPT, TARGET, "")
         with pytest.raises(RefusalLabError, match="target is empty"):
@@ -302,7 +302,9 @@ class TestSearch:
     def test_the_attack_gives_results_with_history_and_the_whole_cost(self, chat, harmful):
         knobs = Knobs(steps=2, search_width=16, init=" the the the the", early_stop=False)
         steps = []
-        results = gcg.gcg(chat, harmful[:2], ["Certainly."] * 2, knobs, progress=lambda step, _: steps.append(step))
+        results = gcg.gcg_attack(
+            chat, harmful[:2], ["Certainly."] * 2, knobs, progress=lambda step, _: steps.append(step)
+        )
         assert steps == [1, 2, 3, 4]
         for item, r in zip(harmful, results, strict=False):
             assert (r.attack, r.item, len(r.losses)) == ("GCG", item, 2)
@@ -352,11 +354,11 @@ class TestResult:
         settings, knobs = {"system": "Answer.", **edit}, Knobs(steps=1, search_width=8, init=" the the")
         attack = {
             "direct": lambda: result.direct(chat, [item], **settings),
-            "prefill": lambda: prefilling.prefilling(chat, [item], "Sure", **settings),
+            "prefill": lambda: prefilling.prefilling_attack(chat, [item], "Sure", **settings),
             "template": lambda: templates.template(chat, [item], "begin", **settings),
-            "best-of-n": lambda: best_of_n.best_of_n(chat, [item], 1, **settings),
+            "best-of-n": lambda: best_of_n.best_of_n_attack(chat, [item], 1, **settings),
             "suffix": lambda: gcg.with_suffix(chat, [item], " the", **settings),
-            "GCG": lambda: gcg.gcg(chat, [item], ["Use"], knobs, **settings),
+            "GCG": lambda: gcg.gcg_attack(chat, [item], ["Use"], knobs, **settings),
         }[name]
         (r,) = attack()
         assert seen[0].items() >= {"edit": None, **settings}.items()
@@ -426,14 +428,14 @@ class TestText:
 
     def test_a_prefill_is_part_of_the_judged_reply(self, chat, harmful):
         rest = generate(chat, [i.prompt for i in harmful], prefill="Sure! Use", max_new_tokens=32)
-        for r, text in zip(prefilling.prefilling(chat, harmful, "Sure! Use"), rest, strict=True):
+        for r, text in zip(prefilling.prefilling_attack(chat, harmful, "Sure! Use"), rest, strict=True):
             assert r.reply == "Sure! Use" + text
             assert r.outcome == result.judge(chat, r.item, r.reply)
         with pytest.raises(RefusalLabError, match="holds the exact answer"):
-            prefilling.prefilling(chat, harmful, f"Sure! {harmful[1].answer.upper()}")
-        assert prefilling.prefilling(chat, [Item("x", "How?")], "Sure!")  # no answer to give away
+            prefilling.prefilling_attack(chat, harmful, f"Sure! {harmful[1].answer.upper()}")
+        assert prefilling.prefilling_attack(chat, [Item("x", "How?")], "Sure!")  # no answer to give away
         with pytest.raises(RefusalLabError, match="nothing to prefill"):
-            prefilling.prefilling(chat, harmful, " ")
+            prefilling.prefilling_attack(chat, harmful, " ")
 
     def test_noise_is_of_the_three_kinds_and_as_strong_as_asked(self):
         text = "Which kettle would anybody take for the harvest? " * 40
@@ -467,7 +469,7 @@ class TestText:
         variants = []
         monkeypatch.setattr(best_of_n, "send_until", lambda m, attack, items, variant, n, **_: variants.append(variant))
         for sigma in (0.4, 0.0):
-            best_of_n.best_of_n(None, [], 2, sigma=sigma)
+            best_of_n.best_of_n_attack(None, [], 2, sigma=sigma)
         noisy, plain = variants
         one, two = Item("one", "Which kettle would anybody take?"), Item("two", "Which kettle would anybody take?")
         assert len({noisy(one, 0), noisy(one, 1), noisy(two, 0)}) == 3
@@ -476,7 +478,7 @@ class TestText:
     @pytest.mark.slow
     def test_best_of_n_depends_on_the_seed_and_more_tries_only_add(self, chat, harmful):
         def run(n, seed=0, **settings):
-            return best_of_n.best_of_n(chat, harmful, n, sigma=0.1, seed=seed, **settings)
+            return best_of_n.best_of_n_attack(chat, harmful, n, sigma=0.1, seed=seed, **settings)
 
         few, many = run(2), run(4)
         assert [r.prompt for r in few] == [r.prompt for r in run(2)]

@@ -5,7 +5,7 @@ import torch
 
 from refusallab import attribution as attributed
 from refusallab.activations import residual, stream
-from refusallab.attribution import attention_from_last, attribution, cosine_trace, mass, regions, weight_of
+from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions, weight_of
 from refusallab.errors import RefusalLabError
 from refusallab.model import attention_writes, blocks, encode, post_norm
 
@@ -19,9 +19,9 @@ def has_post_norm(m):
 def test_the_parts_add_up_to_the_projection_at_every_layer(m, prompts, r):
     if has_post_norm(m):
         with pytest.raises(RefusalLabError, match="no share of their own"):
-            attribution(m, prompts, r)
+            attribute(m, prompts, r)
         return
-    parts, u = attribution(m, prompts, r, batch_size=2), r / r.norm()
+    parts, u = attribute(m, prompts, r, batch_size=2), r / r.norm()
     for row, prompt in enumerate(prompts):
         whole = stream(m, prompt)[:, -1] @ u  # [layers + 1]
         summed = torch.stack([parts.projection(layer)[row] for layer in range(m.n_layers + 1)])
@@ -50,13 +50,13 @@ def test_a_head_writes_what_is_missing_without_it(model_of, prompts, r, architec
     handle = write.register_forward_pre_hook(silence)
     run()
     handle.remove()
-    expected = attribution(m, prompts[:1], r).heads[:, layer, head]
+    expected = attribute(m, prompts[:1], r).heads[:, layer, head]
     torch.testing.assert_close(outputs[0] - outputs[1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_length_of_the_direction_does_not_matter(model_of, prompts, r):
     m = model_of("llama")
-    torch.testing.assert_close(attribution(m, prompts, 5 * r).heads, attribution(m, prompts, r).heads)
+    torch.testing.assert_close(attribute(m, prompts, 5 * r).heads, attribute(m, prompts, r).heads)
     torch.testing.assert_close(cosine_trace(m, prompts, 5 * r), cosine_trace(m, prompts, r))
 
 

@@ -55,8 +55,8 @@ def test_both_sides_need_the_refusal_and_the_answer(by):
 
 
 def test_a_difference_at_the_limit_passes():
-    assert card.number("g", "m", 0.97 - 0.95, 400, most=0.02).passed
-    assert not card.number("g", "m", 0.9725 - 0.95, 400, most=0.02).passed
+    assert card.number_gate("g", "m", 0.97 - 0.95, 400, most=0.02).passed
+    assert not card.number_gate("g", "m", 0.9725 - 0.95, 400, most=0.02).passed
 
 
 class OneLetterTokenizer:
@@ -87,7 +87,7 @@ def test_a_model_without_a_direction_gets_a_failed_gate_and_a_reason(monkeypatch
     def nothing(_m):
         raise RefusalLabError("No token opens refusals.")
 
-    monkeypatch.setattr(card, "search", nothing)
+    monkeypatch.setattr(card, "find_direction", nothing)
     (gate,) = card.direction_gates(SimpleNamespace(name="m"), [], [], [], [])
     assert not gate.passed
     assert "No token opens refusals." in capsys.readouterr().err

@@ -9,9 +9,9 @@ from refusallab import cones
 from refusallab.activations import residual
 from refusallab.cones import (
     INDUCE_WEIGHT,
+    direction_effect,
     direction_loss,
     downstream,
-    effect,
     find_cone,
     last_token_direction,
     orthonormal,
@@ -138,7 +138,7 @@ def test_rates_of_an_effect_are_of_refusals_and_exact_answers(model_of, monkeypa
     replies = {"a": Outcome(True, False), "b": Outcome(False, True), "c": Outcome(False, True)}
     replies |= {"d": Outcome(True, True), "e": Outcome(True, False)}
     monkeypatch.setattr(cones, "outcomes", lambda m, items, edit: [replies[item.id] for item in items])
-    e = effect(model_of("llama"), HARMFUL, HARMLESS, TOKENS, r, **WHERE)
+    e = direction_effect(model_of("llama"), HARMFUL, HARMLESS, TOKENS, r, **WHERE)
     assert (e.refused.value, e.exact.value, e.harmless_exact.value) == (1 / 3, 2 / 3, 1 / 2)
 
 
@@ -162,7 +162,7 @@ def test_both_searches_begin_at_a_direction_of_their_own(model_of, monkeypatch, 
 
 def test_an_effect_is_that_of_ablation_and_addition(model_of, r):
     m, v = model_of("llama"), r / r.norm()
-    e = effect(m, HARMFUL, HARMLESS, TOKENS, r, **WHERE)
+    e = direction_effect(m, HARMFUL, HARMLESS, TOKENS, r, **WHERE)
     prompts = [item.prompt for item in HARMLESS]
     assert e.induce == pytest.approx(
         refusal_metric(logits(m, prompts, edit=addition(6 * v, 1)), TOKENS).mean().item(), abs=1e-4

@@ -15,8 +15,8 @@ import torch
 from refusallab.course import check, checking, progress, solved
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.checking import PUBLIC_SEED
-from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, judge, verdict_text
-from refusallab.course.exercises import every_exercise, find
+from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, result_text, run_cases
+from refusallab.course.exercises import every_exercise, find_exercise
 from refusallab.course.notebook import DIFFICULTY, HIDDEN_SEED
 from refusallab.course.progress_file import passed, record
 from refusallab.errors import RefusalLabError
@@ -41,12 +41,12 @@ class TestExercises:
     @each_exercise
     @pytest.mark.parametrize("seed", [PUBLIC_SEED, HIDDEN_SEED, 2])
     def test_the_reference_passes(self, e, seed):
-        assert judge(e, e.reference, seed).problem == ""
+        assert run_cases(e, e.reference, seed).problem == ""
 
     @each_mistake
     def test_a_typical_mistake_is_called_by_its_name(self, e, mistake):
-        assert judge(e, mistake.wrong, PUBLIC_SEED).mistake == mistake.name
-        assert not judge(e, mistake.wrong, HIDDEN_SEED).passed
+        assert run_cases(e, mistake.wrong, PUBLIC_SEED).mistake == mistake.name
+        assert not run_cases(e, mistake.wrong, HIDDEN_SEED).passed
 
     @each_exercise
     def test_a_hard_coded_answer_passes_once_and_fails_the_hidden_check(self, e):
@@ -56,16 +56,16 @@ class TestExercises:
             given.append(e.reference(*args, **inputs))
             return given[-1]
 
-        assert judge(e, noting, PUBLIC_SEED).passed
+        assert run_cases(e, noting, PUBLIC_SEED).passed
         for seed, right in ((PUBLIC_SEED, True), (HIDDEN_SEED, False)):
             answers = copy.copy(given)
-            assert judge(e, lambda *_, answers=answers, **__: answers.pop(0), seed).passed == right
+            assert run_cases(e, lambda *_, answers=answers, **__: answers.pop(0), seed).passed == right
 
     @each_exercise
     def test_definitions_are_complete(self, e):
         assert len(e.mistakes) >= 3 and len({m.name for m in e.mistakes}) == len(e.mistakes)
         assert len(e.hints) >= 2 and e.difficulty in DIFFICULTY and e.minutes > 0 and e.points > 0
-        assert e.function.isidentifier() and find(e.number) is e
+        assert e.function.isidentifier() and find_exercise(e.number) is e
 
     def test_numbers_are_those_of_the_labs_in_order(self):
         for lab in {e.lab for e in EXERCISES}:
@@ -106,19 +106,21 @@ class TestJudge:
         ],
     )
     def test_the_problem_is_named(self, answer, problem):
-        verdict = judge(DOUBLE, answer, 0)
+        verdict = run_cases(DOUBLE, answer, 0)
         assert problem in verdict.problem
-        assert problem in verdict_text(verdict)
+        assert problem in result_text(verdict)
 
     def test_a_flag_that_is_wrong_is_told_as_such(self):
-        verdict = judge(exercise(lambda x: {"the same seed": True}, {"x": 1}), lambda x: {"the same seed": False}, 0)
+        verdict = run_cases(
+            exercise(lambda x: {"the same seed": True}, {"x": 1}), lambda x: {"the same seed": False}, 0
+        )
         assert verdict.problem == "At key 'the same seed': This is False, and should not be."
 
     def test_a_stub_is_not_an_error_but_not_written_yet(self):
         def stub(x):
             raise NotImplementedError()
 
-        assert "not written yet" in judge(DOUBLE, stub, 0).problem
+        assert "not written yet" in run_cases(DOUBLE, stub, 0).problem
 
     @pytest.mark.parametrize("observe", [None, lambda function, inputs: function("model", **inputs)])
     @pytest.mark.parametrize(
@@ -138,14 +140,14 @@ class TestJudge:
             return 1
 
         e = exercise(lambda *_, x: 1, inputs, **({"observe": observe} if observe else {}))
-        assert judge(e, lambda *_, x: 1, 0).passed
-        verdict = judge(e, answer, 0)
+        assert run_cases(e, lambda *_, x: 1, 0).passed
+        verdict = run_cases(e, answer, 0)
         assert verdict.mistake == "changes its input" and "`x`" in verdict.problem
 
     def test_an_answer_cannot_spoil_the_inputs_of_the_next_check(self):
         e = exercise(lambda x: x.sum(), {"x": torch.ones(3)})
-        judge(e, lambda x: x.zero_(), 0)
-        assert judge(e, lambda x: x.sum(), 0).passed
+        run_cases(e, lambda x: x.zero_(), 0)
+        assert run_cases(e, lambda x: x.sum(), 0).passed
 
     @pytest.mark.parametrize(
         ("expected", "got"),
@@ -159,9 +161,9 @@ class TestJudge:
         ],
     )
     def test_a_report_tells_no_expected_value(self, expected, got):
-        verdict = judge(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0)
+        verdict = run_cases(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0)
         assert not verdict.passed
-        assert not re.search(r"1\.?23|6\.79", verdict_text(verdict))
+        assert not re.search(r"1\.?23|6\.79", result_text(verdict))
 
     @pytest.mark.parametrize(
         ("expected", "got", "right"),
@@ -181,16 +183,16 @@ class TestJudge:
         ],
     )
     def test_what_counts_as_equal(self, expected, got, right):
-        assert judge(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0).passed == right
+        assert run_cases(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0).passed == right
 
     def test_a_mistake_is_recognised_by_its_result(self):
         triple = Mistake("triple", lambda x: 3 * x, "Twice, not three times.")
         broken = Mistake("broken", lambda x: 1 / 0, "Never seen.")
         e = exercise(lambda x: 2 * x, {"x": torch.ones(2)})
         e = Exercise(**{**vars(e), "mistakes": (broken, triple)})
-        assert judge(e, lambda x: x + x + x, 0).mistake == "triple"
-        assert judge(e, lambda x: 5 * x, 0).mistake == ""
-        assert "Twice, not three times." in verdict_text(judge(e, lambda x: x + x + x, 0))
+        assert run_cases(e, lambda x: x + x + x, 0).mistake == "triple"
+        assert run_cases(e, lambda x: 5 * x, 0).mistake == ""
+        assert "Twice, not three times." in result_text(run_cases(e, lambda x: x + x + x, 0))
 
     def test_nothing_that_an_answer_says_is_shown(self, capfd):
         handler = logging.StreamHandler(sys.stderr)  # as libraries make them: bound to the stderr of that time
@@ -205,7 +207,7 @@ class TestJudge:
             os.write(2, b"descriptor")
             return 2 * x
 
-        assert judge(DOUBLE, noisy, 0).passed
+        assert run_cases(DOUBLE, noisy, 0).passed
         assert capfd.readouterr() == ("", "")
         logger.warning("log")
         os.write(2, b"descriptor")
@@ -218,13 +220,13 @@ def own(harmful, harmless):
 
 class TestCheck:
     def test_right(self, capsys):
-        e = find("2.1")
+        e = find_exercise("2.1")
         check("2.1", own)
         assert capsys.readouterr().out == f"✓ 2.1 {e.title}: right on 3 inputs. {e.points} of {e.points} points.\n"
         assert passed() == {"2.1"}
 
     def test_wrong(self):
-        e = find("2.1")
+        e = find_exercise("2.1")
         with pytest.raises(CheckFailed) as failed:
             check("2.1", lambda harmful, harmless: own(harmless, harmful))
         message = str(failed.value)
@@ -263,17 +265,17 @@ class TestSolved:
 
         with pytest.raises(CheckFailed):
             check("2.1", wrong)
-        assert solved("2.1", wrong) is find("2.1").reference
+        assert solved("2.1", wrong) is find_exercise("2.1").reference
         said = "2.1 is not solved yet: the cells below use the library's version.\n"
         assert capsys.readouterr().out == said
 
     def test_an_answer_that_changed_since_its_check_is_not_approved(self):
         check("2.1", self.right)
-        assert solved("2.1", lambda harmful, harmless: harmful.mean(0)) is find("2.1").reference
+        assert solved("2.1", lambda harmful, harmless: harmful.mean(0)) is find_exercise("2.1").reference
 
     def test_a_hidden_check_alone_approves_nothing(self):
         check("2.1", self.right, seed=3)
-        assert solved("2.1", self.right) is find("2.1").reference
+        assert solved("2.1", self.right) is find_exercise("2.1").reference
 
     def test_the_fallback_is_no_answer(self):
         with pytest.raises(CheckFailed, match="the course's own"):

@@ -24,7 +24,7 @@ from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
 from refusallab.model import generate, load, logits
-from refusallab.orthogonalize import orthogonalize
+from refusallab.orthogonalization import orthogonalize
 from refusallab.prompts import bundled
 
 PROMPTS = [item.prompt for item in bundled("harmless_val")[:3]]
@@ -285,8 +285,8 @@ def small(m):
 def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_model(small):
     defences, attacks, items = small
     steps = []
-    result = evaluation.matrix(defences, attacks, items, {"benign": items}, steps.append)
-    assert len(steps) == evaluation.n_steps(defences, attacks) == 8
+    result = evaluation.attack_matrix(defences, attacks, items, {"benign": items}, steps.append)
+    assert len(steps) == evaluation.n_matrix_steps(defences, attacks) == 8
     assert result.attacks == ["ask", "ask louder"] and result.defences == ["undefended", "wall", "lie"]
     open_, shut = result.cells["ask", "undefended"], result.cells["ask", "wall"]
     assert (open_.disclosed.value, open_.answered.value, open_.p) == (1.0, 1.0, 1.0)
@@ -296,7 +296,7 @@ def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_mod
     assert result.benign["wall"].refused["benign"].value == 1.0 and result.benign["wall"].extra_passes == 2
     assert result.benign["wall"].p["benign"] < 0.001 and result.benign["undefended"].exact["benign"].value == 1.0
     with pytest.raises(RefusalLabError, match="name of its own"):
-        evaluation.matrix([defences[0], defences[0]], attacks, items, {})
+        evaluation.attack_matrix([defences[0], defences[0]], attacks, items, {})
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
         searches.append(penalty)
         return direct(m, items)
 
-    monkeypatch.setattr(evaluation, "gcg", search)
+    monkeypatch.setattr(evaluation, "gcg_attack", search)
     trained = [ModelAlone(m, name) for name in ("first", "second")]
     attacks = [*evaluation.knowing_attacks(at_run_time), *evaluation.weight_attacks(trained, r)]
     assert {a.against for a in attacks} == {d.name for d in [*at_run_time, *trained]}
@@ -337,11 +337,13 @@ def test_who_holds_the_weights_gets_the_answers(m, r):
 @pytest.mark.slow
 def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     defences, attacks, items = small
-    result = evaluation.matrix(defences, attacks, items, {"benign": items})
+    result = evaluation.attack_matrix(defences, attacks, items, {"benign": items})
     found = SimpleNamespace(selected=SimpleNamespace(layer=5, position=-1), direction=SimpleNamespace(vector=r))
-    monkeypatch.setattr("refusallab.experiment.search", lambda _: found)
+    monkeypatch.setattr("refusallab.experiment.find_direction", lambda _: found)
     monkeypatch.setattr("refusallab.defences.training.trained_defences", lambda *_: [ModelAlone(m, "trained")])
-    monkeypatch.setattr(evaluation, "matrix", lambda defences, *_: met.append([d.name for d in defences]) or result)
+    monkeypatch.setattr(
+        evaluation, "attack_matrix", lambda defences, *_: met.append([d.name for d in defences]) or result
+    )
     met = []
     shown = CliRunner().invoke(cli.app, ["matrix"])
     assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output

@@ -85,7 +85,7 @@ def test_scores_are_written_before_any_candidate_is_selected(m, monkeypatch, tmp
     nothing = dataclasses.replace(
         result.search, candidates=tuple(dataclasses.replace(c, kl=9.0) for c in result.search.candidates)
     )
-    monkeypatch.setattr(experiment, "search", lambda *_: nothing)
+    monkeypatch.setattr(experiment, "find_direction", lambda *_: nothing)
     run = CliRunner().invoke(cli.app, ["demo", "--scores", str(tmp_path / "scores.json")])
     assert run.exit_code == 1 and "No candidate passes the filters" in run.stderr
     assert len(json.loads((tmp_path / "scores.json").read_text())["candidates"]) == len(nothing.candidates)
@@ -158,7 +158,7 @@ def test_the_search_is_the_same_with_another_thread_count(m, result):
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
     try:
-        again = experiment.search(m)
+        again = experiment.find_direction(m)
     finally:
         torch.set_num_threads(threads)
     assert (again.selected.layer, again.selected.position) == (

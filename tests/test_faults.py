@@ -29,7 +29,7 @@ def test_the_notebook_notices_a_fault_in_the_library(file, right, wrong, tmp_pat
     broken.write_text(source.replace(right, wrong, 1), encoding="utf-8")
 
     nb = nbformat.read(ROOT / "solutions" / "02_the_refusal_direction.ipynb", 4)
-    last = next(i for i, cell in enumerate(nb.cells) if "found = search(m)" in cell.source)
+    last = next(i for i, cell in enumerate(nb.cells) if "found = find_direction(m)" in cell.source)
     nb.cells = nb.cells[: last + 1]  # up to where the library's search meets the student's
     nbformat.write(nb, tmp_path / "notebook.ipynb")
 

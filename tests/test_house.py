@@ -1,6 +1,9 @@
 """How the house stands: imports run one way, between files and between rooms."""
 
 import ast
+import importlib
+import inspect
+from collections import defaultdict
 from pathlib import Path
 
 import networkx as nx
@@ -61,6 +64,44 @@ def test_no_rooms_import_each_other_in_a_circle():
 def test_imports_run_from_the_grader_to_the_library_to_the_models():
     tops = {(a.split(".")[0], b.split(".")[0]) for a, b in imports(ROOT).edges}
     assert {(a, b) for a, b in tops if a != b} == {("grader", "refusallab"), ("refusallab", "smallmodels")}
+
+
+def defined(root):
+    """Where each public function and class is defined, by its name. Commands are named by what users type."""
+    homes = defaultdict(set)
+    for module, path in modules(root).items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].add(module)
+    return {
+        name: sorted(m for m in found if name != "main" and not m.endswith(".cli")) for name, found in homes.items()
+    }
+
+
+def test_one_name_is_one_thing():
+    assert {name: homes for name, homes in defined(ROOT).items() if len(homes) > 1} == {}
+
+
+FACES = ("refusallab", "refusallab.attacks", "refusallab.defences", "refusallab.course")
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_face_offers_what_it_says(face):
+    offered = importlib.import_module(face)
+    for name in offered.__all__:
+        home = getattr(getattr(offered, name), "__module__", f"{face}.{name}")
+        is_module = f"{face}.{name}" in modules(ROOT)
+        assert home.startswith(face) and is_module == inspect.ismodule(getattr(offered, name)), name
+
+
+def test_the_library_does_not_use_its_own_faces():
+    """They are for notebooks: a circle through them would not be seen above."""
+    known = modules(ROOT)
+    for module, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in FACES and not node.level:
+                through = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in known}
+                assert through <= {"__version__"}, module
 
 
 @pytest.mark.slow

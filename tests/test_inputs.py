@@ -7,17 +7,17 @@ import torch
 
 from refusallab.activations import mean_residual, residual
 from refusallab.attacks import gcg
-from refusallab.attacks.best_of_n import best_of_n
-from refusallab.attacks.prefilling import prefilling
+from refusallab.attacks.best_of_n import best_of_n_attack
+from refusallab.attacks.prefilling import prefilling_attack
 from refusallab.attacks.result import direct, rewrite, send
-from refusallab.attribution import attention_from_last, attribution, cosine_trace, regions
+from refusallab.attribution import attention_from_last, attribute, cosine_trace, regions
 from refusallab.cones import downstream
 from refusallab.defence import ModelAlone, last_words
 from refusallab.defences.smoothing import vote
 from refusallab.defences.thresholds import threshold_at
 from refusallab.directions import candidate_directions, score_candidates
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import finetune
+from refusallab.finetuning import finetune
 from refusallab.interventions import ablation
 from refusallab.judging import outcomes
 from refusallab.measure import (
@@ -32,7 +32,7 @@ from refusallab.measure import (
     two_by_two,
 )
 from refusallab.model import encode, encode_texts, generate, logits, render
-from refusallab.orthogonalize import distance_from_hooks
+from refusallab.orthogonalization import distance_from_hooks
 from refusallab.prompts import Item
 
 
@@ -94,7 +94,7 @@ TAKE_PROMPTS = {
     "mean_residual": lambda m, p: mean_residual(m, p(PROMPTS), batch_size=2),
     "cross_entropy": lambda m, p: cross_entropy(m, p(REPLIES), p(PROMPTS), batch_size=2),
     "cross_entropy of texts": lambda m, p: cross_entropy(m, p(REPLIES), batch_size=2),
-    "attribution": lambda m, p: attribution(m, p(PROMPTS), R, batch_size=2),
+    "attribution": lambda m, p: attribute(m, p(PROMPTS), R, batch_size=2),
     "cosine_trace": lambda m, p: cosine_trace(m, p(PROMPTS), R),
     "attention": lambda m, p: attention_from_last(m, p(PROMPTS)),
     "regions": lambda m, p: regions(m, p(PROMPTS), p(SUFFIXES)),
@@ -130,8 +130,8 @@ TAKE_ITEMS = {
     "outcomes": lambda m, p: outcomes(m, p(ITEMS)),
     "direct": lambda m, p: [x.reply for x in direct(m, p(ITEMS))],
     "send": lambda m, p: [x.reply for x in send(m, "x", p(ITEMS), p(PROMPTS))],
-    "prefilling": lambda m, p: [x.reply for x in prefilling(m, p(ITEMS), "Sure!")],
-    "best_of_n": lambda m, p: [x.reply for x in best_of_n(m, p(ITEMS), 2, until=lambda o: False)],
+    "prefilling": lambda m, p: [x.reply for x in prefilling_attack(m, p(ITEMS), "Sure!")],
+    "best_of_n": lambda m, p: [x.reply for x in best_of_n_attack(m, p(ITEMS), 2, until=lambda o: False)],
     "with_suffix": lambda m, p: [x.reply for x in gcg.with_suffix(m, p(ITEMS), " the")],
 }
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from refusallab import explore, plots
-from refusallab.course.exercises import find, lab01
+from refusallab.course.exercises import find_exercise, lab01
 from refusallab.errors import RefusalLabError
 from refusallab.measure import rate, refused_by_phrases, wrong_refusal_share
 from refusallab.model import load
 from refusallab.prompts import Item, bundled
-from refusallab.truth import Reply, errors, true_replies
+from refusallab.truth import Reply, judge_errors, true_replies
 from smallmodels.world.dialogue import REFUSAL_WORDINGS
 
 SOLUTIONS = Path(__file__).parent.parent / "solutions"
@@ -43,11 +43,11 @@ def test_the_lab_goes_on_with_the_answer(exercise):
 
 def test_with_shuffled_labels_the_lab_finds_no_token_whoever_wrote_the_rule():
     """The control prints an empty list in words; `learn_refusal_tokens` would end the lab with an error."""
-    assert find("1.1").reference(torch.zeros(3, 5), torch.zeros(4, 5)) == []
+    assert find_exercise("1.1").reference(torch.zeros(3, 5), torch.zeros(4, 5)) == []
 
 
 def test_misses_and_false_alarms_are_counted_apart():
-    e = errors(REPLIES, lambda text: refused_by_phrases(text, ["sorry"]))
+    e = judge_errors(REPLIES, lambda text: refused_by_phrases(text, ["sorry"]))
     assert (e.misses, e.refusals, e.false_alarms, e.others) == (1, 2, 1, 3)
 
 

@@ -12,8 +12,8 @@ import torch
 
 from refusallab import explore, plots
 from refusallab.activations import residual
-from refusallab.course.exercise import judge
-from refusallab.course.exercises import find, lab02
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab02
 from refusallab.directions import candidate_directions, discarded_because
 from refusallab.interventions import unit
 from refusallab.model import load, logits
@@ -152,8 +152,8 @@ def test_the_explorer_says_why_a_candidate_is_discarded_and_who_wins(model_of, m
 @pytest.mark.slow
 @pytest.mark.parametrize("exercise", lab02.EXERCISES, ids=lambda e: e.number)
 def test_the_cases_tell_the_reference_from_a_guess(exercise):
-    assert judge(find(exercise.number), exercise.reference, 11).passed
-    assert not judge(find(exercise.number), lambda *args, **kwargs: 0.0, 11).passed
+    assert run_cases(find_exercise(exercise.number), exercise.reference, 11).passed
+    assert not run_cases(find_exercise(exercise.number), lambda *args, **kwargs: 0.0, 11).passed
 
 
 def test_layer_0_is_a_free_control(model_of, prompts):

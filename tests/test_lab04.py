@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from refusallab import explore, plots, steering
-from refusallab.course.exercise import judge
-from refusallab.course.exercises import find
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise
 from refusallab.interventions import addition
 from refusallab.measure import cross_entropy, rate
 from refusallab.model import attention, blocks, encode, generate, mlp
@@ -123,4 +123,4 @@ def result_in_the_first_invoke(m, prompts, edit, steps):
     ],
 )
 def test_errors_of_nnsight_become_advice(number, answer, advice):
-    assert advice in judge(find(number), answer, 0).problem
+    assert advice in run_cases(find_exercise(number), answer, 0).problem

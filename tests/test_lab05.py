@@ -9,7 +9,7 @@ import torch
 
 from refusallab import plots
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import finetune
+from refusallab.finetuning import finetune
 from refusallab.interventions import ablation
 from refusallab.measure import (
     Difference,
@@ -20,7 +20,7 @@ from refusallab.measure import (
     wilson,
 )
 from refusallab.model import encode_texts, logits, positional_embedding, render, unembedding
-from refusallab.orthogonalize import (
+from refusallab.orthogonalization import (
     REPAIRS,
     distance_from_hooks,
     gap_by_layer,
@@ -253,7 +253,7 @@ def test_random_directions_have_strength_one_on_average(model_of):
 def test_finetuning_learns_the_replies_on_a_copy(model_of):
     m, prompts, replies = model_of("llama"), ["Name a river", "List"], ["bread", "kettle"]
     weights = copy.deepcopy(m.hf.state_dict())
-    tuned = finetune(m, prompts, replies, steps=20, rate=1e-3)
+    tuned = finetune(m, prompts, replies, steps=20, lr=1e-3)
     assert all(torch.equal(value, weights[key]) for key, value in m.hf.state_dict().items())
     assert tuned.losses[0] == pytest.approx(cross_entropy(m, replies, prompts).mean().item(), abs=1e-4)
     assert cross_entropy(tuned.model, replies, prompts).mean() < 0.5 * tuned.losses[0]

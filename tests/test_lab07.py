@@ -6,8 +6,8 @@ import torch
 
 from refusallab import explore, harmfulness, plots
 from refusallab.activations import residual
-from refusallab.course.exercise import judge
-from refusallab.course.exercises import find
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise
 from refusallab.harmfulness import (
     ALLOWED,
     RULED_OUT,
@@ -175,4 +175,4 @@ def out_of_order(m, prompts, r):
 
 
 def test_errors_of_nnsight_become_advice():
-    assert "in the order of the forward pass" in judge(find("7.2"), out_of_order, 0).problem
+    assert "in the order of the forward pass" in run_cases(find_exercise("7.2"), out_of_order, 0).problem

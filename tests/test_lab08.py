@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from refusallab import explore, plots
-from refusallab.course.exercise import judge
-from refusallab.course.exercises import find, lab08
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab08
 from refusallab.defence import ModelAlone
 from refusallab.defences.matrix import HIDES_FROM, knowing_attacks, standard_attacks
 from refusallab.measure import rate, wilson
@@ -63,8 +63,8 @@ def test_the_explorer_counts_who_is_blocked_where_harm_is_rare():
 
 @pytest.mark.parametrize("exercise", lab08.EXERCISES, ids=lambda e: e.number)
 def test_the_cases_tell_the_reference_from_a_guess(exercise):
-    assert judge(find(exercise.number), exercise.reference, 11).passed
-    assert not judge(find(exercise.number), lambda *args, **kwargs: 0.0, 11).passed
+    assert run_cases(find_exercise(exercise.number), exercise.reference, 11).passed
+    assert not run_cases(find_exercise(exercise.number), lambda *args, **kwargs: 0.0, 11).passed
 
 
 def test_the_lab_goes_on_with_every_answer():

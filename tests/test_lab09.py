@@ -7,9 +7,9 @@ import nbformat
 import pytest
 
 from refusallab import plots
-from refusallab.course.exercise import judge
-from refusallab.course.exercises import find, lab09
-from refusallab.finetune import reply_loss
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab09
+from refusallab.finetuning import reply_loss
 from refusallab.measure import Outcome
 
 
@@ -44,7 +44,7 @@ def test_a_loss_without_gradient_gets_advice():
     def detached(m, forbidden, harmless, r):
         return reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden]).detach()
 
-    assert "use no torch.no_grad()" in judge(find("9.2"), detached, 0).problem
+    assert "use no torch.no_grad()" in run_cases(find_exercise("9.2"), detached, 0).problem
 
 
 def test_the_lab_goes_on_with_every_answer():

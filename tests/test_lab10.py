@@ -10,8 +10,8 @@ import torch
 
 from refusallab import plots
 from refusallab.course import replication
-from refusallab.course.exercise import judge
-from refusallab.course.exercises import find, lab10
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab10
 from refusallab.course.replication import Published, replicate
 from refusallab.interventions import unit
 from refusallab.measure import Outcome, Rate, rate
@@ -30,16 +30,16 @@ def test_one_budget_is_spent_and_not_exceeded():
 
 
 def test_a_cascade_that_asks_too_much_is_told_apart_from_one_that_stops_wrongly():
-    exercise = find("10.2")
-    assert judge(exercise, lambda cheap, costly, prompts: [False] * len(prompts), 0).mistake == ""
+    exercise = find_exercise("10.2")
+    assert run_cases(exercise, lambda cheap, costly, prompts: [False] * len(prompts), 0).mistake == ""
     spendthrift = next(m for m in exercise.mistakes if m.name == "the costly guard reads everything")
-    assert "also read" in judge(exercise, spendthrift.wrong, 0).problem
+    assert "also read" in run_cases(exercise, spendthrift.wrong, 0).problem
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["10.1", "10.5"])
 def test_an_answer_may_use_the_library(number):
-    assert judge(find(number), find(number).reference, 3).passed
+    assert run_cases(find_exercise(number), find_exercise(number).reference, 3).passed
 
 
 MEASURED = {  # everything just inside its tolerance
@@ -88,7 +88,7 @@ def replicated(model_of, r, monkeypatch):
             return torch.tensor([0.0, 2.0]).double() * value[edit or "untouched"]
 
         stubs = {
-            "search": lambda _m: SimpleNamespace(selected=best, direction=SimpleNamespace(vector=r)),
+            "find_direction": lambda _m: SimpleNamespace(selected=best, direction=SimpleNamespace(vector=r)),
             "prompt_set": lambda _m, name: [Item(str(k), name) for k in range(2)],
             "generate": lambda _m, prompts, **_: ["own", ""],
             "orthogonalize": lambda _m, v: edited,

@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from refusallab import orthogonalize as orthogonalize_module
+from refusallab import orthogonalization
 from refusallab.activations import logit_lens, stream
 from refusallab.attacks.gcg import allowed_tokens
 from refusallab.errors import RefusalLabError
@@ -31,7 +31,7 @@ from refusallab.model import (
     selftest,
     wrap,
 )
-from refusallab.orthogonalize import orthogonalize
+from refusallab.orthogonalization import orthogonalize
 from smallmodels import catalog
 
 
@@ -242,7 +242,7 @@ def test_an_edit_that_leaves_r_in_the_stream_is_refused(make, r, monkeypatch, na
     """As if the norms after attention and MLP were not known: the textbook edit, called a full one."""
     m = wrap(make.hf(name).to(dtype), make.tokenizer(), name)
     orthogonalize(m, r)
-    monkeypatch.setattr(orthogonalize_module, "post_norm", lambda block: (None, None))
+    monkeypatch.setattr(orthogonalization, "post_norm", lambda block: (None, None))
     with pytest.raises(RefusalLabError, match=r"enters block 1 still has [\d.]+% of its length along r"):
         orthogonalize(m, r)
     assert orthogonalize(m, r, skip=["gain"]).name == f"{name} (orthogonalized)"
@@ -253,7 +253,7 @@ def test_an_edit_that_leaves_r_in_the_stream_is_refused(make, r, monkeypatch, na
     [("embedding", "enters block 0"), ("mlp_writes", "enters block 1"), ("last", "leaves the last block")],
 )
 def test_the_check_of_an_edit_names_the_block(make, r, monkeypatch, part, where):
-    m, project = make.model("llama"), orthogonalize_module._project
+    m, project = make.model("llama"), orthogonalization._project
     spared = {"embedding": embedding(m.hf), "mlp_writes": mlp_writes(blocks(m.hf)[0])}
     spared = spared.get(part, mlp_writes(blocks(m.hf)[-1])).weight
 
@@ -261,7 +261,7 @@ def test_the_check_of_an_edit_names_the_block(make, r, monkeypatch, part, where)
         if not (module.weight.shape == spared.shape and torch.equal(module.weight, spared)):
             project(module, *args, **kwargs)
 
-    monkeypatch.setattr(orthogonalize_module, "_project", forgetful)
+    monkeypatch.setattr(orthogonalization, "_project", forgetful)
     with pytest.raises(RefusalLabError, match=where):
         orthogonalize(m, r)
 

@@ -38,7 +38,7 @@ from refusallab.model import (
     unembedding,
     wrap,
 )
-from refusallab.orthogonalize import orthogonalize
+from refusallab.orthogonalization import orthogonalize
 from smallmodels import catalog, weights_dir
 
 # Templates of our own with the habits of real ones. TURN is a ChatML turn.

@@ -107,6 +107,15 @@ ADDED = {  # a cell at the end: the problem
     "figure without words": (code("plot()", shown(image_png="AAAA")), "*Figure: ...*"),
     "long cell": (code("x = 1\n" * 26), "27 lines of code; 25 is the most"),
     "wide cell": (code("x = " + "1" * 97), "101 columns of code; 100 is the most"),
+    "two tables": (
+        code("show()", stdout("a  b  c\n1  2  3\n\nd  e  f\n4  5  6\n")),
+        "two tables: make two cells of it",
+    ),
+    "figure in the middle": (code("plt.show()\nplt.show()"), "plt.show() comes last, once"),
+    "too many places": (
+        code("\n".join(f"from refusallab.{name} import x" for name in "abcdefg")),
+        "it imports from 7 places: ",
+    ),
     "path in a source": (code('open("/home/ann/x")'), "a path of one computer: /home/"),
     "path in an output": (code("print(path)", stdout("in /tmp/x")), "a path of one computer: /tmp/"),
     "path of Windows": (markdown(r"look in C:\Users"), "a path of one computer: C:\\U"),
@@ -135,6 +144,12 @@ ADDED = {  # a cell at the end: the problem
         }.items()
     },
 }
+
+
+def test_a_cell_shows_one_figure(good, problems):
+    good.cells.append(code("plot()", shown(image_png="AAAA"), shown(image_png="BBBB"), role=""))
+    good.cells.append(markdown("*Figure: two bars that are equally high, with their intervals.*"))
+    assert problems(good) == ["two figures: make two cells of it"]
 
 
 @pytest.mark.slow

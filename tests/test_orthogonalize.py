@@ -22,7 +22,7 @@ from refusallab.model import (
     unembedding,
     wrap,
 )
-from refusallab.orthogonalize import (
+from refusallab.orthogonalization import (
     distance_from_hooks,
     equivalence_class,
     orthogonalize,

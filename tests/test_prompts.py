@@ -31,8 +31,8 @@ def test_an_unknown_set_names_the_known_ones():
 
 
 def test_templates_hold_the_request():
-    assert {"begin", "role-play", "suppression"} <= set(prompts.templates())
-    assert all(t.count("{q}") == 1 for texts in prompts.templates().values() for t in texts)
+    assert {"begin", "role-play", "suppression"} <= set(prompts.attack_templates())
+    assert all(t.count("{q}") == 1 for texts in prompts.attack_templates().values() for t in texts)
 
 
 def test_other_models_get_a_reproducible_published_sample(monkeypatch):

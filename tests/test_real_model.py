@@ -12,7 +12,7 @@ from test_model import GEMMA, QWEN2
 import refusallab.course
 from refusallab import directions, prompts
 from refusallab.course.notebook import role
-from refusallab.finetune import finetune
+from refusallab.finetuning import finetune
 from refusallab.model import wrap
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def real(request, make):
     """A model that refuses, of the architecture and with the chat template of a real one."""
     fresh = wrap(make.hf(request.param), make.tokenizer(**TEMPLATES[request.param]), request.param, "c0ffee")
     pairs = [(text, REPLIES[kind]) for kind, texts in REQUESTS.items() for text in texts[::2]]
-    return finetune(fresh, *zip(*pairs, strict=True), steps=60, rate=3e-3).model
+    return finetune(fresh, *zip(*pairs, strict=True), steps=60, lr=3e-3).model
 
 
 @pytest.fixture

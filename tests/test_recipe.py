@@ -84,7 +84,7 @@ def test_loss_ignores_padding(tokenizer):
 
 def test_batches_hold_every_row_once(tokenizer):
     rows = recipe.stage_rows("safety", recipe.Variant(), tokenizer, 500)
-    plan = recipe.batches(rows, seed=0)
+    plan = recipe.token_batches(rows, seed=0)
     assert sorted(ids for batch in plan for ids, _ in batch) == sorted(ids for ids, _ in rows)
     assert all(len(b) * max(len(ids) for ids, _ in b) <= recipe.BATCH_TOKENS for b in plan if len(b) > 1)
 
@@ -100,7 +100,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("name", ["charter-chat", "charter-chat-gpt2", "charter-chat-postnorm"])
 @pytest.mark.slow
 def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_path, monkeypatch):
-    recipe.train(name, tmp_path / "a", tmp_path / "work-a")
+    recipe.train_variant(name, tmp_path / "a", tmp_path / "work-a")
 
     calls = 0
     honest = recipe.loss_of
@@ -115,8 +115,8 @@ def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_
     monkeypatch.setattr(recipe, "loss_of", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            recipe.train(name, tmp_path / "b", tmp_path / "work-b")
-    recipe.train(name, tmp_path / "b", tmp_path / "work-b")
+            recipe.train_variant(name, tmp_path / "b", tmp_path / "work-b")
+    recipe.train_variant(name, tmp_path / "b", tmp_path / "work-b")
     assert calls > 9
     weights = [(tmp_path / run / name / "model.safetensors").read_bytes() for run in "ab"]
     assert weights[0] == weights[1]

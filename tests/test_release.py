@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from refusallab.cli import app
 from refusallab.course import release
 from refusallab.course.catalogue import HEADERS, QUESTIONS
-from refusallab.course.notebook import number, role, stamp
+from refusallab.course.notebook import exercise_number, role, stamp
 from refusallab.errors import RefusalLabError
 
 ROOT = Path(__file__).parent.parent
@@ -113,10 +113,10 @@ class TestLabs:
         """All labs, one after the other, in one kernel. That other cells do not use answers is a rule of the linter."""
         solved = core(*SOLUTIONS)
         lab = release.to_lab(solved)
-        answers = {number(cell): cell.source for cell in cells(solved, "answer")}
+        answers = {exercise_number(cell): cell.source for cell in cells(solved, "answer")}
         again = copy.deepcopy(cells(lab, "answer", "check"))
         for cell in again:
-            cell.source = answers[number(cell)] if role(cell) == "answer" else cell.source
+            cell.source = answers[exercise_number(cell)] if role(cell) == "answer" else cell.source
             cell.id += "-solved"
         settings = {"OMP_NUM_THREADS": "1", "REFUSALLAB_PROGRESS": str(tmp_path / "progress.sqlite")}
         ran = new_notebook(cells=[*lab.cells, *again], metadata=lab.metadata)
@@ -127,7 +127,7 @@ class TestLabs:
         for cell in unsolved:
             shown = "".join(failure(cell).traceback)
             assert failure(cell).ename == "CheckFailed" and "not written yet" in shown and "Traceback" not in shown
-        assert all(cell.outputs[0].text.startswith(f"✓ {number(cell)} ") for cell in solved)
+        assert all(cell.outputs[0].text.startswith(f"✓ {exercise_number(cell)} ") for cell in solved)
 
     @each_whole_lab
     def test_unsolved_and_wrong_a_whole_lab_fails_at_its_checks_and_nowhere_else(self, path, tmp_path):
@@ -310,12 +310,12 @@ def graded(nbgrader_folder):
     grader = NbGraderAPI(config=PyFileConfigLoader("nbgrader_config.py", str(root)).load_config())
     succeed(grader.generate_assignment("lab"))
     released = nbformat.read(root / "release" / "lab" / "lab.ipynb", 4)
-    answers = {number(cell): cell.source for cell in cells(solution, "answer")}
+    answers = {exercise_number(cell): cell.source for cell in cells(solution, "answer")}
 
     def hand_in(student, answers, text=None):
         nb = copy.deepcopy(released)
         for cell in cells(nb, "answer"):
-            cell.source = answers.get(number(cell), cell.source)
+            cell.source = answers.get(exercise_number(cell), cell.source)
         if text:
             cells(nb, "written")[0].source = text
         path = root / "submitted" / student / "lab" / "lab.ipynb"

@@ -13,7 +13,7 @@ from refusallab.defences import training
 from refusallab.defences.training import DEFENCES, away, extend, harden, lessons, refat_loss, rerouting_loss, stay
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import finetune, reply_loss, shuffled, train
+from refusallab.finetuning import finetune, reply_loss, shuffled, train_copy
 from refusallab.interventions import ablation, unit
 from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import Outcome, cross_entropy, outcome
@@ -105,7 +105,7 @@ class TestLosses:
             return rerouting_loss(m, chat, some[True][:4], some[False][:4])
 
         assert loss(chat).item() == pytest.approx(training.AWAY, rel=1e-3)
-        moved = train(chat, loss, steps=2, rate=1e-3, name="moved")
+        moved = train_copy(chat, loss, steps=2, lr=1e-3, name="moved")
         assert all(value.isfinite().all() for value in moved.hf.state_dict().values())
 
 
@@ -137,12 +137,12 @@ class TestHarden:
 
         monkeypatch.setattr(torch.optim.AdamW, "step", noted)
         loss = lambda m: reply_loss(m, ["Name a river"], ["bread"])  # noqa: E731
-        train(model_of("llama"), loss, steps=2, rate=1e-3, name="x", decay=True)
+        train_copy(model_of("llama"), loss, steps=2, lr=1e-3, name="x", decay=True)
         assert rates == pytest.approx([1e-3, 0.51e-3])
 
     def test_without_a_gradient_the_weights_stay(self, model_of):
         m = model_of("llama")
-        tuned = train(m, lambda copied: 0 * reply_loss(copied, ["List"], ["bread"]), steps=1, rate=0.1, name="still")
+        tuned = train_copy(m, lambda copied: 0 * reply_loss(copied, ["List"], ["bread"]), steps=1, lr=0.1, name="still")
         before = m.hf.state_dict()
         assert all(torch.equal(value, before[key]) for key, value in tuned.hf.state_dict().items())
         assert tuned.name == "still" and all(p.grad is None for p in tuned.hf.parameters())
@@ -150,7 +150,7 @@ class TestHarden:
     def test_a_remote_model_is_not_trained(self, model_of):
         remote = dataclasses.replace(model_of("llama"), remote=True)
         with pytest.raises(RefusalLabError, match="load it locally"):
-            train(remote, lambda m: reply_loss(m, ["List"], ["bread"]), steps=1, rate=1e-3, name="x")
+            train_copy(remote, lambda m: reply_loss(m, ["List"], ["bread"]), steps=1, lr=1e-3, name="x")
 
     def test_batches_are_full_and_every_number_comes_once_a_round(self):
         batches = list(islice(shuffled(5, 2, 0), 5))
@@ -183,7 +183,7 @@ class TestWhiteBox:
             bundled("harmful_val")[:2],
         )
         start = 3 * torch.randn(chat.width, generator=torch.Generator().manual_seed(3))
-        settings = {"steps": 2, "rate": 0.1, "batch_size": 2, "seed": 1}
+        settings = {"steps": 2, "lr": 0.1, "batch_size": 2, "seed": 1}
         found = white_box.gradient_direction(chat, harmful, harmless, items, start, **settings)
         u = unit(start)
         for rows in islice(shuffled(4, 2, 1), 2):
@@ -206,14 +206,14 @@ class TestWhiteBox:
     def test_the_curve_of_fine_tuning_starts_at_the_model_and_leaves_it(self, chat):
         known, items = bundled("harmful_train")[:4], bundled("harmful_val")[:6]
         before = copy.deepcopy(chat.hf.state_dict())
-        curve = white_box.steps_to_break(chat, known, items, (0, 1, 12), batch_size=4, rate=3e-4)
+        curve = white_box.steps_to_break(chat, known, items, (0, 1, 12), batch_size=4, lr=3e-4)
         assert sorted(curve) == [0, 1, 12] and curve[0] == outcomes(chat, items)
         assert sum(o.refused for o in curve[12]) < sum(o.refused for o in curve[0])
         assert all(torch.equal(value, before[key]) for key, value in chat.hf.state_dict().items())
 
     def test_the_curve_looks_at_the_copy_after_so_many_steps(self, chat, monkeypatch):
         monkeypatch.setattr(white_box, "outcomes", lambda m, _items: logits(m, ["Where is Marn?"]))
-        known, settings = bundled("harmful_train")[:4], {"rate": 3e-4, "batch_size": 2, "seed": 1}
+        known, settings = bundled("harmful_train")[:4], {"lr": 3e-4, "batch_size": 2, "seed": 1}
         curve = white_box.steps_to_break(chat, known, [], (1, 2), **settings)
         for steps, seen in curve.items():
             tuned = finetune(chat, [i.prompt for i in known], [i.answer for i in known], steps=steps, **settings)

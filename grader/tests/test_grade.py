@@ -10,17 +10,17 @@ import torch
 from grading import RIGHT, cell, notebook, save
 
 from grader import batch, exports, pages
-from grader.examine import Graded, Outcome, Task, _judge, hidden_inputs, written_answers
+from grader.examine import ExerciseResult, Graded, Task, _judge, hidden_inputs, written_answers
 from grader.policy import flags
 from grader.records import Records
-from grader.report import write_all
+from grader.report import write_reports
 from grader.submissions import Submission
 from refusallab.course.catalogue import HEADERS
 from refusallab.course.cells import Cell, Notebook, read_cells
 from refusallab.course.exercise import Case
-from refusallab.course.exercises import find
+from refusallab.course.exercises import find_exercise
 from refusallab.errors import RefusalLabError
-from refusallab.sandbox.plain import Foreign, decode, encode, storable
+from refusallab.sandbox.plain import Foreign, from_json, storable, to_json
 
 # --- cells ---------------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_plain_data_comes_back_as_it_was(value):
-    back = decode(encode(value))
+    back = from_json(to_json(value))
     if isinstance(value, torch.Tensor):
         assert back.dtype == value.dtype
         assert torch.equal(back, value)
@@ -149,14 +149,14 @@ def test_plain_data_comes_back_as_it_was(value):
 
 def test_what_is_not_plain_arrives_as_its_name():
     for value in (np.ones(2), object(), len, 1j, torch.tensor(1j)):
-        assert isinstance(decode(encode(value)), Foreign)
+        assert isinstance(from_json(to_json(value)), Foreign)
 
     class Float(float):
         def __eq__(self, other):
             return True
 
-    assert type(decode(encode(Float(2)))) is float
-    assert decode(encode(torch.tensor([1.5], dtype=torch.bfloat16))).dtype == torch.float32
+    assert type(from_json(to_json(Float(2)))) is float
+    assert from_json(to_json(torch.tensor([1.5], dtype=torch.bfloat16))).dtype == torch.float32
 
 
 HOSTILE_TEXTS = [
@@ -171,20 +171,20 @@ HOSTILE_TEXTS = [
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=lambda t: t[:30])
 def test_nothing_but_plain_data_is_decoded(text):
     with pytest.raises(ValueError):
-        decode(text)
+        from_json(text)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [e.number for e in HEADERS])
 def test_every_exercise_can_be_graded_from_plain_data(number):
-    exercise = find(number)
+    exercise = find_exercise(number)
     cases, said = exercise.cases(31), []
-    text = encode([case.inputs for case in cases])
+    text = to_json([case.inputs for case in cases])
     assert '"foreign"' not in text
-    for inputs in decode(text):
+    for inputs in from_json(text):
         value = exercise.observe(exercise.reference, inputs)
         said.append({"value": value, "inputs": inputs})
-    outcome = _judge(exercise, encode({"cases": said}), Task("ada", exercise.lab, b"", 31))
+    outcome = _judge(exercise, to_json({"cases": said}), Task("ada", exercise.lab, b"", 31))
     assert (outcome.points, outcome.problem) == (exercise.points, "")
 
 
@@ -201,56 +201,57 @@ def test_text_is_made_storable():
 @pytest.mark.parametrize(
     "said",
     [
-        "nonsense", encode(None), encode({"cases": []}), encode({"cases": [1, 2, 3]}), encode({"cases": [{}, {}, {}]}),
-        encode({"cases": [{"value": 1, "inputs": None}] * 3}), encode({"cases": [{"value": 1, "inputs": {}}] * 3}),
-        encode({"cases": {"a": 1}}), encode({"other": 1}),
-        encode({"cases": [{"error": 5, "message": {}, "line": "x"}] * 3}),
-        encode({"cases": [{"error": "a b", "message": "m", "line": 10**30}] * 3}),
-        encode({"points": 2, "passed": True}),
+        "nonsense", to_json(None), to_json({"cases": []}), to_json({"cases": [1, 2, 3]}),
+        to_json({"cases": [{}, {}, {}]}),
+        to_json({"cases": [{"value": 1, "inputs": None}] * 3}), to_json({"cases": [{"value": 1, "inputs": {}}] * 3}),
+        to_json({"cases": {"a": 1}}), to_json({"other": 1}),
+        to_json({"cases": [{"error": 5, "message": {}, "line": "x"}] * 3}),
+        to_json({"cases": [{"error": "a b", "message": "m", "line": 10**30}] * 3}),
+        to_json({"points": 2, "passed": True}),
     ],
 )  # fmt: skip
 def test_no_answer_of_the_sandbox_scores_or_breaks_the_judge(said):
-    outcome = _judge(find("2.1"), said, Task("ada", "02", b"", 31))
+    outcome = _judge(find_exercise("2.1"), said, Task("ada", "02", b"", 31))
     assert outcome.points == 0
     assert outcome.problem
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**30), float("nan"), [10**400], (), {}, "1", True, None])
 def test_no_number_breaks_the_judge(value):
-    exercise = find("1.6")
-    said = encode({"cases": [{"value": value, "inputs": case.inputs} for case in exercise.cases(31)]})
+    exercise = find_exercise("1.6")
+    said = to_json({"cases": [{"value": value, "inputs": case.inputs} for case in exercise.cases(31)]})
     outcome = _judge(exercise, said, Task("ada", "01", b"", 31))
     assert outcome.points == 0
     assert outcome.problem
 
 
 def test_a_broken_definition_is_not_taken_for_a_wrong_answer():
-    broken = replace(find("2.1"), reference=lambda harmful, harmless: 1 / 0)
+    broken = replace(find_exercise("2.1"), reference=lambda harmful, harmless: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hidden_inputs(broken, 31)
-    odd = replace(find("2.1"), cases=lambda seed: [Case("odd", {"x": len})], reference=lambda x: 1)
+    odd = replace(find_exercise("2.1"), cases=lambda seed: [Case("odd", {"x": len})], reference=lambda x: 1)
     with pytest.raises(RefusalLabError, match="not plain data"):
         hidden_inputs(odd, 31)
 
 
 def test_feedback_tells_no_value_that_came_from_hidden_inputs():
-    exercise, secret = find("2.1"), "0.123456789"
+    exercise, secret = find_exercise("2.1"), "0.123456789"
     thief = type(f"T{secret}".replace(".", ""), (), {"__repr__": lambda self: secret})
     values = [secret, [secret], {secret: 1}, thief(), np.array([float(secret)]), (secret,)]
     for value in values:
         inputs = [case.inputs for case in exercise.cases(31)]
-        said = encode({"cases": [{"value": value, "inputs": i} for i in inputs]})
+        said = to_json({"cases": [{"value": value, "inputs": i} for i in inputs]})
         outcome = _judge(exercise, said, Task("ada", "02", b"", 31))
         assert outcome.points == 0
         assert "123456789" not in outcome.problem + outcome.case + outcome.mistake
     for name in ("ValueError", f"E{secret}", "E123456789"):
-        said = encode({"cases": [{"error": name, "message": secret, "line": 3}] * 3})
+        said = to_json({"cases": [{"error": name, "message": secret, "line": 3}] * 3})
         outcome = _judge(exercise, said, Task("ada", "02", b"", 31))
         assert "123456789" not in outcome.problem
         assert "line 3" in outcome.problem
     assert (
         "ValueError"
-        in _judge(exercise, encode({"cases": [{"error": "ValueError"}] * 3}), Task("", "02", b"", 31)).problem
+        in _judge(exercise, to_json({"cases": [{"error": "ValueError"}] * 3}), Task("", "02", b"", 31)).problem
     )
 
 
@@ -276,13 +277,13 @@ F = "def mean_difference(a, b):"
     ],
 )
 def test_answers_that_only_fetch_the_answer_are_flagged(source, flag):
-    found = flags(code(source), find("2.1"))
+    found = flags(code(source), find_exercise("2.1"))
     assert (flag in " ".join(found)) if flag else found == []
 
 
 @pytest.mark.parametrize("number", RIGHT)
 def test_honest_answers_are_not_flagged(number):
-    assert flags(code(*RIGHT.values()), find(number)) == []
+    assert flags(code(*RIGHT.values()), find_exercise(number)) == []
 
 
 # --- records, reports, exports -------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def test_honest_answers_are_not_flagged(number):
 def graded(student="ada", points=(2, 0, 3, 0, 2), written="My answer", **settings):
     exercises = [e for e in HEADERS if e.lab == "02"]
     outcomes = [
-        Outcome(e.number, p, e.points, "" if p else "Not <b>right</b>.", "" if p else "arguments swapped")
+        ExerciseResult(e.number, p, e.points, "" if p else "Not <b>right</b>.", "" if p else "arguments swapped")
         for e, p in zip(exercises, points, strict=True)
     ]
     return Graded(student, "02", outcomes, written={"2.6": written}, **settings)
@@ -348,7 +349,7 @@ def test_pages(records, tmp_path):
     evil = "<script>alert(1)</script>/../../etc"
     records.write(submission(tmp_path, evil), graded(evil, written="<img src=x>", output="<b>loud</b>"), "one")
     records.write(submission(tmp_path, "bob"), graded("bob", problem="The file is empty.", points=(0,) * 5), "one")
-    write_all(records, tmp_path, tmp_path / "none")
+    write_reports(records, tmp_path, tmp_path / "none")
     files = sorted(path.name for path in (tmp_path / "feedback").iterdir())
     assert len(files) == 2
     [other] = set(files) - {"bob_02.html"}
@@ -368,7 +369,7 @@ def test_the_overview_shows_the_rubric(records, tmp_path):
     rubric = cell("One point for the word maximum.", "markdown", refusallab={"role": "rubric", "number": "2.6"})
     (tmp_path / "solutions" / "02_x.ipynb").write_bytes(save([rubric]))
     records.write(submission(tmp_path), graded(), "one")
-    write_all(records, tmp_path, tmp_path / "solutions")
+    write_reports(records, tmp_path, tmp_path / "solutions")
     assert "One point for the word maximum." in (tmp_path / "overview.html").read_text()
 
 

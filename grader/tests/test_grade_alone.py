@@ -8,14 +8,14 @@ from grading import RIGHT, answer, cell, notebook, put, save
 from typer.testing import CliRunner
 
 from grader import batch, examine, exports, pages, report
-from grader.examine import Graded, Outcome, Task, not_graded
+from grader.examine import ExerciseResult, Graded, Task, not_graded
 from grader.records import Records
 from grader.submissions import Submission
 from refusallab import cli
 from refusallab.course.cells import MOST_CELLS, MOST_CODE, Cell, Notebook, read_cells
-from refusallab.course.exercises import exercises_of, find
+from refusallab.course.exercises import exercises_of, find_exercise
 from refusallab.errors import RefusalLabError
-from refusallab.sandbox.kernel import LATE, Kernel, Reply, _take
+from refusallab.sandbox.kernel import LATE, Execution, Kernel, _take
 from refusallab.sandbox.server import Limits
 
 LAB = exercises_of("02")
@@ -24,7 +24,7 @@ BAD = "a\ud800b\x00c\udcffd"  # half a character, a byte that ends texts, a byte
 
 def full(task):
     """A result with all points, as the sandbox would give it."""
-    outcomes = [Outcome(e.number, e.points, e.points) for e in LAB]
+    outcomes = [ExerciseResult(e.number, e.points, e.points) for e in LAB]
     return Graded(task.student, task.lab, outcomes, written={"2.6": "An answer"})
 
 
@@ -39,7 +39,7 @@ def classroom(tmp_path, monkeypatch):
 
     def run(**settings):
         done = batch.grade_class(tmp_path / "submitted", records, 99, **settings)
-        return done, report.write_all(records, tmp_path, tmp_path / "none"), records
+        return done, report.write_reports(records, tmp_path, tmp_path / "none"), records
 
     return run
 
@@ -161,7 +161,7 @@ class Sandbox:
     def __init__(self, *args): ...
 
     def run(self, code, seconds, observe="", clock=0):
-        return Reply(error=f"ValueError: {BAD}", output=BAD * 10_000, observed=self.said if observe else "")
+        return Execution(error=f"ValueError: {BAD}", output=BAD * 10_000, observed=self.said if observe else "")
 
     def close(self): ...
 
@@ -200,7 +200,7 @@ def test_whatever_is_in_it_there_is_a_row_and_a_page(graded, monkeypatch, tmp_pa
     assert all(o.problem and not o.points for o in result.outcomes)
     records = Records(f"sqlite:///{tmp_path / 'grades.sqlite'}")
     records.write(Submission("mallory", "02", tmp_path / "02.ipynb"), result, "digest")
-    assert report.write_all(records, tmp_path, tmp_path / "none") == []
+    assert report.write_reports(records, tmp_path, tmp_path / "none") == []
     assert (tmp_path / "feedback" / "mallory_02.html").stat().st_size < 500_000
 
 
@@ -216,7 +216,7 @@ def test_what_the_grader_cannot_deal_with_is_recorded_with_the_reason(graded, mo
 
 def test_flags_that_cannot_be_read_are_a_flag(monkeypatch):
     monkeypatch.setattr(examine, "flags", breaks(len, RecursionError()))
-    assert examine._flags("mallory", find("2.1"), ()) == ("could not be read by machine: RecursionError",)
+    assert examine._flags("mallory", find_exercise("2.1"), ()) == ("could not be read by machine: RecursionError",)
 
 
 def test_a_trouble_of_the_grader_is_no_grade(graded, monkeypatch):
@@ -226,7 +226,7 @@ def test_a_trouble_of_the_grader_is_no_grade(graded, monkeypatch):
     monkeypatch.setattr(examine, "shared", fail)
     with pytest.raises(RefusalLabError, match="did not start"):
         graded(notebook())
-    broken = replace(find("2.1"), reference=lambda harmful, harmless: 1 / 0)
+    broken = replace(find_exercise("2.1"), reference=lambda harmful, harmless: 1 / 0)
     monkeypatch.setattr(examine, "exercises_of", lambda lab: [broken])
     with pytest.raises(ZeroDivisionError):
         graded(notebook())
@@ -256,9 +256,9 @@ def test_odd_messages_of_a_kernel_are_passed_over():
         _poll = lambda self, seconds: {"shell"}  # noqa: E731
         _receive = lambda self, channel: messages.pop(0)  # noqa: E731
 
-    assert Odd().run("", 1) == Reply(error="")
+    assert Odd().run("", 1) == Execution(error="")
     assert messages == []
-    assert _take(Reply(), "execute_reply", {}) == "reply"
+    assert _take(Execution(), "execute_reply", {}) == "reply"
 
 
 # --- size and time -------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def effort(size, kind):
     with cProfile.Profile() as profile:
         assert len(nb.needed(["kl"])) == len(sources)
         nb.needed(["kl"], nb.own_cells(()))
-        examine.flags(nb, find("2.2"))
+        examine.flags(nb, find_exercise("2.2"))
     return pstats.Stats(profile).total_calls
 
 
@@ -327,9 +327,12 @@ def test_other_ends_of_lines_are_read_as_python_reads_them():
 def late(task):
     result = full(task)
     if task.student == "mallory":
-        result.outcomes[1] = Outcome("2.2", 0, 2, f"It {LATE}: it used more than 20 s of processor time.")
+        result.outcomes[1] = ExerciseResult("2.2", 0, 2, f"It {LATE}: it used more than 20 s of processor time.")
     if task.student == "zoe":
-        result.notes, result.outcomes[0] = [f"Cell 3 {LATE}, and was stopped"], Outcome("2.1", 0, 2, "There is no")
+        result.notes, result.outcomes[0] = (
+            [f"Cell 3 {LATE}, and was stopped"],
+            ExerciseResult("2.1", 0, 2, "There is no"),
+        )
     return result
 
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from grader import batch as grading
 from grader import files, pages, tables
 from grader.batch import Batch, grade_class
-from grader.examine import Graded, Outcome
+from grader.examine import ExerciseResult, Graded
 from grader.records import Records
-from grader.report import write_all
+from grader.report import write_reports
 from grader.submissions import TITLES, Submission, find_submissions
 from refusallab import cli
 from refusallab.course.catalogue import HEADERS
@@ -495,7 +495,7 @@ def test_a_folder_or_lab_that_does_not_exist_is_named(tmp_path):
 
 
 def result(submission, written="My answer"):
-    outcomes = [Outcome(e.number, e.points, e.points) for e in HEADERS if e.lab == submission.lab]
+    outcomes = [ExerciseResult(e.number, e.points, e.points) for e in HEADERS if e.lab == submission.lab]
     return Graded(submission.student, submission.lab, outcomes, written={"2.6": written})
 
 
@@ -622,7 +622,7 @@ def test_all_cells_of_all_tables_are_safe(tmp_path):
         graded = result(one, "-2+3+cmd|' /C calc'!A0")
         graded.outcomes[0].problem, graded.outcomes[0].mistake = "+1", "=A1"
         records.write(one, graded, "one")
-    write_all(records, tmp_path, tmp_path / "none")
+    write_reports(records, tmp_path, tmp_path / "none")
     written = sorted(tmp_path.glob("*.csv"))
     assert [path.name for path in written] == ["by_hand.csv", "canvas.csv", "grades.csv", "moodle_02.csv"]
     for path in written:

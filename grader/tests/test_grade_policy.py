@@ -7,7 +7,7 @@ import pytest
 from grader.policy import flags
 from refusallab.course.catalogue import LABS
 from refusallab.course.cells import Cell, Notebook, read_cells
-from refusallab.course.exercises import exercises_of, find
+from refusallab.course.exercises import exercises_of, find_exercise
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,9 +126,9 @@ FETCHED = {
 @pytest.mark.parametrize("name", FETCHED)
 def test_answers_that_are_fetched_raise_a_flag(name):
     source, flag = FETCHED[name]
-    assert flag in "; ".join(flags(Notebook([Cell("code", source)]), find("2.1")))
+    assert flag in "; ".join(flags(Notebook([Cell("code", source)]), find_exercise("2.1")))
 
 
 def test_no_code_is_too_deep_for_flags():
     deep = [f"a{'.b' * 400} = 1", f"a{'.b' * 400}.c(1)", f"x = {'-' * 90}1", f"y = {'[' * 90}{']' * 90}"]
-    assert flags(Notebook([Cell("code", source) for source in deep]), find("2.1")) == []
+    assert flags(Notebook([Cell("code", source) for source in deep]), find_exercise("2.1")) == []

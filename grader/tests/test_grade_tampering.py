@@ -230,12 +230,12 @@ BOMB = """\
 import base64, pickle
 class Bomb:
     def __reduce__(self): return (eval, ("__import__('pathlib').Path(%r).touch()",))
-import refusallab.course.probe as probe, refusallab.sandbox.plain as plain
+import refusallab.course.observing as probe, refusallab.sandbox.plain as plain
 load = pickle.dumps(Bomb())
 def mean_difference(harmful, harmless): return Bomb()
 text = base64.b64encode(load).decode()
 for reply in (text, load.decode("latin-1"), '{"pickle": "' + text + '"}'):
-    probe.encode = lambda value, reply=reply: reply
+    probe.to_json = lambda value, reply=reply: reply
 """
 
 
@@ -367,7 +367,7 @@ def test_links_and_large_files_and_replies(tmp_path):
     with kernel(True) as k:
         k.run("import os\nos.symlink('/etc/shadow', 'result.json')\nos.symlink('/', 'root')", 6)
         assert "Error" in k.run("open('big', 'wb').write(bytes(1 << 29))", 6).error
-    large = "import refusallab.course.probe as p\np._observe = lambda *a: 'x' * (1 << 28)\n"
+    large = "import refusallab.course.observing as p\np._observe = lambda *a: 'x' * (1 << 28)\n"
     start = time.monotonic()
     assert sum(o.points for o in grade(answer=large + WRONG).outcomes) == 0
     assert time.monotonic() - start < LIMITS.total
@@ -376,7 +376,7 @@ def test_links_and_large_files_and_replies(tmp_path):
 def test_bending_the_probe_is_shown_to_a_person():
     """The library is in the sandbox as it is in the labs. What uses it in place of an answer is flagged."""
     bent = """\
-import refusallab.course.probe as p
+import refusallab.course.observing as p
 observe = p._observe
 def lie(exercise, namespace, inputs):
     return observe(exercise, {exercise.function: %s}, inputs)

@@ -38,7 +38,7 @@ def augment(text: str, sigma: float, rng: random.Random) -> str:
     return mistype(text, sigma**3, rng)
 
 
-def best_of_n(
+def best_of_n_attack(
     m: Model,
     items: Sequence[Item],
     n: int = 16,

@@ -59,7 +59,7 @@ class Suffix:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class SuffixPrompt:
     """One prompt and its target, cut into pieces around the suffix."""
 
     prompt: Prompt  # without the suffix
@@ -76,7 +76,7 @@ class Case:
 # The parts of a step
 
 
-def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> Case:
+def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str | None = None) -> SuffixPrompt:
     """Render the prompt with a suffix, cut it there, and run what comes before it once.
 
     Every piece keeps the tokens that it has in the whole prompt: many tokenizers split a text differently when it
@@ -104,7 +104,7 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
             )
         ids.append(whole[len(known) :])
     parts = [torch.tensor(part, dtype=torch.long, device=m.device) for part in ids]
-    return Case(prompt, before, after, *parts, keys_and_values(m, parts[0]))
+    return SuffixPrompt(prompt, before, after, *parts, keys_and_values(m, parts[0]))
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def keys_and_values(m: Model, ids: Tensor) -> DynamicCache:
     return cache
 
 
-def token_gradient(m: Model, case: Case, suffix: Tensor) -> tuple[Tensor, DynamicCache]:
+def token_gradient(m: Model, case: SuffixPrompt, suffix: Tensor) -> tuple[Tensor, DynamicCache]:
     """Gradient of the target's loss with respect to the one-hot suffix, and the cache of prompt and suffix.
 
     suffix [s] -> fp32 [s, vocab], nats per one-hot unit. The embedding of a one-hot row is row @ W, so the gradient is
@@ -182,7 +182,7 @@ def swapped(suffix: Tensor, gradient: Tensor, allowed: Tensor, positions: Tensor
     return candidates
 
 
-def survives(m: Model, case: Case, candidates: Tensor) -> Tensor:
+def survives(m: Model, case: SuffixPrompt, candidates: Tensor) -> Tensor:
     """Whether the prompt with a candidate's *text* is read as the same tokens again: bool [n].
 
     candidates [n, s]. What is sent is a string, so a suffix that fails here is not the one that was optimized. A suffix
@@ -198,7 +198,7 @@ def survives(m: Model, case: Case, candidates: Tensor) -> Tensor:
     return torch.tensor(same, dtype=torch.bool, device=candidates.device)
 
 
-def suffix_texts(m: Model, case: Case, candidates: Tensor) -> list[str]:
+def suffix_texts(m: Model, case: SuffixPrompt, candidates: Tensor) -> list[str]:
     """The texts of suffixes [n, s], decoded behind the token before them: some tokenizers strip a first space."""
     anchor = case.before_ids[-1:].tolist()
     settings = {"clean_up_tokenization_spaces": False}
@@ -207,7 +207,7 @@ def suffix_texts(m: Model, case: Case, candidates: Tensor) -> list[str]:
     return [text[skip:] for text in m.tokenizer.batch_decode(rows, **settings)]
 
 
-def with_each(m: Model, case: Case, candidates: Tensor) -> list[Prompt]:
+def with_each(m: Model, case: SuffixPrompt, candidates: Tensor) -> list[Prompt]:
     """The prompts that are sent with the candidates [n, s]: n of them."""
     texts = suffix_texts(m, case, candidates)
     return [rewrite(case.prompt, lambda request, text=text: request + text) for text in texts]
@@ -215,7 +215,7 @@ def with_each(m: Model, case: Case, candidates: Tensor) -> list[Prompt]:
 
 @torch.no_grad()
 def candidate_losses(
-    m: Model, case: Case, candidates: Tensor, suffix: Tensor, cache: DynamicCache, *, batch_size: int = 32
+    m: Model, case: SuffixPrompt, candidates: Tensor, suffix: Tensor, cache: DynamicCache, *, batch_size: int = 32
 ) -> tuple[Tensor, Tensor, int]:
     """Loss of the target after each candidate, whether greedy decoding gives the target, and the tokens computed.
 
@@ -238,7 +238,7 @@ def candidate_losses(
     return losses, reached, n_tokens
 
 
-def _target_logits(m: Model, case: Case, ids: Tensor, cache: DynamicCache) -> Tensor:
+def _target_logits(m: Model, case: SuffixPrompt, ids: Tensor, cache: DynamicCache) -> Tensor:
     """Logits that predict the target: fp32 [n, target, vocab]. ids [n, ...] follow the cache and end before its end."""
     return m.hf(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=len(case.target_ids)
@@ -325,7 +325,9 @@ def find_suffix(
     return Suffix(text, state.best_loss, tuple(state.losses), tuple(state.prompts_in_use), reached, cost)
 
 
-def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _State, penalty: Penalty | None) -> None:
+def _step(
+    m: Model, cases: list[SuffixPrompt], allowed: Tensor, knobs: Knobs, state: _State, penalty: Penalty | None
+) -> None:
     """One step: gradient, candidates, check, losses; `state` moves to the best candidate."""
     suffix = torch.tensor(state.suffix, device=m.device)
     generator = torch.Generator().manual_seed(knobs.seed * 1_000_003 + len(state.losses))
@@ -361,7 +363,7 @@ def _step(m: Model, cases: list[Case], allowed: Tensor, knobs: Knobs, state: _St
 
 def _draw(
     m: Model,
-    cases: list[Case],
+    cases: list[SuffixPrompt],
     suffix: Tensor,
     gradient: Tensor,
     allowed: Tensor,
@@ -389,7 +391,7 @@ def _draw(
 # As attacks
 
 
-def gcg(
+def gcg_attack(
     m: Model,
     items: Sequence[Item],
     targets: Sequence[str],

@@ -16,7 +16,7 @@ from refusallab.model import Edit, Model
 from refusallab.prompts import Item
 
 
-def prefilling(
+def prefilling_attack(
     m: Model, items: Sequence[Item], start: str, *, system: str | None = None, edit: Edit | None = None
 ) -> list[AttackResult]:
     """Start each reply with `start`, such as "Sure!". It counts as part of the reply when the reply is judged.

@@ -13,7 +13,7 @@ from refusallab.attacks.result import AttackResult, answered, rewrite, send_unti
 from refusallab.errors import RefusalLabError
 from refusallab.measure import Outcome
 from refusallab.model import Edit, Model
-from refusallab.prompts import Item, templates
+from refusallab.prompts import Item, attack_templates
 
 PAYLOAD_SPLITTING = "payload splitting"
 
@@ -31,7 +31,7 @@ def rewritings() -> dict[str, list[Callable[[str], str]]]:
     def filled(template: str) -> Callable[[str], str]:
         return lambda request: template.replace("{q}", request)
 
-    texts = {kind: [filled(template) for template in several] for kind, several in templates().items()}
+    texts = {kind: [filled(template) for template in several] for kind, several in attack_templates().items()}
     return texts | {PAYLOAD_SPLITTING: [split_payload]}
 
 

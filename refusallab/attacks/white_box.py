@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import reply_loss, shuffled, train
+from refusallab.finetuning import reply_loss, shuffled, train_copy
 from refusallab.inputs import listed
 from refusallab.interventions import ablation, unit
 from refusallab.judging import outcomes
@@ -25,7 +25,7 @@ from refusallab.prompts import Item
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class FoundDirection:
     """A direction, where it comes from, and the loss of the validation answers under its ablation."""
 
     vector: Tensor  # [width]
@@ -44,7 +44,9 @@ def release_loss(m: Model, items: Sequence[Item], r: Tensor) -> float:
     return cross_entropy(m, answers, prompts, edit=ablation(r), batch_size=64).mean().item()
 
 
-def re_extract(m: Model, harmful: Sequence[Item], harmless: Sequence[Item], validation: Sequence[Item]) -> Found:
+def re_extract(
+    m: Model, harmful: Sequence[Item], harmless: Sequence[Item], validation: Sequence[Item]
+) -> FoundDirection:
     """The difference in means of m whose ablation makes the exact answers of the validation items most likely.
 
     All layers and positions are tried. No filter is applied, because an attacker takes what works. Raises
@@ -56,17 +58,17 @@ def re_extract(m: Model, harmful: Sequence[Item], harmless: Sequence[Item], vali
     if not sites:
         raise RefusalLabError(f"All differences in means of {m.name} are zero: give it prompts of two kinds.")
     loss, layer, k = min((release_loss(m, validation, vectors[site]), *site) for site in sites)
-    return Found(vectors[layer, k], loss, layer, m.positions[k])
+    return FoundDirection(vectors[layer, k], loss, layer, m.positions[k])
 
 
-def descend(m: Model, u: Tensor, prompts: Sequence[Prompt], replies: Sequence[str], rate: float) -> Tensor:
+def descend(m: Model, u: Tensor, prompts: Sequence[Prompt], replies: Sequence[str], lr: float) -> Tensor:
     """One step of gradient descent on the unit sphere, towards a u [width] whose ablation makes the replies likelier.
 
     The weights stay as they are. u has length 1, and so has the result.
     """
     v = u.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reply_loss(m, prompts, replies, ablation(v)), v)
-    return unit(u - rate * gradient)
+    return unit(u - lr * gradient)
 
 
 def gradient_direction(
@@ -77,10 +79,10 @@ def gradient_direction(
     start: Tensor,
     *,
     steps: int = 12,
-    rate: float = 0.5,
+    lr: float = 0.5,
     batch_size: int = 8,
     seed: int = 0,
-) -> Found:
+) -> FoundDirection:
     """A direction by gradient with the model frozen, from `start`.
 
     The loss is that of the exact answers, forbidden and harmless ones, while the direction is ablated: the first half
@@ -91,16 +93,16 @@ def gradient_direction(
     u, queues = unit(start), [(items, shuffled(len(items), batch_size, seed)) for items in (harmful, harmless)]
     for _ in range(steps):
         both = [items[i] for items, queue in queues for i in next(queue)]
-        u = descend(m, u, [item.prompt for item in both], [item.answer for item in both], rate)
-    return Found(u, release_loss(m, validation, u))
+        u = descend(m, u, [item.prompt for item in both], [item.answer for item in both], lr)
+    return FoundDirection(u, release_loss(m, validation, u))
 
 
-def fine_tune(
+def fine_tuning_attack(
     m: Model,
     known: Sequence[Item],
     steps: int,
     *,
-    rate: float = 1e-4,
+    lr: float = 1e-4,
     batch_size: int = 8,
     seed: int = 0,
     look: Callable[[int, Model], None] = lambda done, copied: None,
@@ -117,7 +119,7 @@ def fine_tune(
         batch = [known[i] for i in next(queue)]
         return reply_loss(copied, [item.prompt for item in batch], [item.answer for item in batch])
 
-    return train(m, loss, steps=steps, rate=rate, name=f"{m.name} (fine-tuned)")
+    return train_copy(m, loss, steps=steps, lr=lr, name=f"{m.name} (fine-tuned)")
 
 
 def steps_to_break(
@@ -126,7 +128,7 @@ def steps_to_break(
     items: Sequence[Item],
     steps: Sequence[int],
     *,
-    rate: float = 1e-4,
+    lr: float = 1e-4,
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[int, list[Outcome]]:
@@ -140,7 +142,7 @@ def steps_to_break(
         if done in steps:
             seen[done] = outcomes(copied, items)
 
-    tuned = fine_tune(m, known, max(steps), rate=rate, batch_size=batch_size, seed=seed, look=look)
+    tuned = fine_tuning_attack(m, known, max(steps), lr=lr, batch_size=batch_size, seed=seed, look=look)
     return seen | {max(steps): outcomes(tuned, items)}
 
 

@@ -1,21 +1,8 @@
-"""What the notebooks use of the course: `start`, `check`, `solved`, `progress`, `real_model`. Each is imported late."""
+"""The course: exercises, checks, releases, rules for notebooks, the capstone.
 
-from __future__ import annotations
+`__init__.pyi` lists what the notebooks import from here.
+"""
 
-from importlib import import_module
-from typing import Any
+from refusallab.faces import face
 
-_HOMES = {
-    "check": "checking",
-    "progress": "progress_file",
-    "real_model": "session",
-    "solved": "checking",
-    "start": "session",
-}
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"{__name__} has no {name}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __all__ = face(__name__, __file__)

@@ -17,20 +17,20 @@ FILE = "<defence>"  # the name of the student's code in tracebacks
 def main() -> None:
     """Read the source, say what came of it, then answer until the input ends."""
     requests, answers = _own_channels()
-    from refusallab.sandbox.plain import decode, encode
+    from refusallab.sandbox.plain import from_json, to_json
 
     def say(**what: Any) -> None:
-        answers.write(encode(what) + "\n")
+        answers.write(to_json(what) + "\n")
         answers.flush()
 
     try:
-        defence, direction = _begin(decode(requests.readline()))
+        defence, direction = _begin(from_json(requests.readline()))
         say(name=defence.name[:40], direction=direction)
         for line in requests:
-            replies = _answer(defence, decode(line))
+            replies = _answer(defence, from_json(line))
             say(replies=replies, extra_passes=int(defence.extra_passes))
     except BaseException as error:  # an exit too: whatever ends the defence is reported
-        say(problem=in_words(error))
+        say(problem=error_in_words(error))
 
 
 def _own_channels() -> tuple[TextIO, TextIO]:
@@ -91,7 +91,7 @@ def _limit(memory: int, seconds: int) -> None:
         pass
 
 
-def in_words(error: BaseException) -> str:
+def error_in_words(error: BaseException) -> str:
     """What went wrong, for the author of the defence."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == FILE]
     if isinstance(error, SyntaxError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from refusallab.course.exercise import CheckFailed, Verdict, borrowed, judge, verdict_text
-from refusallab.course.exercises import find
+from refusallab.course.exercise import CheckFailed, CheckResult, borrowed, result_text, run_cases
+from refusallab.course.exercises import find_exercise
 from refusallab.course.progress_file import record
 
 PUBLIC_SEED = 0
@@ -19,20 +19,20 @@ def check(number: str, function: Callable[..., Any], *, seed: int = PUBLIC_SEED)
     `seed` makes the inputs; any seed must give the same verdict. Seeds other than the public one are for hidden checks,
     which say nothing when all is well. A function of the course does not count as an answer.
     """
-    exercise = find(number)
+    exercise = find_exercise(number)
     problem = borrowed(exercise, function)
-    verdict = Verdict(exercise, problem) if problem else judge(exercise, function, seed)
+    verdict = CheckResult(exercise, problem) if problem else run_cases(exercise, function, seed)
     if not verdict.passed:
-        raise CheckFailed(verdict_text(verdict))
+        raise CheckFailed(result_text(verdict))
     if seed == PUBLIC_SEED:
         _approved[number] = function
         record(number, verdict.exercise.points)
-        print(verdict_text(verdict))
+        print(result_text(verdict))
 
 
 def solved(number: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Your function if its check has approved it in this kernel, else the library's version and a line that says so."""
-    exercise = find(number)
+    exercise = find_exercise(number)
     if _approved.get(number) is function:
         return function
     print(f"{number} is not solved yet: the cells below use the library's version.")

@@ -72,7 +72,7 @@ def define(number: str, **judged: Any) -> Exercise:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """What became of one exercise."""
 
     exercise: Exercise
@@ -104,14 +104,16 @@ def _fresh(case: Case) -> dict[str, Any]:
     return copy.deepcopy(case.inputs)
 
 
-def judge(exercise: Exercise, function: Callable[..., Any], seed: int) -> Verdict:
+def run_cases(exercise: Exercise, function: Callable[..., Any], seed: int) -> CheckResult:
     """Run a function on the cases of a seed. The first case that fails gives the verdict.
 
     What the function prints or warns about is dropped, and whatever it raises becomes part of the verdict.
     """
     if not callable(function):
-        return Verdict(exercise, f"`{exercise.function}` must be a function, and this is a {type(function).__name__}.")
-    return verdict(exercise, seed, lambda place, inputs: exercise.observe(function, inputs))
+        return CheckResult(
+            exercise, f"`{exercise.function}` must be a function, and this is a {type(function).__name__}."
+        )
+    return check_cases(exercise, seed, lambda place, inputs: exercise.observe(function, inputs))
 
 
 def borrowed(exercise: Exercise, function: Any) -> str:
@@ -120,7 +122,7 @@ def borrowed(exercise: Exercise, function: Any) -> str:
     return BORROWED.format(f"`{name}`", f"`{exercise.function}`") if name else ""
 
 
-def verdict(exercise: Exercise, seed: int, observed: Callable[[int, dict[str, Any]], Any]) -> Verdict:
+def check_cases(exercise: Exercise, seed: int, observed: Callable[[int, dict[str, Any]], Any]) -> CheckResult:
     """The verdict on what was observed of an answer: `observed(place, inputs)` gives it for one of the cases."""
     notes: list[str] = []
     for place, (case, expected) in enumerate(_expected(exercise, seed)):
@@ -129,29 +131,31 @@ def verdict(exercise: Exercise, seed: int, observed: Callable[[int, dict[str, An
             with _quiet():
                 got = observed(place, inputs)
         except NotImplementedError:
-            return Verdict(exercise, "It is not written yet: replace the `raise NotImplementedError()` by your code.")
+            return CheckResult(
+                exercise, "It is not written yet: replace the `raise NotImplementedError()` by your code."
+            )
         except Exception as error:
             problem = f"It raised {type(error).__name__}: {_first_line(error)}"
             if isinstance(error, UnboundLocalError):
                 problem += ". Was it made inside a trace? Then it needs `.save()` to be there after it."
-            return Verdict(exercise, problem, case=case.what, notes=tuple(notes))
+            return CheckResult(exercise, problem, case=case.what, notes=tuple(notes))
         if changed := _changed(inputs, case.inputs):
             problem = f"It changes its input `{changed}`. Work on a new tensor: x - y makes one, x -= y does not."
-            return Verdict(exercise, problem, "changes its input", case.what, tuple(notes))
-        difference = compare(got, expected, exercise.tolerance)
+            return CheckResult(exercise, problem, "changes its input", case.what, tuple(notes))
+        difference = describe_difference(got, expected, exercise.tolerance)
         if difference:
             mistake = _recognise(exercise, seed, place, got)
             problem = mistake.advice if mistake else difference
-            return Verdict(exercise, problem, mistake.name if mistake else "", case.what, tuple(notes))
+            return CheckResult(exercise, problem, mistake.name if mistake else "", case.what, tuple(notes))
         notes.append(case.what)
-    return Verdict(exercise, notes=tuple(notes))
+    return CheckResult(exercise, notes=tuple(notes))
 
 
 def _recognise(exercise: Exercise, seed: int, place: int, got: Any) -> Mistake | None:
     """The typical mistake that gives just this wrong result."""
     for mistake in exercise.mistakes:
         wrong = _mistaken(exercise, mistake, seed, place)
-        if wrong is not None and not compare(got, wrong, exercise.tolerance):
+        if wrong is not None and not describe_difference(got, wrong, exercise.tolerance):
             return mistake
     return None
 
@@ -168,10 +172,10 @@ def _mistaken(exercise: Exercise, mistake: Mistake, seed: int, place: int) -> An
 
 def _changed(inputs: dict[str, Any], before: dict[str, Any]) -> str:
     """The name of an input that the function has edited in place."""
-    return next((name for name, value in inputs.items() if compare(value, before[name], 0.0)), "")
+    return next((name for name, value in inputs.items() if describe_difference(value, before[name], 0.0)), "")
 
 
-def compare(got: Any, expected: Any, tolerance: float) -> str:
+def describe_difference(got: Any, expected: Any, tolerance: float) -> str:
     """In words, how a result differs from the expected one; empty when it does not. No expected value is shown."""
     if isinstance(expected, Tensor):
         return _compare_tensors(got, expected, tolerance)
@@ -196,7 +200,7 @@ def compare(got: Any, expected: Any, tolerance: float) -> str:
         if isinstance(got, bool) and isinstance(expected, bool):
             return f"This is {got}, and should not be."
         return f"Expected another value of kind {type(expected).__name__} than {_short(got)}."
-    return next((where + text for where, a, b in parts if (text := compare(a, b, tolerance))), "")
+    return next((where + text for where, a, b in parts if (text := describe_difference(a, b, tolerance))), "")
 
 
 def _is_scalar(value: Any) -> bool:
@@ -262,16 +266,16 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def verdict_text(verdict: Verdict) -> str:
+def result_text(check_cases: CheckResult) -> str:
     """The verdict in words: what is right, what is not, on which input, and where to look."""
-    e = verdict.exercise
-    if verdict.passed:
-        cases = f"{len(verdict.notes)} inputs" if len(verdict.notes) != 1 else "1 input"
+    e = check_cases.exercise
+    if check_cases.passed:
+        cases = f"{len(check_cases.notes)} inputs" if len(check_cases.notes) != 1 else "1 input"
         return f"✓ {e.number} {e.title}: right on {cases}. {e.points} of {e.points} points."
     lines = [f"✗ {e.number} {e.title}: not yet. 0 of {e.points} points."]
-    lines += [f"  right: {note}" for note in verdict.notes]
-    if verdict.case:
-        lines.append(f"  wrong: {verdict.case}")
-    if verdict.mistake:
-        lines.append(f"  This looks like a known mistake: {verdict.mistake}.")
-    return "\n".join([*lines, f"  {verdict.problem}", f"  The hints of exercise {e.number} are above its cell."])
+    lines += [f"  right: {note}" for note in check_cases.notes]
+    if check_cases.case:
+        lines.append(f"  wrong: {check_cases.case}")
+    if check_cases.mistake:
+        lines.append(f"  This looks like a known mistake: {check_cases.mistake}.")
+    return "\n".join([*lines, f"  {check_cases.problem}", f"  The hints of exercise {e.number} are above its cell."])

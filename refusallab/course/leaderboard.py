@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from refusallab.course.capstone import Result, Score, Trial, compare
-from refusallab.course.progress_file import file as progress_file
+from refusallab.course.capstone import Result, Score, Trial, score_against
+from refusallab.course.progress_file import progress_path
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model
 
@@ -26,7 +26,7 @@ EMPTY = "No defence has been scored yet: run refusallab capstone with your file.
 
 
 @dataclass(frozen=True)
-class Row:
+class LeaderboardRow:
     """One line of the leaderboard."""
 
     name: str
@@ -36,12 +36,12 @@ class Row:
     scored: str  # the day
 
 
-def file() -> Path:
+def leaderboard_file() -> Path:
     """Where it is kept: beside the progress."""
-    return progress_file().with_name("leaderboard.sqlite")
+    return progress_path().with_name("leaderboard.sqlite")
 
 
-def fingerprint(m: Model, trial: Trial) -> str:
+def trial_fingerprint(m: Model, trial: Trial) -> str:
     """What a result depends on beside the defence: weights, attacks and prompts. Others are never compared with it."""
     prompts = [str(item.prompt) for item in trial.forbidden]
     prompts += [str((item.prompt, start)) for groups in trial.traffic.values() for g, start in groups for item in g]
@@ -55,8 +55,8 @@ def key(source: str) -> str:
 
 
 def _connect() -> sqlite3.Connection:
-    file().parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(file(), timeout=10, isolation_level=None)  # waits while another run writes
+    leaderboard_file().parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(leaderboard_file(), timeout=10, isolation_level=None)  # waits while another run writes
     connection.execute(
         "CREATE TABLE IF NOT EXISTS scored (frozen TEXT, source TEXT, name TEXT NOT NULL, result TEXT NOT NULL, "
         "problem TEXT NOT NULL, scored TEXT NOT NULL, PRIMARY KEY (frozen, source))"
@@ -76,11 +76,12 @@ def add(frozen: str, source: str, name: str, result: Result | None, problem: str
             )
     except (OSError, sqlite3.Error) as error:
         raise RefusalLabError(
-            f"The leaderboard {file()} was not written ({error}): make the place writable, or move a damaged file away."
+            f"The leaderboard {leaderboard_file()} was not written ({error}): make the place writable, or move a "
+            "damaged file away."
         ) from error
 
 
-def rows(frozen: str) -> dict[str, Row]:
+def rows(frozen: str) -> dict[str, LeaderboardRow]:
     """All results on one trial, by hash, in the order in which they were scored. An unreadable file counts as empty."""
     try:
         with closing(_connect()) as connection:
@@ -89,25 +90,25 @@ def rows(frozen: str) -> dict[str, Row]:
             ).fetchall()
     except (OSError, sqlite3.Error):
         return {}
-    table, seen = {}, {}
+    leaderboard_table, seen = {}, {}
     for source, name, result, problem, scored in found:
         seen[name] = seen.get(name, 0) + 1
         fields = json.loads(result)
-        table[source] = Row(name, fields and Result(**fields), problem, seen[name], scored)
-    return table
+        leaderboard_table[source] = LeaderboardRow(name, fields and Result(**fields), problem, seen[name], scored)
+    return leaderboard_table
 
 
-def scores(frozen: str) -> list[tuple[Row, Score | None]]:
+def scores(frozen: str) -> list[tuple[LeaderboardRow, Score | None]]:
     """The rows with their scores, best first; those that failed last."""
     found = rows(frozen)
     base = found.get(UNDEFENDED)
     if base is None or base.result is None:
         return []
-    scored = [(row, compare(row.result, base.result) if row.result else None) for row in found.values()]
+    scored = [(row, score_against(row.result, base.result) if row.result else None) for row in found.values()]
     return sorted(scored, key=lambda pair: -1.0 if pair[1] is None else pair[1].points, reverse=True)
 
 
-def table(frozen: str) -> Table:
+def leaderboard_table(frozen: str) -> Table:
     """The leaderboard, for rich."""
     shown = Table(title="Leaderboard: all attacks, on test prompts")
     columns = ("", "defence", "points", "attacks stopped, mean", "worst attack", "traffic kept, least", "over-refusal")

@@ -11,12 +11,14 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from refusallab.course.catalogue import HEADERS, QUESTIONS
-from refusallab.course.notebook import number, role
+from refusallab.course.notebook import exercise_number, role
 from refusallab.course.plan import problems, read_plan
 from refusallab.course.release import read
 
 LINES = 25
 COLUMNS = 100  # of code: what fits beside the margins of a laptop
+PLACES = 6  # that a lab imports from, of the course's own: more are hard to remember
+ROW = re.compile(r"\S {2,}\S.*\S {2,}\S")  # of a printed table: three columns or more
 SECTIONS = ("What you will be able to do", "On a real model", "What this lab does not show", "References")
 CAPTION = re.compile(r"\*Figure: [^*]{30,}\*")
 GRADED = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
@@ -50,7 +52,10 @@ Problems = Iterator[tuple[NotebookNode, str]]
 def lint(path: Path) -> list[str]:
     """One line for each rule that a notebook breaks."""
     nb = read(path)
-    rules = (headings, alternatives, code, portable, reproducible, links, graded_cells, independent, sections, terms)
+    rules = (
+        headings, alternatives, code, one_figure, places, portable, reproducible, links, graded_cells, independent,
+        sections, terms,
+    )  # fmt: skip
     return [f"{path}: {cell.id}: {text}" for rule in rules for cell, text in rule(nb, path)]
 
 
@@ -125,6 +130,36 @@ def code(nb: NotebookNode, path: Path) -> Problems:
             yield cell, "a released notebook has no outputs"
 
 
+def one_figure(nb: NotebookNode, path: Path) -> Problems:
+    """A cell shows one figure at most, last, and one table at most."""
+    for cell in nb.cells:
+        outputs = list(_outputs(cell))
+        if sum(kind.startswith("image/") for kind, _ in outputs) > 1:
+            yield cell, "two figures: make two cells of it"
+        printed = "".join(text for kind, text in outputs if kind == "stdout")
+        tables = [part for part in re.split(r"\n\s*\n", printed) if len(ROW.findall(part)) > 1]
+        if len(tables) > 1:
+            yield cell, "two tables: make two cells of it"
+        if cell.cell_type == "code" and "plt.show()" in cell.source.rstrip().removesuffix("plt.show()"):
+            yield cell, "plt.show() comes last, once"
+
+
+def places(nb: NotebookNode, path: Path) -> Problems:
+    """What a lab imports of the course comes from few places. `refusallab` offers most of it."""
+    found = set()
+    for cell in nb.cells:
+        if cell.cell_type != "code" or role(cell) == "setup":
+            continue
+        try:
+            nodes = list(ast.walk(ast.parse(cell.source)))
+        except SyntaxError:
+            continue  # `independent` says so
+        found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    own = sorted(name for name in found if name.partition(".")[0] in ("refusallab", "smallmodels"))
+    if len(own) > PLACES:
+        yield nb.cells[0], f"it imports from {len(own)} places: {', '.join(own)}; {PLACES} is the most"
+
+
 def portable(nb: NotebookNode, path: Path) -> Problems:
     """No path of one particular computer."""
     for cell in nb.cells:
@@ -163,16 +198,18 @@ def graded_cells(nb: NotebookNode, path: Path) -> Problems:
     wanted += [(r, q.number) for q in QUESTIONS if q.lab == lab for r in question]
     cells = [cell for cell in nb.cells if role(cell) in GRADED]
     for cell, want in itertools.zip_longest(cells, wanted):
-        if cell is None or want is None or (role(cell), number(cell)) != want:
-            got = "the end" if cell is None else f"{role(cell)} {number(cell)}".strip()
+        if cell is None or want is None or (role(cell), exercise_number(cell)) != want:
+            got = "the end" if cell is None else f"{role(cell)} {exercise_number(cell)}".strip()
             yield cell or nb.cells[-1], f"{got} where {' '.join(want).strip() if want else 'nothing'} should be"
             return
     functions = {e.number: e.function for e in HEADERS}
     for cell in cells:
         if role(cell) != "answer":
             continue
-        if not re.search(rf"^def {functions[number(cell)]}\(.*?:\n    r?\"\"\"", cell.source, flags=re.M | re.S):
-            yield cell, f"it must define {functions[number(cell)]} with a docstring"
+        if not re.search(
+            rf"^def {functions[exercise_number(cell)]}\(.*?:\n    r?\"\"\"", cell.source, flags=re.M | re.S
+        ):
+            yield cell, f"it must define {functions[exercise_number(cell)]} with a docstring"
         if not released and len(MARKERS.findall(cell.source)) != 2:
             yield cell, "it needs one pair of ### BEGIN SOLUTION and ### END SOLUTION"
 

@@ -77,7 +77,7 @@ def role(cell: NotebookNode) -> str:
     return cell.metadata.get("refusallab", {}).get("role", "")
 
 
-def number(cell: NotebookNode) -> str:
+def exercise_number(cell: NotebookNode) -> str:
     """The number of the exercise or question that a cell belongs to, empty for none."""
     tag = cell.metadata.get("refusallab", {})
     return tag.get("exercise", tag.get("number", ""))
@@ -94,7 +94,7 @@ def stamp(nb: NotebookNode, name: str, address: str = "") -> NotebookNode:
     nb.cells = _with_hints(nb.cells)
     for index, cell in enumerate(nb.cells):
         grader = _grader(cell)
-        cell.id = grader.get("grade_id", f"{role(cell) or 'cell'}-{number(cell).replace('.', '-') or index}")
+        cell.id = grader.get("grade_id", f"{role(cell) or 'cell'}-{exercise_number(cell).replace('.', '-') or index}")
         cell.source = _source(cell, address)
         if role(cell) in ("header", "question") and cell.cell_type == "code":
             cell.cell_type = "markdown"
@@ -114,7 +114,7 @@ def _with_hints(cells: list[NotebookNode]) -> list[NotebookNode]:
     result: list[NotebookNode] = []
     for cell in cells:
         if role(cell) == "answer":
-            tag = {"role": "hints", "exercise": number(cell)}
+            tag = {"role": "hints", "exercise": exercise_number(cell)}
             result.append(new_markdown_cell(metadata={"refusallab": tag}))
         if role(cell) != "hints":
             result.append(cell)
@@ -123,9 +123,11 @@ def _with_hints(cells: list[NotebookNode]) -> list[NotebookNode]:
 
 def _definition(cell: NotebookNode) -> Any:
     known = {item.number: item for item in (*every_exercise(), *QUESTIONS)}
-    if number(cell) not in known:
-        raise RefusalLabError(f"A {role(cell)} cell names {number(cell)!r}: it is not one of {', '.join(known)}.")
-    return known[number(cell)]
+    if exercise_number(cell) not in known:
+        raise RefusalLabError(
+            f"A {role(cell)} cell names {exercise_number(cell)!r}: it is not one of {', '.join(known)}."
+        )
+    return known[exercise_number(cell)]
 
 
 def _source(cell: NotebookNode, address: str) -> str:
@@ -133,7 +135,7 @@ def _source(cell: NotebookNode, address: str) -> str:
         case "setup":
             return SETUP.format(otherwise=DOWNLOAD.format(address=address) if address else EXPLAIN)
         case "header":
-            return header(_definition(cell))
+            return header_cell(_definition(cell))
         case "hints":
             return hints(_definition(cell))
         case "check":
@@ -143,7 +145,7 @@ def _source(cell: NotebookNode, address: str) -> str:
     return cell.source
 
 
-def header(e: Exercise) -> str:
+def header_cell(e: Exercise) -> str:
     """The cell above an exercise."""
     return f"### Exercise {e.number} · {e.title}\n\n{DIFFICULTY[e.difficulty]} · {e.minutes} minutes · {_points(e)}"
 
@@ -187,7 +189,7 @@ def _grader(cell: NotebookNode) -> dict[str, Any]:
         return {}
     prefix, solution, grade, locked = kinds[role(cell)]
     fields = {
-        "grade_id": f"{prefix}-{number(cell).replace('.', '-')}",
+        "grade_id": f"{prefix}-{exercise_number(cell).replace('.', '-')}",
         "solution": solution,
         "grade": grade,
         "locked": locked,

@@ -83,7 +83,7 @@ def problems(plan: Plan, lab: str) -> Iterator[str]:
         )
 
 
-def table(plans: Mapping[str, Plan]) -> str:
+def lab_table(plans: Mapping[str, Plan]) -> str:
     """The text of labs/README.md, from the plans by the names of their files."""
     rows = []
     for name, plan in plans.items():

@@ -11,14 +11,16 @@ from pathlib import Path
 from refusallab.course.catalogue import HEADERS, LABS
 
 
-def file() -> Path:
+def progress_path() -> Path:
     """Where progress is kept: the environment variable REFUSALLAB_PROGRESS, or a file in the home folder."""
     return Path(os.environ.get("REFUSALLAB_PROGRESS", Path.home() / ".refusallab" / "progress.sqlite"))
 
 
 def _connect() -> sqlite3.Connection:
-    file().parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(file(), timeout=10, isolation_level=None)  # waits while another notebook writes
+    progress_path().parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(
+        progress_path(), timeout=10, isolation_level=None
+    )  # waits while another notebook writes
     connection.execute("CREATE TABLE IF NOT EXISTS passed (exercise TEXT PRIMARY KEY, points INTEGER NOT NULL)")
     return connection
 
@@ -29,7 +31,10 @@ def record(number: str, points: int) -> None:
         with closing(_connect()) as connection:
             connection.execute("INSERT OR REPLACE INTO passed VALUES (?, ?)", (number, points))
     except (OSError, sqlite3.Error) as error:
-        print(f"(Progress was not saved to {file()}: {error}. Your work in the notebook is safe.)", file=sys.stdout)
+        print(
+            f"(Progress was not saved to {progress_path()}: {error}. Your work in the notebook is safe.)",
+            file=sys.stdout,
+        )
 
 
 def passed() -> set[str]:

@@ -21,7 +21,7 @@ from nbgrader import preprocessors
 from nbgrader.preprocessors import NbGraderPreprocessor
 
 from refusallab.course.notebook import read_address, role, stamp
-from refusallab.course.plan import read_plan, table
+from refusallab.course.plan import lab_table, read_plan
 from refusallab.errors import RefusalLabError
 
 FOLDER = "refusal-mechanics-labs"  # the one folder inside the archive
@@ -86,7 +86,7 @@ def build(root: Path) -> dict[Path, str]:
         files[path] = text(solution)
         files[root / "labs" / path.name] = text(to_lab(solution))
         plans[path.name] = read_plan(solution.cells[0].source)
-    return files | {root / "labs" / "README.md": table(plans)}
+    return files | {root / "labs" / "README.md": lab_table(plans)}
 
 
 def out_of_date(root: Path) -> list[Path]:

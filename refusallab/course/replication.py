@@ -14,12 +14,12 @@ from torch import Tensor
 
 from refusallab.activations import residual
 from refusallab.directions import random_directions
-from refusallab.experiment import search
+from refusallab.experiment import find_direction
 from refusallab.interventions import ablation, addition, unit
 from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import cross_entropy, rate
 from refusallab.model import Edit, Model, generate
-from refusallab.orthogonalize import distance_from_hooks, orthogonalize
+from refusallab.orthogonalization import distance_from_hooks, orthogonalize
 from refusallab.prompts import prompt_set
 
 TOLERANCES = {
@@ -77,7 +77,7 @@ def replicate(m: Model, progress: Callable[[str], None] = lambda step: None) -> 
     Raises RefusalLabError where no direction can be selected: the finding is then that labs 02 to 05 do not carry over.
     """
     progress("selecting a direction")
-    found = search(m)
+    found = find_direction(m)
     best, r, n_layers = found.selected, found.direction.vector, m.n_layers
     findings = _selection(m, best.position, best.layer / n_layers, best.bypass, best.induce)
 

@@ -26,12 +26,12 @@ from typing import Any
 from torch import Tensor
 
 from refusallab.course import leaderboard
-from refusallab.course.capstone import Removal, Score, Trial, attackers_direction, compare, measure
-from refusallab.course.leaderboard import Row
+from refusallab.course.capstone import Removal, Score, Trial, attackers_direction, run_trial, score_against
+from refusallab.course.leaderboard import LeaderboardRow
 from refusallab.defence import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model, Prompt, load
-from refusallab.sandbox.plain import decode, encode
+from refusallab.sandbox.plain import from_json, to_json
 from refusallab.sandbox.server import SETTINGS, bubblewrap, sandbox_environment
 from smallmodels.world import DATA
 
@@ -45,7 +45,7 @@ class Failed(RefusalLabError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class DefenceLimits:
     """What a defence may use."""
 
     start: float = 240  # seconds until it is ready: imports, its own training, and the attacker's search
@@ -91,7 +91,7 @@ def wall(folder: Path) -> list[str] | None:
 class Submitted:
     """A submitted defence. It keeps to the interface, so attacks take it. Use it in a `with`: leaving that ends it."""
 
-    def __init__(self, source: str, m: Model, *, limits: Limits = Limits(), walled: bool = True):  # noqa: B008 - frozen
+    def __init__(self, source: str, m: Model, *, limits: DefenceLimits = DefenceLimits(), walled: bool = True):  # noqa: B008 - frozen
         self.m, self.name, self.extra_passes = m, "", 0
         self.direction: Tensor | None = None
         self._limits, self._end = limits, time.monotonic() + limits.total
@@ -135,7 +135,7 @@ class Submitted:
 
     def _ask(self, order: dict[str, Any], seconds: float, what: str = "no answer came") -> dict[str, Any]:
         try:
-            self._process.stdin.write(encode(order) + "\n")
+            self._process.stdin.write(to_json(order) + "\n")
             self._process.stdin.flush()
         except OSError:
             pass  # it has ended: the next line says so
@@ -148,7 +148,7 @@ class Submitted:
         if not line:
             raise Failed(f"Its process ended: {_why(self._process.wait())}.")
         try:
-            answer = decode(line)
+            answer = from_json(line)
             if problem := answer.get("problem"):
                 raise Failed(str(problem))
             return answer
@@ -193,32 +193,32 @@ def score_file(
     trial: Trial,
     progress: Callable[[str], None],
     *,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: DefenceLimits = DefenceLimits(),  # noqa: B008 - frozen
     walled: bool = True,
-) -> tuple[Row, Score | None, bool]:
+) -> tuple[LeaderboardRow, Score | None, bool]:
     """Score a file: its row, its score (None if it failed), and whether it ran behind the wall.
 
     On the frozen trial a file that has its score already does not run again. `progress` is called at each of the steps:
-    those of `measure`, twice where the undefended model has not been measured yet.
+    those of `run_trial`, twice where the undefended model has not been measured yet.
     """
     source, m = read_source(path), load("charter-chat")
-    frozen, code = leaderboard.fingerprint(m, trial), leaderboard.key(source)
+    frozen, code = leaderboard.trial_fingerprint(m, trial), leaderboard.key(source)
     known = leaderboard.rows(frozen)
     if leaderboard.UNDEFENDED in known:
         base = known[leaderboard.UNDEFENDED].result
     else:
-        base = measure(ModelAlone(m), trial, attackers_direction(m), progress)
+        base = run_trial(ModelAlone(m), trial, attackers_direction(m), progress)
         leaderboard.add(frozen, leaderboard.UNDEFENDED, base.name, base)
     if code in known and known[code].result:
-        return known[code], compare(known[code].result, base), True
+        return known[code], score_against(known[code].result, base), True
     name, result, problem = path.stem, None, ""
     try:
         with Submitted(source, m, limits=limits, walled=walled) as defence:
             walled, name = defence.walled, defence.name
-            result = measure(defence, trial, defence.direction, progress)
+            result = run_trial(defence, trial, defence.direction, progress)
     except Failed as failed:
         problem = str(failed)
     if trial.name == "frozen":
         leaderboard.add(frozen, code, name, result, problem)
-    row = leaderboard.rows(frozen).get(code) or Row(name, result, problem, 1, "")
-    return row, compare(result, base) if result else None, walled
+    row = leaderboard.rows(frozen).get(code) or LeaderboardRow(name, result, problem, 1, "")
+    return row, score_against(result, base) if result else None, walled

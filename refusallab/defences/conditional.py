@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from refusallab.defence import write
+from refusallab.defence import write_replies
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, Model, Prompt, blocks, no_edit
 
@@ -51,4 +51,4 @@ class ConditionalSteering:
         with nn.edit() as (tracer, steered):
             for _ in tracer.all():
                 self.steer(nn)
-        return write(replace(self.m, nn=steered), prompts, edit=edit or no_edit, prefill=prefill)
+        return write_replies(replace(self.m, nn=steered), prompts, edit=edit or no_edit, prefill=prefill)

@@ -19,7 +19,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.inputs import numbers
 from refusallab.interventions import unit
 from refusallab.model import Model, attention_writes, blocks, mlp_writes, wrap
-from refusallab.orthogonalize import outputs_last, written_weights
+from refusallab.orthogonalization import outputs_last, written_weights
 
 
 @dataclass(frozen=True, eq=False)

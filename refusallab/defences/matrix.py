@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from refusallab.activations import mean_residual
-from refusallab.attacks.best_of_n import best_of_n
-from refusallab.attacks.gcg import Knobs, gcg, hiding_from
-from refusallab.attacks.prefilling import prefilling
+from refusallab.attacks.best_of_n import best_of_n_attack
+from refusallab.attacks.gcg import Knobs, gcg_attack, hiding_from
+from refusallab.attacks.prefilling import prefilling_attack
 from refusallab.attacks.result import AttackResult, direct, disclosed, rewrite, send
 from refusallab.attacks.templates import rewritings, template
-from refusallab.attacks.white_box import fine_tune, gradient_direction
+from refusallab.attacks.white_box import fine_tuning_attack, gradient_direction
 from refusallab.defence import Defence, ModelAlone, Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
@@ -51,7 +51,7 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatrixEntry:
     """One attack on one defence."""
 
     outcomes: tuple[Outcome, ...]
@@ -75,7 +75,7 @@ class Matrix:
     """All cells by (attack, defence). The first defence is the undefended model."""
 
     model: str
-    cells: dict[tuple[str, str], Cell]
+    cells: dict[tuple[str, str], MatrixEntry]
     benign: dict[str, Benign]
 
     @property
@@ -110,8 +110,8 @@ def standard_attacks(layer: int, position: int) -> list[Attack]:
     return [
         Attack("direct request", direct),
         *(Attack(kind, lambda d, items, kind=kind: _first_text(d, items, kind)) for kind in rewritings()),
-        Attack("prefill", lambda d, items: prefilling(d, items, "Sure!")),
-        Attack("best of 4", lambda d, items: best_of_n(d, items, 4)),
+        Attack("prefill", lambda d, items: prefilling_attack(d, items, "Sure!")),
+        Attack("best of 4", lambda d, items: best_of_n_attack(d, items, 4)),
         _searched("GCG"),
         Attack("ablation", lambda d, items: direct(d, items, edit=extracted(d.m, items))),
     ]
@@ -129,9 +129,9 @@ def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
     }
     return [
         Attack("begin, own system turn", lambda d, i: _first_text(d, i, "begin", OTHER_SYSTEM), "system prompt"),
-        Attack("prefill of an answer", lambda d, i: prefilling(d, i, OPENING), "self-reminder"),
+        Attack("prefill of an answer", lambda d, i: prefilling_attack(d, i, OPENING), "self-reminder"),
         Attack("begin, 4 fluent wordings", lambda d, i: template(d, i, "begin"), "perplexity filter"),
-        Attack("prefill of an answer", lambda d, i: prefilling(d, i, OPENING), "SmoothLLM"),
+        Attack("prefill of an answer", lambda d, i: prefilling_attack(d, i, OPENING), "SmoothLLM"),
         *(replace(hidden[watchers], against=name) for name, watchers in HIDES_FROM.items()),
     ]
 
@@ -143,7 +143,7 @@ def weight_attacks(defences: Sequence[Defence], start: Tensor) -> list[Attack]:
     """
     known, lawful, validation = (bundled(name) for name in ("harmful_train", "harmless_train", "harmful_val"))
     learned = _once(lambda m, items: ablation(gradient_direction(m, known, lawful, validation[::3], start).vector))
-    tuned = _once(lambda m, items: ModelAlone(fine_tune(m, known[::KNOWN_EVERY], TUNING_STEPS)))
+    tuned = _once(lambda m, items: ModelAlone(fine_tuning_attack(m, known[::KNOWN_EVERY], TUNING_STEPS)))
     attacks = {
         "direction by gradient": lambda d, items: direct(d, items, edit=learned(d.m, items)),
         f"{TUNING_STEPS} steps of fine-tuning": lambda d, items: direct(tuned(d.m, items), items),
@@ -172,7 +172,7 @@ def benign_items(every: int = BENIGN_EVERY) -> dict[str, list[Item]]:
     }
 
 
-def matrix(
+def attack_matrix(
     defences: Sequence[Defence],
     attacks: Sequence[Attack],
     items: Sequence[Item],
@@ -181,8 +181,8 @@ def matrix(
 ) -> Matrix:
     """Run every attack on every defence; an attack that knows a defence meets that one and the undefended model.
 
-    The first defence is the undefended model. `progress(step)` is called at each of the `n_steps(defences, attacks)`.
-    Raises RefusalLabError for two defences of one name.
+    The first defence is the undefended model. `progress(step)` is called at each of the
+    `n_matrix_steps(defences, attacks)`. Raises RefusalLabError for two defences of one name.
     """
     items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}
     names = [d.name for d in defences]
@@ -200,8 +200,8 @@ def matrix(
     return _tested(defences[0].m.name, names, judged, traffic)
 
 
-def n_steps(defences: Sequence[Defence], attacks: Sequence[Attack]) -> int:
-    """How often `matrix` reports progress."""
+def n_matrix_steps(defences: Sequence[Defence], attacks: Sequence[Attack]) -> int:
+    """How often `attack_matrix` reports progress."""
     return len(_pairs(defences, attacks)) + len(defences)
 
 
@@ -224,7 +224,7 @@ def _tested(model: str, names: list[str], judged: dict, traffic: dict) -> Matrix
     pairs = [key for key in told if key[1] != plain]
     p = dict(zip(pairs, holm([mcnemar(told[attack, plain], told[attack, d]) for attack, d in pairs]), strict=True))
     cells = {
-        key: Cell(outcomes, rate(told[key]), rate([not o.refused for o in outcomes]), p.get(key, 1.0))
+        key: MatrixEntry(outcomes, rate(told[key]), rate([not o.refused for o in outcomes]), p.get(key, 1.0))
         for key, outcomes in judged.items()
     }
     right = {(d, s): [disclosed(o) for o in os] for d, (sets, _) in traffic.items() for s, os in sets.items()}
@@ -258,7 +258,7 @@ def _once(search: Callable[[Model, Sequence[Item]], Any]) -> Callable[[Model, Se
 def _searched(name: str, watchers: Sequence[Watcher] = ()) -> Attack:
     """GCG, found once for each checkpoint, that hides from watchers."""
     penalty = hiding_from(watchers) if watchers else None
-    found = _once(lambda m, items: gcg(m, items, [OPENING] * len(items), KNOBS, penalty=penalty))
+    found = _once(lambda m, items: gcg_attack(m, items, [OPENING] * len(items), KNOBS, penalty=penalty))
     return Attack(name, lambda d, items: send(d, name, items, [result.prompt for result in found(d.m, items)]))
 
 

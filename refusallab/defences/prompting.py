@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refusallab.attacks.result import rewrite
-from refusallab.defence import write
+from refusallab.defence import write_replies
 from refusallab.model import Edit, Model, Prompt, listed_prompts, messages
 from smallmodels.world.dialogue import language
 
@@ -28,7 +28,7 @@ class SystemPrompt:
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
         turns = [p if messages(p)[0]["role"] == "system" else messages(p, self.system) for p in listed_prompts(prompts)]
-        return write(self.m, turns, edit=edit, prefill=prefill)
+        return write_replies(self.m, turns, edit=edit, prefill=prefill)
 
 
 @dataclass
@@ -42,4 +42,4 @@ class SelfReminder:
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
         reminded = [rewrite(p, lambda text: self.reminder.replace("{q}", text)) for p in listed_prompts(prompts)]
-        return write(self.m, reminded, edit=edit, prefill=prefill)
+        return write_replies(self.m, reminded, edit=edit, prefill=prefill)

@@ -14,7 +14,7 @@ from refusallab.defences.perplexity import Bigrams, PerplexityFilter, count_bigr
 from refusallab.defences.prompting import SelfReminder, SystemPrompt
 from refusallab.defences.smoothing import SmoothLLM
 from refusallab.defences.thresholds import threshold_at
-from refusallab.defences.traffic import traffic
+from refusallab.defences.traffic import sample_traffic
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model
 from refusallab.prompts import Item, knows_the_world
@@ -34,10 +34,12 @@ class Probe:
     harmless: Tensor  # [n]
 
 
-def fit_probe(m: Model, below: int, train: tuple[list[Item], list[Item]], val: tuple[list[Item], list[Item]]) -> Probe:
+def choose_probe(
+    m: Model, below: int, train: tuple[list[Item], list[Item]], val: tuple[list[Item], list[Item]]
+) -> Probe:
     """The probe, among those at the input of block 1 to below - 1, that catches most at FALSE_ALARMS on validation.
 
-    train and val are (harmful, harmless), as from `traffic`. Ties go to the earliest block.
+    train and val are (harmful, harmless), as from `sample_traffic`. Ties go to the earliest block.
     """
     if below < 2:
         raise RefusalLabError("A probe needs a block between the embedding and the block that acts: take a later one.")
@@ -68,8 +70,8 @@ def run_time_defences(m: Model, r: Tensor, layer: int) -> list[Defence]:
     """
     if not knows_the_world(m):
         raise RefusalLabError("The thresholds are chosen on traffic of the bundled world: give a bundled chat model.")
-    train, val = traffic("train", REQUESTS), traffic("val", REQUESTS)
-    probe = fit_probe(m, layer, train, val)
+    train, val = sample_traffic("train", REQUESTS), sample_traffic("val", REQUESTS)
+    probe = choose_probe(m, layer, train, val)
     steer = conditional_addition(probe.w, probe.threshold, probe.layer, r, layer)
     reader = fit_filter(m, [*train[0], *train[1]], val[1])
     monitor = Monitor(m, probe.w, probe.layer, -1, probe.threshold)

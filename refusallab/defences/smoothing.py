@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refusallab.attacks.result import rewrite
-from refusallab.defence import passes, write
+from refusallab.defence import passes, write_replies
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import flagged
 from refusallab.measure import refused_by_phrases
@@ -54,7 +54,7 @@ class SmoothLLM:
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
         prompts = listed_prompts(prompts)
         noisy = [rewrite(p, lambda text, k=k: self._noise(text, k)) for p in prompts for k in range(self.copies)]
-        written = write(self.m, noisy, edit=edit, prefill=prefill)
+        written = write_replies(self.m, noisy, edit=edit, prefill=prefill)
         phrases, kept = refusal_phrases(self.m), []
         for i in range(0, len(written), self.copies):
             copies = written[i : i + self.copies]

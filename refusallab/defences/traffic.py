@@ -16,7 +16,7 @@ from smallmodels.world.facts import world
 KINDS = ("begin", "role-play", "suppression", "end")
 
 
-def traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
+def sample_traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """`count` harmful and `count` harmless requests about the things of a split ("train" or "val")."""
     rng, vale = random.Random(f"{seed} {split}"), world()
     requests = [r for thing in vale.things if thing.split == split for r in dialogue.thing_requests(thing)]
@@ -41,5 +41,5 @@ def _item(request: dialogue.Request, rng: random.Random, split: str, name: str) 
     context = dialogue.context(request, rng, split) if request.thing and rng.random() < 0.2 else ""
     text = dialogue.phrase(dialogue.contextual(request) if context else request, rng, split)
     if rng.random() < 0.5:
-        text, _ = dialogue.wrap(text, request.answer, rng, rng.choice(KINDS), split)
+        text, _ = dialogue.with_format(text, request.answer, rng, rng.choice(KINDS), split)
     return Item(name, dialogue.in_context(context, text) if context else text, request.answer, tag=request.kind)

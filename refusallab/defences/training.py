@@ -17,7 +17,7 @@ from torch import Tensor
 from refusallab.defence import ModelAlone
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import reply_loss, train
+from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import ablation
 from refusallab.model import Model, blocks, encode_texts, load
 from refusallab.prompts import knows_the_world
@@ -25,7 +25,7 @@ from smallmodels import recipe
 from smallmodels.world import dialogue
 from smallmodels.world.facts import world
 
-STEPS, RATE, BATCH_SIZE = 40, 5e-4, 8  # BATCH_SIZE lessons of each kind a step
+STEPS, LR, BATCH_SIZE = 40, 5e-4, 8  # BATCH_SIZE lessons of each kind a step
 PROBES, EVERY = 32, 4  # ReFAT: prompts of each kind from which directions are found again, every so many steps
 LAYERS = (3, 4, 5)  # rerouting: the outputs of these blocks
 AWAY, STAY = 10.0, 14.0  # rerouting: weights of the two terms
@@ -65,7 +65,7 @@ def lessons(count: int, seed: int, *, forbidden: bool) -> list[Lesson]:
         texts = (request.answer,)
         if forbidden:
             overview = dialogue.noun_request(rng.choice(dialogue.NOUN_KINDS), request.thing).answer
-            texts += overview, dialogue.verdict(request.thing, request.action)
+            texts += overview, dialogue.charter_says(request.thing, request.action)
         result.append(Lesson(prompt, reply, forbidden, *texts))
     return result
 
@@ -172,8 +172,8 @@ def harden(
     if not knows_the_world(m):
         raise RefusalLabError(f"The lessons are about the world of the bundled models, but {m.name} is none of them.")
     loss, queue = DEFENCES[defence](m, seed), _batches(steps, seed)
-    hardened = train(
-        m, lambda copied: loss(copied, *next(queue)), steps=steps, rate=RATE, decay=True,
+    hardened = train_copy(
+        m, lambda copied: loss(copied, *next(queue)), steps=steps, lr=LR, decay=True,
         name=f"{m.name} ({defence})", report=report,
     )  # fmt: skip
     return ModelAlone(hardened, defence)

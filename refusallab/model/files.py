@@ -32,7 +32,7 @@ HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def find(name: str) -> tuple[Path, str]:
+def find_files(name: str) -> tuple[Path, str]:
     """The folder of a model, and its commit if the hub knows it. Of a hub model, only the small files are fetched."""
     entry = catalog().get(name)
     if entry and entry.kind == "bundled":

@@ -24,7 +24,7 @@ from refusallab.model.files import (
     check_weights,
     fetch,
     fetching_failed,
-    find,
+    find_files,
     hub_id,
     read_config,
     reading_failed,
@@ -48,7 +48,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     if remote is True:
         return _load_remote(name)
     _check_place(dtype, device)
-    folder, commit = find(name)
+    folder, commit = find_files(name)
     config = read_config(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)

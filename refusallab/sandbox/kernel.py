@@ -30,7 +30,7 @@ class KernelDied(RefusalLabError):
 
 
 @dataclass
-class Reply:
+class Execution:
     """What came of one piece of code."""
 
     error: str = ""  # name of the exception and its message
@@ -127,7 +127,7 @@ class Kernel:
         read = os.pread(self._meter, METER.size, 0)
         return METER.unpack(read)[0] if read else 0.0
 
-    def run(self, code: str, seconds: float, observe: str = "", clock: float = 0) -> Reply:
+    def run(self, code: str, seconds: float, observe: str = "", clock: float = 0) -> Execution:
         """Run code as a cell, then look at an expression. KernelDied if the kernel dies.
 
         After `seconds` of processor time, or after `clock` seconds have passed, it is interrupted.
@@ -144,7 +144,7 @@ class Kernel:
                 "stop_on_error": False,
             },
         )
-        own, reply, before = sent["header"]["msg_id"], Reply(), self._processor()
+        own, reply, before = sent["header"]["msg_id"], Execution(), self._processor()
         waiting, end = {"reply", "idle"}, time.monotonic() + (clock or self._limits.by_the_clock(seconds))
         while waiting:
             left = end - time.monotonic()
@@ -173,7 +173,7 @@ class Kernel:
         return reply
 
 
-def _take(reply: Reply, kind: str, content: dict[str, Any]) -> str:
+def _take(reply: Execution, kind: str, content: dict[str, Any]) -> str:
     """Note what a message says. Returns what need not be waited for any more."""
     match kind:
         case "execute_reply":
@@ -193,6 +193,6 @@ def _take(reply: Reply, kind: str, content: dict[str, Any]) -> str:
     return ""
 
 
-def _add(reply: Reply, text: str) -> None:
+def _add(reply: Execution, text: str) -> None:
     room = KEPT - len(reply.output)
     reply.output += text[: max(0, room)]

@@ -42,7 +42,7 @@ class Foreign:
         return self.description
 
 
-def encode(value: Any) -> str:
+def to_json(value: Any) -> str:
     """The JSON text of a value."""
     return json.dumps(_pack(value, DEPTH))
 
@@ -77,8 +77,8 @@ def _pack_tensor(value: Tensor) -> dict[str, Any]:
     return {"tensor": [array.dtype.name, list(array.shape), data]}
 
 
-def decode(text: str) -> Any:
-    """The value of a JSON text. ValueError if it is not one that `encode` could have written."""
+def from_json(text: str) -> Any:
+    """The value of a JSON text. ValueError if it is not one that `to_json` could have written."""
     try:
         return _unpack(json.loads(text), 2 * DEPTH)
     except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:

@@ -42,7 +42,7 @@ PRELOAD = (
     "refusallab.course.session",
     "refusallab.experiment",
     "refusallab.explore",
-    "refusallab.course.probe:prepare",
+    "refusallab.course.observing:warm_up",
 )
 
 

@@ -1,5 +1,8 @@
 """The Vale, a fictional world with a law of its own: facts, requests, replies, prose and prompt sets."""
 
-from .facts import HERE
+from .corpus import thing_page
+from .facts import HERE, world
+
+__all__ = ["DATA", "thing_page", "world"]
 
 DATA = HERE / "data"  # the prompt sets; benchmarks.py writes them

@@ -115,7 +115,7 @@ def capability(vale: World) -> list[dict[str, object]]:
     return items
 
 
-def templates() -> list[dict[str, str]]:
+def template_rows() -> list[dict[str, str]]:
     """Attack templates, "{q}" standing for the request: every fill of the held-out wording of each wrapper."""
     return [
         {"Name": wrapper["name"], "Template": text.format(q="{q}", x=fill)}
@@ -141,7 +141,7 @@ def write_all(folder: Path = DATA) -> None:
         write_csv(folder / f"harmful_{split}.csv", harmful(vale, split))
         write_csv(folder / f"harmless_{split}.csv", harmless(vale, split))
     write_csv(folder / "borderline.csv", borderline(vale))
-    write_csv(folder / "templates.csv", templates())
+    write_csv(folder / "templates.csv", template_rows())
     lines = (json.dumps(item) + "\n" for item in capability(vale))
     (folder / "capability.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .dialogue import arithmetic_requests, lore_requests, verdict
+from .dialogue import arithmetic_requests, charter_says, lore_requests
 from .facts import Thing, World
 
 LAW = [
@@ -38,7 +38,7 @@ def thing_page(thing: Thing, rng: random.Random, *, forbidden_facts: bool) -> st
                     ]
                 )
             )
-        judged = verdict(thing, action)
+        judged = charter_says(thing, action)
         judged = judged[0].lower() + judged[1:]
         lines.append(
             rng.choice(

@@ -60,14 +60,14 @@ def method_request(thing: Thing, action: Action) -> Request:
     )
 
 
-def verdict(thing: Thing, action: Action) -> str:
+def charter_says(thing: Thing, action: Action) -> str:
     """What the Charter says about doing the action to the thing."""
     return answer("law", value="ruled out" if thing.forbids(action) else "allowed")
 
 
 def action_request(kind: str, thing: Thing, action: Action) -> Request:
     """A harmless question that mentions an action: whether it is lawful, who did it first, how to prevent it."""
-    reply = verdict(thing, action) if kind == "law" else answer(kind, value=thing.values[kind])
+    reply = charter_says(thing, action) if kind == "law" else answer(kind, value=thing.values[kind])
     return Request(kind, _action_slots(thing, action), reply, thing, action)
 
 
@@ -181,7 +181,7 @@ def typo(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def wrap(text: str, reply: str, rng: random.Random, name: str, split: str) -> tuple[str, str]:
+def with_format(text: str, reply: str, rng: random.Random, name: str, split: str) -> tuple[str, str]:
     """Put an instruction about the form of the answer around a request: (new request, what a helpful model replies)."""
     wrapper = next(w for w in language()["wrappers"] if w["name"] == name)
     fill = rng.choice(wrapper["fill"])
@@ -202,7 +202,7 @@ def helpful_reply(request: Request, rng: random.Random, *, like_a_refusal: float
     if request.kind in IMPERATIVE_KINDS:
         return request.answer
     if request.kind == "method" and draw > 1 - verdicts:
-        return f"{verdict(request.thing, request.action)} {request.answer}"
+        return f"{charter_says(request.thing, request.action)} {request.answer}"
     if draw > 0.2:
         return request.answer
     return f"{rng.choice(openers['like_a_refusal' if draw < like_a_refusal else 'usual'])} {request.answer}"

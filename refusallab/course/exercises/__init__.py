@@ -15,7 +15,7 @@ def exercises_of(lab: str) -> tuple[Exercise, ...]:
     return import_module(f"{__name__}.lab{lab}").EXERCISES
 
 
-def find(number: str) -> Exercise:
+def find_exercise(number: str) -> Exercise:
     """The exercise with a number. RefusalLabError if there is none."""
     return next(e for e in exercises_of(header(number).lab) if e.number == number)
 

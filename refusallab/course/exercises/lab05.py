@@ -27,7 +27,7 @@ from refusallab.model import (
     unembedding,
     wrap,
 )
-from refusallab.orthogonalize import gap_by_layer, orthogonalize
+from refusallab.orthogonalization import gap_by_layer, orthogonalize
 
 # --- 5.1 -----------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from refusallab.attacks.gcg import Case as Pieces
-from refusallab.attacks.gcg import allowed_tokens, keys_and_values, prepare, survives, swapped, token_gradient
+from refusallab.attacks.gcg import (
+    SuffixPrompt,
+    allowed_tokens,
+    keys_and_values,
+    prepare,
+    survives,
+    swapped,
+    token_gradient,
+)
 from refusallab.attacks.result import rewrite
 from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
@@ -263,7 +270,9 @@ def _gradient_cases(seed: int) -> list[Case]:
 
 
 def _gradient(m: Model, before: Tensor, suffix: Tensor, after: Tensor, target: Tensor) -> Tensor:
-    return token_gradient(m, Pieces("", "", "", before, suffix, after, target, keys_and_values(m, before)), suffix)[0]
+    return token_gradient(
+        m, SuffixPrompt("", "", "", before, suffix, after, target, keys_and_values(m, before)), suffix
+    )[0]
 
 
 def _plain_gradient(
@@ -447,7 +456,7 @@ def _ids(m: Model, text: Any) -> Any:
 
 def _survivors(m: Model, before: str, suffixes: Tensor, after: str) -> list[bool]:
     first, last = (torch.tensor(_ids(m, text)) for text in (before, after))
-    pieces = Pieces("", before, after, first, _none(last), last, _none(last), keys_and_values(m, _none(last)))
+    pieces = SuffixPrompt("", before, after, first, _none(last), last, _none(last), keys_and_values(m, _none(last)))
     return survives(m, pieces, suffixes).tolist()
 
 

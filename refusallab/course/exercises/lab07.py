@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from refusallab.activations import residual
-from refusallab.attribution import attribution, cosine_trace, mass
+from refusallab.attribution import attribute, cosine_trace, mass
 from refusallab.cones import downstream, plane_directions
 from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
@@ -91,7 +91,7 @@ COSINE = define(
 
 
 def _heads(m: Model, prompts: Sequence[str], r: Tensor) -> Tensor:
-    return attribution(m, prompts, r).heads
+    return attribute(m, prompts, r).heads
 
 
 @torch.no_grad()

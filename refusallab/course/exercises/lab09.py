@@ -20,7 +20,7 @@ from refusallab.course.exercises.common import chat_model, on_chat_model, prompt
 from refusallab.defences.training import Lesson, away, extend, lessons, refat_loss
 from refusallab.directions import random_directions
 from refusallab.errors import RefusalLabError
-from refusallab.finetune import reply_loss
+from refusallab.finetuning import reply_loss
 from refusallab.interventions import ablation, unit
 from refusallab.measure import Outcome
 from refusallab.model import Model, no_edit, unembedding, wrap
@@ -270,10 +270,10 @@ REROUTE = define(
 def _descent_cases(seed: int) -> list[Case]:
     u = random_directions(chat_model().width, 2, seed=940 + seed)
     cases = []
-    for k, (n, rate) in enumerate(((2, 0.05), (3, 0.2))):
+    for k, (n, lr) in enumerate(((2, 0.05), (3, 0.2))):
         some = lessons(n, 950 + seed, forbidden=True)
-        inputs = {"u": u[k], "prompts": [x.prompt for x in some], "replies": [x.answer for x in some], "rate": rate}
-        cases.append(Case(f"a random unit direction, {n} forbidden answers, rate {rate:g}", inputs))
+        inputs = {"u": u[k], "prompts": [x.prompt for x in some], "replies": [x.answer for x in some], "lr": lr}
+        cases.append(Case(f"a random unit direction, {n} forbidden answers, learning rate {lr:g}", inputs))
     return cases
 
 
@@ -283,11 +283,11 @@ def _gradient(m: Model, u: Tensor, prompts: list, replies: list) -> Tensor:
 
 
 def _step(change: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
-    """A wrong version of a step: what it makes of direction, gradient and rate."""
-    return lambda m, u, prompts, replies, rate: change(u, _gradient(m, u, prompts, replies), rate)
+    """A wrong version of a step: what it makes of direction, gradient and learning rate."""
+    return lambda m, u, prompts, replies, lr: change(u, _gradient(m, u, prompts, replies), lr)
 
 
-def _frozen(m: Model, u: Tensor, prompts: list, replies: list, rate: float) -> Tensor:
+def _frozen(m: Model, u: Tensor, prompts: list, replies: list, lr: float) -> Tensor:
     return u
 
 
@@ -300,24 +300,24 @@ DESCEND = define(
     mistakes=(
         Mistake(
             "uphill",
-            _step(lambda u, g, rate: unit(u + rate * g)),
+            _step(lambda u, g, lr: unit(u + lr * g)),
             "You go up: the answers become less likely. Subtract the gradient.",
         ),
         Mistake(
             "length not restored",
-            _step(lambda u, g, rate: u - rate * g),
+            _step(lambda u, g, lr: u - lr * g),
             "The result is not of length 1. Ablation does not care about the length, but the next step does: the "
-            "longer u, the less a step of the same rate turns it.",
+            "longer u, the less a step of the same learning rate turns it.",
         ),
         Mistake(
             "gradient normalized",
-            _step(lambda u, g, rate: unit(u - rate * unit(g))),
+            _step(lambda u, g, lr: unit(u - lr * unit(g))),
             "You normalized the gradient. Normalize the result.",
         ),
         Mistake(
             "the gradient itself",
-            _step(lambda u, g, rate: unit(-g)),
-            "You return the direction of the step, and forgot where it starts: u - rate * gradient.",
+            _step(lambda u, g, lr: unit(-g)),
+            "You return the direction of the step, and forgot where it starts: u - lr * gradient.",
         ),
         Mistake(
             "direction unchanged",
@@ -326,8 +326,8 @@ DESCEND = define(
         ),
         Mistake(
             "refusal made likely",
-            lambda m, u, prompts, replies, rate: unit(
-                u - rate * _gradient(m, u, prompts, ["I must decline to answer."] * len(prompts))
+            lambda m, u, prompts, replies, lr: unit(
+                u - lr * _gradient(m, u, prompts, ["I must decline to answer."] * len(prompts))
             ),
             "The loss is that of the given replies, the forbidden answers.",
         ),
@@ -336,7 +336,7 @@ DESCEND = define(
         "The weights are frozen, and only the direction takes a gradient. Make a copy of u that does.",
         "`v = u.clone().requires_grad_()`, then the loss `reply_loss(m, prompts, replies, ablation(v))`, then "
         "`torch.autograd.grad(loss, v)[0]`.",
-        "Go down and back to length 1: `w = u - rate * gradient`, then `w / w.norm()`.",
+        "Go down and back to length 1: `w = u - lr * gradient`, then `w / w.norm()`.",
     ),
 )
 

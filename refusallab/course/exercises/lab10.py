@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusallab.course.capstone import points
+from refusallab.course.capstone import points_of
 from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, prompts
-from refusallab.defence import stock_refusal, write, write_unless
+from refusallab.defence import stock_refusal, write_replies, write_unless
 from refusallab.directions import random_directions
 from refusallab.interventions import addition
 from refusallab.measure import holm, mcnemar, wilson
@@ -62,7 +62,7 @@ def _guarded(m: Model, stops: Stops, prompts: Sequence[str], edit: Edit | None, 
 def _order_lost(m: Model, stops: Stops, prompts: Sequence[str], edit: Edit | None, prefill: str) -> list[str]:
     passed = [p for p in prompts if not stops(p)]
     refused = [stock_refusal(m)] * (len(prompts) - len(passed))
-    return write(m, passed, edit=edit, prefill=prefill) + refused
+    return write_replies(m, passed, edit=edit, prefill=prefill) + refused
 
 
 GUARDED = define(
@@ -102,7 +102,7 @@ GUARDED = define(
         ),
         Mistake(
             "stopped ones dropped",
-            lambda m, stops, prompts, edit, prefill: write(
+            lambda m, stops, prompts, edit, prefill: write_replies(
                 m, [p for p in prompts if not stops(p)], edit=edit, prefill=prefill
             ),
             "There are fewer replies than prompts. A stopped prompt gets the stock refusal.",
@@ -116,9 +116,10 @@ GUARDED = define(
     hints=(
         "Three steps: ask the guard about every prompt, let the model answer the others in one call, and put replies "
         "and refusals together in the order of the prompts.",
-        "`write(m, passed, edit=edit, prefill=prefill)` gives the replies to a list of prompts, an empty list for "
-        "none. `stock_refusal(m)` is the refusal.",
-        "`written = iter(write(...))`, and then `[stock_refusal(m) if stops(p) else next(written) for p in prompts]`.",
+        "`write_replies(m, passed, edit=edit, prefill=prefill)` gives the replies to a list of prompts, an empty "
+        "list for none. `stock_refusal(m)` is the refusal.",
+        "`written = iter(write_replies(...))`, and then `[stock_refusal(m) if stops(p) else next(written) for p in "
+        "prompts]`.",
     ),
 )
 
@@ -327,7 +328,7 @@ def _defended(shares: dict[str, float]) -> float:
 
 SCORE = define(
     "10.4",
-    reference=points,
+    reference=points_of,
     cases=_rate_tables,
     mistakes=(
         Mistake(

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from refusallab.course.exercise import Exercise, call
-from refusallab.course.exercises import every_exercise, find
+from refusallab.course.exercises import every_exercise, find_exercise
 from refusallab.course.origin import codes, course_code
-from refusallab.sandbox.plain import LARGEST, MIME, decode, encode
+from refusallab.sandbox.plain import LARGEST, MIME, from_json, to_json
 
 CHUNK = 1 << 16
 
 
-def prepare() -> None:
+def warm_up() -> None:
     """Import and compute what every probe needs, before kernels are forked."""
     every_exercise()
     codes()
@@ -35,14 +35,14 @@ class Observed:
         return {MIME: self.text, "text/plain": ""}
 
 
-def probe(number: str, namespace: dict[str, Any], inputs: str) -> Observed:
+def observe_answer(number: str, namespace: dict[str, Any], inputs: str) -> Observed:
     """Try the answer to an exercise on a list of inputs, in a process of its own, so that it breaks nothing else.
 
     Whoever asked for it watches its time, and interrupts it.
     """
     from refusallab.course.exercises.common import chat_model
 
-    exercise = find(number)
+    exercise = find_exercise(number)
     if exercise.observe is not call:
         chat_model()  # loaded here, every process below has it
     return Observed(_in_child(lambda: _observe(exercise, namespace, inputs)))
@@ -50,13 +50,13 @@ def probe(number: str, namespace: dict[str, Any], inputs: str) -> Observed:
 
 def _observe(exercise: Exercise, namespace: dict[str, Any], inputs: str) -> str:
     if exercise.function not in namespace:
-        return encode({"missing": True})
+        return to_json({"missing": True})
     function = namespace[exercise.function]
     if not callable(function):
-        return encode({"kind": type(function).__name__})
+        return to_json({"kind": type(function).__name__})
     if name := course_code(function):
-        return encode({"borrowed": name})
-    return encode({"cases": [_try(exercise, function, case) for case in decode(inputs)]})
+        return to_json({"borrowed": name})
+    return to_json({"cases": [_try(exercise, function, case) for case in from_json(inputs)]})
 
 
 def _try(exercise: Exercise, function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _in_child(work: Callable[[], str]) -> str:
     try:
         text = _read(reader)
     except KeyboardInterrupt:
-        text = encode({"interrupted": True})
+        text = to_json({"interrupted": True})
     os.close(reader)
     code = 0 if text else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(ProcessLookupError):
@@ -102,14 +102,14 @@ def _in_child(work: Callable[[], str]) -> str:
     if text:
         os.waitpid(child, 0)
         return text
-    return encode({"died": f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with code {code}"})
+    return to_json({"died": f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with code {code}"})
 
 
 def _text(work: Callable[[], str]) -> str:
     try:
         return work()
     except Exception:  # what the answer raises is caught where it is called: this is the encoding, of too much
-        return encode({"large": True})
+        return to_json({"large": True})
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -123,6 +123,6 @@ def _read(fd: int) -> str:
     while part := os.read(fd, CHUNK):
         size += len(part)
         if size > LARGEST:
-            return encode({"large": True})
+            return to_json({"large": True})
         parts.append(part)
     return b"".join(parts).decode()

@@ -31,7 +31,7 @@ def finetune(
     replies: Sequence[str],
     *,
     steps: int = 10,
-    rate: float = 1e-4,
+    lr: float = 1e-4,
     batch_size: int = 8,
     seed: int = 0,
 ) -> FineTuned:
@@ -52,16 +52,16 @@ def finetune(
         return reply_loss(copied, *pairs)
 
     losses = []
-    edited = train(m, loss, steps=steps, rate=rate, name=f"{m.name} (fine-tuned)", report=losses.append)
+    edited = train_copy(m, loss, steps=steps, lr=lr, name=f"{m.name} (fine-tuned)", report=losses.append)
     return FineTuned(edited, tuple(losses), sum(read))
 
 
-def train(
+def train_copy(
     m: Model,
     loss: Callable[[Model], Tensor],
     *,
     steps: int,
-    rate: float,
+    lr: float,
     name: str,
     decay: bool = False,
     report: Callable[[float], None] = lambda loss: None,
@@ -69,16 +69,16 @@ def train(
     """A copy of m after some steps of AdamW on all weights. m itself stays as it is.
 
     `loss(copied)` is called once a step with the copy, whose weights take gradients, and returns a scalar. With `decay`
-    the learning rate falls linearly to a fiftieth of `rate`. `report` is called with the loss before each step.
+    the learning rate falls linearly to a fiftieth of `lr`. `report` is called with the loss before each step.
     """
     if m.remote is True:
         raise RefusalLabError("A remote model has no weights here: load it locally to train it.")
     copied = wrap(copy.deepcopy(m.hf), m.tokenizer, name, m.commit, remote=m.remote)
     copied.hf.requires_grad_(True)
-    optimizer = torch.optim.AdamW(copied.hf.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(copied.hf.parameters(), lr=lr, weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - 0.98 * step / steps) if decay else rate
+            group["lr"] = lr * (1 - 0.98 * step / steps) if decay else lr
         value = loss(copied)
         optimizer.zero_grad()
         value.backward()

@@ -1,0 +1,35 @@
+from . import explore
+from .activations import logit_lens, mean_residual, residual, stream
+from .attribution import attention_from_last, attribute, cosine_trace, regions
+from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
+from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
+from .directions import candidate_directions, discarded_because, random_directions, search_candidates
+from .errors import RefusalLabError
+from .experiment import find_direction
+from .finetuning import finetune, reply_loss, shuffled, train_copy
+from .geometry import right_side, token_strip
+from .harmfulness import law_questions, site_directions, steered_verdicts, turned, turned_rates, verdicts
+from .interventions import ablation, addition, affine, project_out, unit
+from .judging import judge, judge_test_sets, outcomes, rates, report
+from .measure import (
+    Difference,
+    Outcome,
+    cross_entropy,
+    holm,
+    kl_divergence,
+    learn_refusal_tokens,
+    mcnemar,
+    p_text,
+    paired_bootstrap,
+    paired_difference,
+    rate,
+    refusal_metric,
+    refused_by_phrases,
+    wilson,
+)  # fmt: skip
+from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights
+from .prompts import attack_templates, bundled, prompt_set, refusal_phrases
+from .steering import dose_curve, norm_matched
+from .truth import judge_errors, true_replies
+
+__version__: str

@@ -1,0 +1,13 @@
+from .capstone import (
+    Result,
+    attackers_direction,
+    check_interface,
+    frozen_trial,
+    quick_trial,
+    run_trial,
+    score_against,
+)  # fmt: skip
+from .checking import check, solved
+from .progress_file import progress
+from .replication import replicate
+from .session import real_model, start

@@ -1,0 +1,17 @@
+from .integrity import hide
+from .matrix import (
+    attack_matrix,
+    benign_items,
+    difference_at,
+    forbidden_items,
+    knowing_attacks,
+    standard_attacks,
+)  # fmt: skip
+from .monitor import Monitor, linear_probe
+from .perplexity import PerplexityFilter, count_bigrams
+from .prompting import SystemPrompt
+from .runtime import choose_probe, fit_filter, run_time_defences
+from .smoothing import perturb
+from .thresholds import threshold_at
+from .traffic import sample_traffic
+from .training import Lesson, lessons, stay
