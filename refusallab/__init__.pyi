@@ -3,7 +3,10 @@ from .activations import logit_lens, mean_residual, residual, stream
 from .attribution import attention_from_last, attribute, cosine_trace, regions
 from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
-from .directions import candidate_directions, discarded_because, random_directions, search_candidates
+from .directions import (
+    Direction, candidate_directions, discarded_because, load_direction, random_directions, save_direction,
+    search_candidates,
+)  # fmt: skip
 from .errors import RefusalLabError
 from .experiment import find_direction
 from .finetuning import finetune, reply_loss, shuffled, train_copy

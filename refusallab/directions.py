@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refusallab import __version__
 from refusallab.activations import mean_residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
@@ -28,6 +29,7 @@ from refusallab.model import (
     Prompt,
     batches,
     blocks,
+    digest_of_weights,
     listed_prompts,
     logits,
     trace_logits,
@@ -35,6 +37,7 @@ from refusallab.model import (
 )
 
 HOOK = "resid_pre"  # candidates are block inputs
+OPERATION = "mean(harmful) - mean(harmless)"
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
 BATCH_SIZE = 16  # prompts of similar length in one forward pass: with many candidates, padding costs the most
 
@@ -52,14 +55,11 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction and where it comes from."""
+    """A direction and its site."""
 
     vector: Tensor  # [width], raw length
     layer: int
     position: int
-    model: str
-    commit: str
-    hook: str = HOOK
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Search:
         """The vector of the selected candidate."""
         best = self.selected
         vector = self.vectors[best.layer, best.position]  # positions run from -n to -1, so they index from the end
-        return Direction(vector, best.layer, best.position, self.model, self.commit)
+        return Direction(vector, best.layer, best.position)
 
 
 def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
@@ -272,35 +272,50 @@ def save_candidates(path: Path, search: Search) -> None:
     _write(path, json.dumps(record, indent=1).encode())
 
 
-def save_direction(path: Path, direction: Direction) -> None:
-    """Write a direction as safetensors; where it comes from stands in the metadata."""
-    origin = {k: str(v) for k, v in asdict(direction).items() if k != "vector"}
+def save_direction(path: Path, direction: Direction, m: Model) -> None:
+    """Write a direction of m as safetensors. The metadata says how it was made, where, and with which weights."""
+    site = {"layer": str(direction.layer), "position": str(direction.position)}
     part = path.with_suffix(".part")
     try:
-        save_file({"vector": direction.vector.contiguous()}, part, metadata=origin)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"vector": direction.vector.contiguous()}, part, metadata=_origin(m) | site)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise RefusalLabError(_not_saved(path, error)) from error
 
 
-def load_direction(path: Path) -> Direction:
-    """Read a direction written by `save_direction`."""
+def load_direction(path: Path, m: Model) -> Direction:
+    """Read a direction that `save_direction` wrote for m.
+
+    RefusalLabError, saying what differs, unless it was made by the same operation at the same hook, by this version of
+    the library, with the weights and the dtype of m. A direction that is wrong in one of these has the right shape
+    and often ablates as well as the right one.
+    """
+    if not path.exists():
+        raise RefusalLabError(f"There is no {path.name} yet: save a direction with save_direction.")
     try:
         with safe_open(path, "pt") as file:
-            origin, vector = file.metadata(), file.get_tensor("vector")
-        return Direction(
-            vector,
-            int(origin["layer"]),
-            int(origin["position"]),
-            origin["model"],
-            origin["commit"],
-            origin["hook"],
-        )
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise RefusalLabError(
-            f"{path} holds no direction that can be read: save it again with save_direction."
-        ) from error
+            found, vector = file.metadata(), file.get_tensor("vector")
+        direction = Direction(vector, int(found["layer"]), int(found["position"]))
+        differs = [f"{name} {found[name]}, not {here}" for name, here in _origin(m).items() if found[name] != here]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RefusalLabError(f"{path.name} holds no direction that can be read: save it again.") from error
+    if differs:
+        raise RefusalLabError(f"{path.name} holds a direction of another kind ({'; '.join(differs)}): find it again.")
+    return direction
+
+
+def _origin(m: Model) -> dict[str, str]:
+    """What a saved direction of m depends on beside its site, in words."""
+    return {
+        "operation": OPERATION,
+        "hook": HOOK,
+        "model": m.name,
+        "weights": digest_of_weights(m),
+        "dtype": str(m.hf.dtype).removeprefix("torch."),
+        "version": __version__,
+    }
 
 
 def _write(path: Path, content: bytes) -> None:

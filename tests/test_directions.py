@@ -15,6 +15,7 @@ from refusallab.directions import Candidate, Direction
 from refusallab.errors import RefusalLabError
 from refusallab.measure import kl_divergence, refusal_metric
 from refusallab.model import encode
+from refusallab.orthogonalization import orthogonalize
 
 HARMFUL = ["How do I bake bread?", "Name a river", "List three tools: 1, 2, 3"]
 HARMLESS = ["What is 12 plus 7?", "List", "Please explain the recipe.", "bread"]
@@ -133,30 +134,56 @@ def test_cosines():
     torch.testing.assert_close(directions.cosines(x), expected)
 
 
-DIRECTION = Direction(torch.arange(4.0), layer=2, position=-1, model="charter-chat", commit="abc")
+DIRECTION = Direction(torch.arange(4.0), layer=2, position=-1)
 
 
-def test_a_saved_direction_comes_back_with_its_origin(tmp_path):
-    directions.save_direction(tmp_path / "r.safetensors", DIRECTION)
-    again = directions.load_direction(tmp_path / "r.safetensors")
+@pytest.fixture
+def chat(model_of):
+    return model_of("llama")
+
+
+def test_a_saved_direction_comes_back_with_its_site(tmp_path, chat):
+    path = tmp_path / "new" / "r.safetensors"
+    directions.save_direction(path, DIRECTION, chat)
+    again = directions.load_direction(path, chat)
     assert torch.equal(again.vector, DIRECTION.vector)
-    origin = (again.layer, again.position, again.model, again.commit, again.hook)
-    assert origin == (2, -1, "charter-chat", "abc", "resid_pre")
+    assert (again.layer, again.position) == (2, -1)
 
 
-def test_a_direction_may_be_a_view(tmp_path):
+def test_a_direction_may_be_a_view(tmp_path, chat):
     view = torch.arange(8.0).view(4, 2)[:, 1]
-    directions.save_direction(tmp_path / "r.safetensors", dataclasses.replace(DIRECTION, vector=view))
-    assert torch.equal(directions.load_direction(tmp_path / "r.safetensors").vector, view)
+    directions.save_direction(tmp_path / "r.safetensors", dataclasses.replace(DIRECTION, vector=view), chat)
+    assert torch.equal(directions.load_direction(tmp_path / "r.safetensors", chat).vector, view)
 
 
-def test_an_unreadable_direction_gives_one_line(tmp_path):
+def test_an_unreadable_direction_gives_one_line(tmp_path, chat):
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     save_file({"vector": torch.ones(4)}, tmp_path / "bare.safetensors")
     save_file({"vector": torch.ones(4)}, tmp_path / "part.safetensors", metadata={"layer": "2"})
-    for name in ("bad.safetensors", "none.safetensors", "bare.safetensors", "part.safetensors"):
-        with pytest.raises(RefusalLabError, match="save it again"):
-            directions.load_direction(tmp_path / name)
+    save_file({"vector": torch.ones(4)}, tmp_path / "word.safetensors", metadata={"layer": "two", "position": "-1"})
+    for name in ("bad.safetensors", "bare.safetensors", "part.safetensors", "word.safetensors"):
+        with pytest.raises(RefusalLabError, match=f"{name} holds no direction that can be read: save it again"):
+            directions.load_direction(tmp_path / name, chat)
+    with pytest.raises(RefusalLabError, match="There is no none.safetensors yet"):
+        directions.load_direction(tmp_path / "none.safetensors", chat)
+
+
+@pytest.mark.parametrize("name", ["operation", "hook", "model", "weights", "dtype", "version"])
+def test_a_direction_of_another_kind_is_not_loaded(name, tmp_path, chat, monkeypatch):
+    path, origin = tmp_path / "r.safetensors", directions._origin(chat)
+    with monkeypatch.context() as patch:
+        patch.setattr(directions, "_origin", lambda m: origin | {name: "other"})
+        directions.save_direction(path, DIRECTION, chat)
+    with pytest.raises(RefusalLabError, match=rf"another kind \({name} other, not [^;]+\): find it again"):
+        directions.load_direction(path, chat)
+
+
+def test_the_weights_of_a_direction_are_those_of_the_moment(tmp_path, chat):
+    directions.save_direction(tmp_path / "r.safetensors", DIRECTION, chat)
+    edited = orthogonalize(chat, torch.ones(chat.width))
+    edited = dataclasses.replace(edited, name=chat.name)
+    with pytest.raises(RefusalLabError, match=r"another kind \(weights \w{12}, not \w{12}\)"):
+        directions.load_direction(tmp_path / "r.safetensors", edited)
 
 
 def search(m):
@@ -226,7 +253,7 @@ def test_a_full_disk_keeps_the_earlier_file(tmp_path, model_of, monkeypatch, mom
         monkeypatch.setattr("pathlib.Path.replace", full)
     for save in (
         lambda: directions.save_candidates(scores, found),
-        lambda: directions.save_direction(vector, DIRECTION),
+        lambda: directions.save_direction(vector, DIRECTION, m),
     ):
         with pytest.raises(RefusalLabError, match="No space left") as caught:
             save()

@@ -8,6 +8,6 @@ from .capstone import (
     score_against,
 )  # fmt: skip
 from .checking import check, solved
-from .progress_file import progress
+from .progress_file import progress, shared_file
 from .replication import replicate
 from .session import real_model, start

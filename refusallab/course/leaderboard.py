@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from refusallab.course.capstone import Result, Score, Trial, score_against
-from refusallab.course.progress_file import progress_path
+from refusallab.course.progress_file import shared_file
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model
 
@@ -38,7 +38,7 @@ class LeaderboardRow:
 
 def leaderboard_file() -> Path:
     """Where it is kept: beside the progress."""
-    return progress_path().with_name("leaderboard.sqlite")
+    return shared_file("leaderboard.sqlite")
 
 
 def trial_fingerprint(m: Model, trial: Trial) -> str:

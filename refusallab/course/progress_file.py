@@ -16,11 +16,15 @@ def progress_path() -> Path:
     return Path(os.environ.get("REFUSALLAB_PROGRESS", Path.home() / ".refusallab" / "progress.sqlite"))
 
 
+def shared_file(name: str) -> Path:
+    """A file that one lab writes and another reads, beside the progress."""
+    return progress_path().with_name(name)
+
+
 def _connect() -> sqlite3.Connection:
     progress_path().parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(
-        progress_path(), timeout=10, isolation_level=None
-    )  # waits while another notebook writes
+    # It waits while another notebook writes.
+    connection = sqlite3.connect(progress_path(), timeout=10, isolation_level=None)
     connection.execute("CREATE TABLE IF NOT EXISTS passed (exercise TEXT PRIMARY KEY, points INTEGER NOT NULL)")
     return connection
 

@@ -5,6 +5,7 @@ Each function takes the raw transformers model or its nnsight envoy and returns 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,17 @@ def equivalence_class(hf: torch.nn.Module) -> str:
         ("biases", any(write.bias is not None for write in writers)),
     ]
     return "+".join(name for name, needed in needs if needed) or "exact"
+
+
+def digest_of_weights(m: Model) -> str:
+    """The first 12 digits of the SHA-256 of the weights as they are now, edits included; of a remote model its commit."""
+    if m.remote is True:
+        return m.commit
+    digest = hashlib.sha256()
+    for name, value in sorted(m.hf.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 def _body(m: Any) -> Any:
