@@ -244,7 +244,7 @@ STREAM = define(
         "Inside the trace, `block.input[0]` is `[seq, width]`. Collect them in a list, in the order of the blocks, and "
         "append `blocks(nn)[-1].output[0]`. Stack the list inside the trace and save the result.",
         "`states = [block.input[0] for block in blocks(nn)]`, then "
-        "`states = torch.stack([*states, blocks(nn)[-1].output[0]]).save()`; return `states` after the block.",
+        "`states = torch.stack([*states, blocks(nn)[-1].output[0]]).save()`; return `states` after the `with` block.",
     ),
 )
 
