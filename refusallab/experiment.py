@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import joblib
+import pooch
+import torch
+import transformers
 
 from refusallab.directions import Search, random_directions, save_candidates, search_candidates
 from refusallab.interventions import ablation, addition
 from refusallab.judging import judge_test_sets, mean_rate, rates
 from refusallab.measure import Outcome, Rate
-from refusallab.model import Edit, Model
+from refusallab.model import Edit, Model, Prompt, digest_of_weights, encode
 from refusallab.orthogonalization import distance_from_hooks, orthogonalize
 from refusallab.prompts import knows_the_world, prompt_set
 
@@ -53,9 +61,40 @@ class Headline:
 
 
 def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> Search:
-    """`search_candidates` on the model's train and validation sets."""
-    train_and_val = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
-    return search_candidates(m, *([i.prompt for i in prompt_set(m, name)] for name in train_and_val), progress=progress)
+    """`search_candidates` on the model's train and validation sets.
+
+    The result is kept in the cache of this computer, for these weights, prompts, code, versions and processor. So the
+    labs search once, and each other search is new.
+    """
+    names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
+    sets = [[item.prompt for item in prompt_set(m, name)] for name in names]
+    with warnings.catch_warnings():  # a cache that cannot be read or written costs time only
+        warnings.filterwarnings("ignore", module="joblib")
+        try:
+            memory = joblib.Memory(pooch.os_cache("refusallab"), verbose=0)
+            search = memory.cache(_search, ignore=["m", "sets", "progress"])
+        except OSError:
+            search = _search
+        return search(_circumstances(m, sets), m, sets, progress)
+
+
+def _search(key: object, m: Model, sets: Sequence[Sequence[Prompt]], progress: Callable[[int], None] | None) -> Search:
+    return search_candidates(m, *sets, progress=progress)
+
+
+def _circumstances(m: Model, sets: Sequence[Sequence[Prompt]]) -> tuple[Any, ...]:
+    """All that the numbers of a search depend on, to the last digit."""
+    ids = [joblib.hash(encode(m, prompts)["input_ids"].cpu().numpy()) for prompts in sets]
+    versions = (torch.__version__, transformers.__version__, _code())
+    processor = (str(m.device), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    return (m.name, m.commit, m.remote, digest_of_weights(m), *ids, *versions, *processor)
+
+
+@cache
+def _code() -> str:
+    """A hash of the library's code."""
+    folder = Path(__file__).parent
+    return joblib.hash({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.py")})
 
 
 def headline(m: Model, progress: Callable[[str], None] = lambda step: None, scores: Path | None = None) -> Headline:

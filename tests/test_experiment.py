@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import matplotlib.pyplot as plt
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from refusallab import cli, experiment, judging, prompts
 from refusallab.directions import discarded_because
 from refusallab.model import load
+from refusallab.orthogonalization import orthogonalize
 
 pytestmark = pytest.mark.slow
 
@@ -166,3 +168,49 @@ def test_the_search_is_the_same_with_another_thread_count(m, result):
         result.search.selected.position,
     )
     torch.testing.assert_close(again.direction.vector, result.search.direction.vector, rtol=1e-4, atol=1e-4)
+
+
+class TestCache:
+    """A search is kept for exactly what it depends on."""
+
+    @pytest.fixture
+    def searches(self, monkeypatch, tmp_path):
+        """Which models are really searched; the cache is new."""
+        searched = []
+
+        def search(m, *sets, progress=None):
+            searched.append(m.name)
+            return f"search {len(searched)}"
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(experiment, "search_candidates", search)
+        return searched
+
+    def test_the_second_search_is_read(self, m, searches):
+        assert experiment.find_direction(m) == experiment.find_direction(m) == "search 1"
+        assert searches == ["charter-chat"]
+
+    def test_other_weights_prompts_code_or_processors_are_searched_anew(self, m, searches, monkeypatch):
+        experiment.find_direction(m)
+        edited = dataclasses.replace(orthogonalize(m, torch.ones(m.width)), name=m.name)
+        assert experiment.find_direction(edited) == "search 2"
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "prompt_set", lambda m, name: prompts.prompt_set(m, name)[:9])
+            assert experiment.find_direction(m) == "search 3"
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "_code", lambda: "other")
+            assert experiment.find_direction(m) == "search 4"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_num_threads", lambda: 77)
+            assert experiment.find_direction(m) == "search 5"
+        assert experiment.find_direction(m) == "search 1"
+
+    def test_a_damaged_cache_costs_time_only(self, m, searches, tmp_path, recwarn):
+        experiment.find_direction(m)
+        [kept] = tmp_path.rglob("output.pkl")
+        kept.write_bytes(b"junk")
+        assert experiment.find_direction(m) == "search 2"
+        (tmp_path / "taken").write_text("a file where the folder should be")
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / "taken")  # searches sets it back
+        assert experiment.find_direction(m) == "search 3"
+        assert not recwarn.list
