@@ -15,20 +15,8 @@ from .harmfulness import law_questions, site_directions, steered_verdicts, turne
 from .interventions import ablation, addition, affine, project_out, unit
 from .judging import judge, judge_test_sets, outcomes, rates, report
 from .measure import (
-    Difference,
-    Outcome,
-    cross_entropy,
-    holm,
-    kl_divergence,
-    learn_refusal_tokens,
-    mcnemar,
-    p_text,
-    paired_bootstrap,
-    paired_difference,
-    rate,
-    refusal_metric,
-    refused_by_phrases,
-    wilson,
+    Difference, Outcome, cross_entropy, holm, kl_divergence, learn_refusal_tokens, mcnemar, p_text, paired_bootstrap,
+    paired_difference, rate, refusal_metric, refused_by_phrases, wilson,
 )  # fmt: skip
 from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights
 from .prompts import attack_templates, bundled, prompt_set, refusal_phrases

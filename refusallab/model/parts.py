@@ -162,7 +162,7 @@ def equivalence_class(hf: torch.nn.Module) -> str:
 
 
 def digest_of_weights(m: Model) -> str:
-    """The first 12 digits of the SHA-256 of the weights as they are now, edits included; of a remote model its commit."""
+    """The first 12 digits of the SHA-256 of the weights as they are, edits included. Of a remote model, its commit."""
     if m.remote is True:
         return m.commit
     digest = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ KL = define(
         ),
     ),
     hints=(
-        r"$\mathrm{KL}(p\,\|\,q)=\sum_t p_t\,(\log p_t-\log q_t)$, where $p$ is the base model.",
+        r"$\mathrm{KL}(p\,\|\,q)=\sum_t p_t\,(\log p_t-\log q_t)$, where $p$ comes from `base_logits` "
+        "and $q$ from `edited_logits`.",
         "`log_softmax(-1)` is safe for large logits; `log(softmax(...))` is not: it gives log(0).",
         "Multiply `base.softmax(-1)` by the difference of the two log_softmax, and sum over the last dimension.",
     ),
@@ -278,7 +280,8 @@ def _candidate_sets(seed: int) -> list[Case]:
             for k in range(8)
         ]
         both = [*ordinary, *traps]
-        return [both[i] for i in torch.randperm(len(both), generator=g).tolist()]
+        mixed = [both[i] for i in torch.randperm(len(both), generator=g).tolist()]
+        return sorted(mixed, key=lambda c: not math.isnan(c["bypass"]))  # first, where `min` would keep it
 
     def trap(layer: int, **scores: float) -> dict[str, float]:
         good = {"position": -5, "layer": layer, "bypass": numbers(-9, -5), "induce": 1.0, "kl": 0.01}
@@ -292,7 +295,8 @@ def _candidate_sets(seed: int) -> list[Case]:
         "the lowest bypass lies in the last of 8 layers": (8, (trap(7),)),
         "the lowest bypass lies at layer 6 of 8, which is int(0.8 * 8)": (8, (trap(6),)),
         "the lowest bypass lies in the last fifth of 10 layers": (10, (trap(8),)),
-        "one score is NaN": (10, (trap(3, kl=float("nan")),)),
+        "one KL is NaN": (10, (trap(3, kl=math.nan),)),
+        "the bypass of the first candidate is NaN": (10, (trap(3, bypass=math.nan),)),
     }
     return [
         Case(what, {"candidates": candidates(layers, *traps), "n_layers": layers})
@@ -301,7 +305,7 @@ def _candidate_sets(seed: int) -> list[Case]:
 
 
 def _passes(c: dict[str, float], n: int) -> bool:
-    return c["layer"] < int(0.8 * n) and c["kl"] <= 0.1 and c["induce"] > 0
+    return c["layer"] < int(0.8 * n) and c["kl"] <= 0.1 and c["induce"] > 0 and not math.isnan(c["bypass"])
 
 
 CHOOSE = define(
@@ -309,6 +313,12 @@ CHOOSE = define(
     reference=_choose,
     cases=_candidate_sets,
     mistakes=(
+        Mistake(
+            "NaN bypass let through",
+            _best(lambda c, n: c["layer"] < int(0.8 * n) and c["kl"] <= 0.1 and c["induce"] > 0),
+            "A candidate whose bypass is NaN won. The filters do not read bypass, and `min` keeps a NaN that comes "
+            "first. Drop it with `math.isnan`.",
+        ),
         Mistake(
             "NaN let through",
             _best(lambda c, n: c["layer"] < int(0.8 * n) and not c["kl"] > 0.1 and not c["induce"] <= 0),
@@ -358,9 +368,10 @@ CHOOSE = define(
         ),
     ),
     hints=(
-        "First filter, then take the minimum. There are three conditions, for induce, KL and layer.",
+        "First filter, then take the minimum. There are three filters, for induce, KL and layer, and a NaN in any "
+        "score discards a candidate too.",
         "Keep `c['induce'] > 0`, `c['kl'] <= 0.1` and `c['layer'] < int(0.8 * n_layers)`. A comparison with NaN is "
-        "False, so these conditions drop NaN scores by themselves.",
+        "False, so these drop a NaN in induce or KL. Test bypass with `math.isnan`.",
         "`min(kept, key=lambda c: c['bypass'])`.",
     ),
 )
