@@ -12,5 +12,5 @@ from refusallab.faces import face
 # makes these small models about ten times slower. OpenMP reads it when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __all__ = face(__name__, __file__)

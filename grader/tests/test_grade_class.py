@@ -1,4 +1,4 @@
-"""A class of 200 with known scores, killed halfway and started again; and a cluster that loses a worker."""
+"""A class with known scores, killed halfway and started again; and a cluster that loses a worker."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from grader.batch import grade_class
 from grader.records import Records
 
 pytestmark = pytest.mark.sandbox
-CLASS = 200
+CLASS = 40
 
 
 def draw(rng, number):
@@ -103,7 +103,7 @@ def test_a_class_killed_halfway_and_started_again(tmp_path):
 def test_a_cluster_loses_a_worker_and_no_submission(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    points, _ = make_class(tmp_path / "submitted", 16)
+    points, _ = make_class(tmp_path / "submitted", 8)
     records = Records(f"sqlite:///{tmp_path / 'grades.sqlite'}")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
@@ -111,13 +111,13 @@ def test_a_cluster_loses_a_worker_and_no_submission(tmp_path, monkeypatch):
         lost = []
 
         def lose_one(done, of):
-            if done == 4:
+            if done == 2:
                 lost.append(next(iter(cluster.workers.values())).pid)
                 os.kill(lost[0], signal.SIGKILL)
 
         batch = grade_class(tmp_path / "submitted", records, 99, cluster=cluster.scheduler_address, on_graded=lose_one)
     assert lost
-    assert (batch.graded, batch.failed) == (16, [])
+    assert (batch.graded, batch.failed) == (8, [])
     assert points_of(records) == points
 
 

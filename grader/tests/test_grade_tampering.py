@@ -76,7 +76,7 @@ def forge(stream, kind, content=None, *args, **kwargs):
     return send(stream, kind, content, *args, **kwargs)
 kernel.session.send = forge
 """
-INNER = "import refusallab.course.exercise as x\nx.compare = lambda *a: ''\n"
+INNER = "import refusallab.course.exercise as x\nx.describe_difference = lambda *a: ''\n"
 
 # name: (a cell that tampers, what is checked inside the kernel)
 BENT = {
