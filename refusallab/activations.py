@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
@@ -32,8 +33,8 @@ def residual(
     edit: Edit | None = None,
     system: str | None = None,
     batch_size: int = 64,
-) -> Tensor:
-    """Block inputs (resid_pre) as fp32 [n, layers, positions, width], in the order of the prompts.
+) -> Float32[Tensor, "n layers positions width"]:
+    """Block inputs (resid_pre), in the order of the prompts.
 
     `layers` defaults to 0..L-1 and `positions` to the post-instruction tokens; positions count from the end
     (-1 is the last prompt token), because prompts are padded on the left. With an edit, this is the stream
@@ -55,8 +56,8 @@ def mean_residual(
     edit: Edit | None = None,
     system: str | None = None,
     batch_size: int = 64,
-) -> Tensor:
-    """The mean of `residual` over the prompts, summed in float64: float64 [layers, positions, width]."""
+) -> Float64[Tensor, "layers positions width"]:
+    """The mean of `residual` over the prompts, summed in float64."""
     prompts, (layers, positions) = listed_prompts(prompts), _sites(m, layers, positions)
     total = torch.zeros(len(layers), len(positions), m.width, dtype=torch.float64)
     for _, acts in _batched_residual(m, prompts, layers, positions, edit, system, batch_size):
@@ -65,8 +66,8 @@ def mean_residual(
 
 
 @torch.no_grad()
-def stream(m: Model, prompt: Prompt, *, system: str | None = None) -> Tensor:
-    """The whole residual stream of one prompt: fp32 [layers + 1, seq, width].
+def stream(m: Model, prompt: Prompt, *, system: str | None = None) -> Float32[Tensor, "{m.n_layers}+1 seq width"]:
+    """The whole residual stream of one prompt.
 
     Entry l is what enters block l; the last entry is what leaves the last block, before the final norm.
     """
@@ -77,8 +78,8 @@ def stream(m: Model, prompt: Prompt, *, system: str | None = None) -> Tensor:
     return states.float().cpu()
 
 
-def logit_lens(m: Model, x: Tensor) -> Tensor:
-    """Logits that the stream x would give if the blocks still to come did nothing: [..., width] -> [..., vocab].
+def logit_lens(m: Model, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest vocab"]:
+    """Logits that the stream x would give if the blocks still to come did nothing.
 
     At the output of the last block these are the logits of the model.
     """
@@ -116,7 +117,7 @@ def _batched_residual(
 @torch.no_grad()
 def _trace_residual(
     m: Model, batch: dict[str, Tensor], layers: list[int], positions: list[int], edit: Edit | None
-) -> Tensor:
+) -> Float[Tensor, "batch layers positions width"]:
     nn, plain, edit = m.nn, edit is None, edit or no_edit
     order = sorted(set(layers))  # a trace reads in the order of the forward pass
     with all_rows(), nn.trace(logits_to_keep=1, remote=m.remote) as tracer:
@@ -126,4 +127,4 @@ def _trace_residual(
             acts = torch.stack([blocks(nn)[layer].input[:, positions] for layer in order], 1).save()
             if plain:
                 tracer.stop()  # the blocks above need not run; an edit may still have work there
-    return acts[:, [order.index(layer) for layer in layers]]  # [batch, layers, positions, width]
+    return acts[:, [order.index(layer) for layer in layers]]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from refusallab.activations import residual
@@ -37,8 +38,8 @@ from refusallab.model import (
 )
 
 
-def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Tensor) -> Tensor:
-    """Cosine of the last token's stream with r [width] at every block input: fp32 [n, layers]."""
+def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Float[Tensor, " width"]) -> Float32[Tensor, "n layers"]:
+    """Cosine of the last token's stream with r at every block input."""
     return torch.nn.functional.cosine_similarity(residual(m, prompts, positions=[-1])[:, :, 0], r.float(), dim=-1)
 
 
@@ -46,13 +47,13 @@ def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Tensor) -> Tensor:
 class Attribution:
     """What each part of the model writes along a direction at the last prompt token, in units of the stream."""
 
-    start: Tensor  # [n], what enters block 0: the embedding
-    heads: Tensor  # [n, layers, heads]
-    biases: Tensor  # [layers], the output bias of each attention; zero in most models
-    mlps: Tensor  # [n, layers]
+    start: Float[Tensor, " n"]  # what enters block 0: the embedding
+    heads: Float[Tensor, "n layers heads"]
+    biases: Float[Tensor, " layers"]  # the output bias of each attention; zero in most models
+    mlps: Float[Tensor, "n layers"]
 
-    def projection(self, layer: int) -> Tensor:
-        """The projection of the input of block `layer` on the direction: the sum of all parts before it, [n].
+    def projection(self, layer: int) -> Float[Tensor, " n"]:
+        """The projection of the input of block `layer` on the direction: the sum of all parts before it.
 
         `layer` may be the number of layers: that is the end of the stream, before the final norm.
         """
@@ -61,8 +62,8 @@ class Attribution:
 
 
 @torch.no_grad()
-def attribute(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: int = 64) -> Attribution:
-    """Direct attribution to r [width] at the last prompt token. The parts add up to the projection on r^, exactly.
+def attribute(m: Model, prompts: Sequence[Prompt], r: Float[Tensor, " width"], *, batch_size: int = 64) -> Attribution:
+    """Direct attribution to r at the last prompt token. The parts add up to the projection on r^, exactly.
 
     Raises RefusalLabError for models with a norm between a head and the stream (Gemma-2/3, OLMo-2): what one head
     writes is not defined there without freezing that norm.
@@ -91,21 +92,25 @@ def attribute(m: Model, prompts: Sequence[Prompt], r: Tensor, *, batch_size: int
     return Attribution(start, scale * head_writes(z, reads.cpu()), scale * constant, scale * mlps)
 
 
-def head_readout(weight: Tensor, direction: Tensor, heads: int) -> Tensor:
-    """How much one unit in each coordinate of each head writes along a unit direction: [heads, size of a head].
+def head_readout(
+    weight: Float[Tensor, "width inputs"], direction: Float[Tensor, " width"], heads: int
+) -> Float32[Tensor, "{heads} size"]:
+    """How much one unit in each coordinate of each head writes along a unit direction.
 
-    weight [width, heads * size] is the output projection of an attention: it reads the heads side by side.
+    `weight` is the output projection of an attention. It reads the heads side by side: heads * size inputs.
     """
     return (direction @ weight.float()).unflatten(-1, (heads, -1))
 
 
-def head_writes(z: Tensor, reads: Tensor) -> Tensor:
-    """What each head writes along the direction: z, reads [..., heads, size] -> [..., heads]."""
+def head_writes(
+    z: Float[Tensor, "*rest heads size"], reads: Float[Tensor, "... heads size"]
+) -> Float[Tensor, "*rest heads"]:
+    """What each head writes along the direction."""
     return (z * reads).sum(-1)
 
 
-def weight_of(projection: Any) -> Tensor:
-    """The weight of an output projection as [out, in]; GPT-2 stores it the other way round."""
+def weight_of(projection: Any) -> Float[Tensor, "width inputs"]:
+    """The weight of an output projection; GPT-2 stores it the other way round."""
     weight: Tensor = projection.weight
     return weight if isinstance(projection, torch.nn.Linear) else weight.T
 
@@ -115,8 +120,8 @@ def weight_of(projection: Any) -> Tensor:
 
 
 @torch.no_grad()
-def attention_from_last(m: Model, prompts: Sequence[Prompt]) -> Tensor:
-    """Attention weights of the last prompt token: fp32 [n, layers, heads, seq], padded on the left like `encode`.
+def attention_from_last(m: Model, prompts: Sequence[Prompt]) -> Float32[Tensor, "n layers heads seq"]:
+    """Attention weights of the last prompt token, padded on the left like `encode`.
 
     Runs all prompts as one batch, with the plain implementation of attention: the fast ones do not return weights.
     """
@@ -136,17 +141,17 @@ def _plain_attention(m: Model) -> Iterator[None]:
         m.hf.set_attn_implementation(before)
 
 
-def mass(weights: Tensor, region: Tensor) -> Tensor:
-    """The share of attention that falls into a region: weights [n, ..., seq], region bool [n, seq] -> [n, ...]."""
+def mass(weights: Float[Tensor, "n *rest seq"], region: Bool[Tensor, "n seq"]) -> Float[Tensor, " n *rest"]:
+    """The share of attention that falls into a region."""
     mask = region.reshape(len(region), *[1] * (weights.ndim - 2), region.shape[-1])
     return (weights * mask).sum(-1)
 
 
-def regions(m: Model, prompts: Sequence[Prompt], suffixes: Sequence[str]) -> dict[str, Tensor]:
+def regions(m: Model, prompts: Sequence[Prompt], suffixes: Sequence[str]) -> dict[str, Bool[Tensor, "n seq"]]:
     """Which tokens are "start" (template and earlier turns), "instruction", "suffix" and "end" (template).
 
-    suffixes: how each prompt ends, "" where it has no suffix. Values are bool [n, seq], padded on the left like
-    `encode`; every token that is not padding lies in one region.
+    suffixes: how each prompt ends, "" where it has no suffix. Values are padded on the left like `encode`; every token
+    that is not padding lies in one region.
     """
     prompts, suffixes = listed_prompts(prompts), listed(suffixes, "suffixes", str)
     batch = encode(m, prompts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -35,12 +36,12 @@ FREE_STEPS = 14  # a search without a constraint is done sooner
 class Cone:
     """An orthonormal basis, and the loss at each step on the way to it."""
 
-    basis: Tensor  # [k, width]
+    basis: Float[Tensor, "k width"]
     losses: tuple[float, ...]
 
 
-def orthonormal(vectors: Tensor) -> Tensor:
-    """Gram-Schmidt on rows: [k, width] -> [k, width]. The first row keeps its direction, and gradients flow through.
+def orthonormal(vectors: Float[Tensor, "k width"]) -> Float[Tensor, "k width"]:
+    """Gram-Schmidt on rows. The first row keeps its direction, and gradients flow through.
 
     Raises RefusalLabError when a row lies in the span of those before it.
     """
@@ -55,8 +56,10 @@ def orthonormal(vectors: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def plane_directions(first: Tensor, second: Tensor, angles: Sequence[float]) -> Tensor:
-    """Unit vectors in the plane of two vectors [width], at angles in degrees: [angles, width].
+def plane_directions(
+    first: Float[Tensor, " width"], second: Float[Tensor, " width"], angles: Sequence[float]
+) -> Float32[Tensor, "{len(angles)} width"]:
+    """Unit vectors in the plane of two vectors, at angles in degrees.
 
     0 points along `first`; 90 along what is left of `second` without its part along `first`. So 0 to 90 is the cone of
     the orthonormal basis.
@@ -70,7 +73,7 @@ def find_cone(
     harmful: Sequence[Item],
     harmless: Sequence[Item],
     refusal_tokens: Sequence[int],
-    start: Tensor,
+    start: Float[Tensor, "k width"],
     *,
     layer: int,
     length: float,
@@ -78,13 +81,13 @@ def find_cone(
     step_size: float = 0.05,
     batch_size: int = 6,
     seed: int = 0,
-    orthogonal_to: Tensor | None = None,
+    orthogonal_to: Float[Tensor, " width"] | None = None,
 ) -> Cone:
-    """A cone of refusal with k dimensions, found by Adam from `start` [k, width]; k = 1 is a single direction.
+    """A cone of refusal with k dimensions, found by Adam from `start`; k = 1 is a single direction.
 
     Directions are added at the input of block `layer`, with `length`. Steps take turns: each vector of the basis, then
-    a random direction of the cone. With `orthogonal_to` [width], the whole cone stays orthogonal to that direction. The
-    exact answers of the harmful items say what ablation should free.
+    a random direction of the cone. With `orthogonal_to`, the whole cone stays orthogonal to that direction. The exact
+    answers of the harmful items say what ablation should free.
     """
     harmful, harmless = (listed(items, "items", Item) for items in (harmful, harmless))
     fixed = start[:0] if orthogonal_to is None else orthogonal_to[None]
@@ -114,11 +117,11 @@ def direction_loss(
     harmful: Sequence[Item],
     harmless: Sequence[Item],
     tokens: Sequence[int],
-    v: Tensor,
+    v: Float[Tensor, " width"],
     layer: int,
     length: float,
-) -> Tensor:
-    """The three losses of a unit direction [width], added up: a scalar with its graph, in nats.
+) -> Float[Tensor, ""]:
+    """The three losses of a unit direction, added up: a scalar with its graph, in nats.
 
     Forbidden answers under ablation (per token); refusal of harmless requests under addition (first token, weighted);
     KL(base || ablated) on harmless requests (first token).
@@ -145,9 +148,16 @@ class Effect:
 
 
 def direction_effect(
-    m: Model, harmful: list[Item], harmless: list[Item], tokens: Sequence[int], v: Tensor, *, layer: int, length: float
+    m: Model,
+    harmful: list[Item],
+    harmless: list[Item],
+    tokens: Sequence[int],
+    v: Float[Tensor, " width"],
+    *,
+    layer: int,
+    length: float,
 ) -> Effect:
-    """Ablate v [width] everywhere, add it at `layer` with `length`, and judge replies and first tokens."""
+    """Ablate v everywhere, add it at `layer` with `length`, and judge replies and first tokens."""
     harmful, harmless = (listed(items, "items", Item) for items in (harmful, harmless))
     prompts, removed = [item.prompt for item in harmless], ablation(v)
     bad, good = (outcomes(m, items, edit=removed) for items in (harmful, harmless))
@@ -160,18 +170,20 @@ def direction_effect(
     )
 
 
-def downstream(m: Model, prompts: Sequence[Prompt], ablated: Tensor, watched: Tensor) -> Tensor:
-    """How much ablating one direction moves the last token along another, layer by layer: [n, layers].
+def downstream(
+    m: Model, prompts: Sequence[Prompt], ablated: Float[Tensor, " width"], watched: Float[Tensor, " width"]
+) -> Float32[Tensor, "n layers"]:
+    """How much ablating one direction moves the last token along another, layer by layer.
 
-    The projection of the block inputs on watched [width], with `ablated` [width] ablated minus without. For orthogonal
-    directions the projection itself takes nothing away along `watched`: what is not zero came about downstream.
+    The projection of the block inputs on `watched`, with `ablated` ablated minus without. For orthogonal directions the
+    projection itself takes nothing away along `watched`: what is not zero came about downstream.
     """
     prompts = listed_prompts(prompts)
     before, after = (residual(m, prompts, positions=[-1], edit=edit)[:, :, 0] for edit in (None, ablation(ablated)))
     return (after - before) @ unit(watched)
 
 
-def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Tensor, list[int]]:
+def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Float32[Tensor, " width"], list[int]]:
     """The difference in means at the last prompt token that bypasses best, its scores, and the refusal tokens.
 
     Layers below the last fifth compete by bypass only, on `count` prompts of each validation set. There is no other
@@ -199,7 +211,7 @@ class Searched:
 
     site: Candidate  # of r
     tokens: list[int]  # that open a refusal
-    vectors: dict[str, Tensor]  # name -> [width]
+    vectors: dict[str, Float[Tensor, " width"]]
 
     @property
     def settings(self) -> dict[str, float]:
@@ -207,7 +219,7 @@ class Searched:
         return {"layer": self.site.layer, "length": self.vectors["r"].norm().item()}
 
 
-def search_directions(m: Model, site: Candidate, r: Tensor, tokens: list[int]) -> Searched:
+def search_directions(m: Model, site: Candidate, r: Float[Tensor, " width"], tokens: list[int]) -> Searched:
     """Directions found by gradient, freely and orthogonal to r, beside r itself and a random direction.
 
     r is a difference in means, as from `last_token_direction`. Both searches begin at a random direction and read only

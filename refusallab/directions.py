@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,7 +58,7 @@ class Candidate:
 class Direction:
     """A direction and its site."""
 
-    vector: Tensor  # [width], raw length
+    vector: Float[Tensor, " width"]  # raw length
     layer: int
     position: int
 
@@ -70,7 +71,7 @@ class Search:
     commit: str
     n_layers: int
     candidates: tuple[Candidate, ...]
-    vectors: Tensor  # [layers, positions, width]
+    vectors: Float[Tensor, "layers positions width"]
     refusal_tokens: tuple[int, ...]
     kept: dict[str, int]  # prompts left after filtering, by set
 
@@ -87,11 +88,12 @@ class Search:
         return Direction(vector, best.layer, best.position)
 
 
-def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
-    """mean(harmful) - mean(harmless) over the first dimension, in float64, returned as fp32.
+def difference_in_means(
+    harmful: Float[Tensor, "n *rest width"], harmless: Float[Tensor, "m *rest width"]
+) -> Float32[Tensor, "*rest width"]:
+    """mean(harmful) - mean(harmless) over the first dimension, worked out in float64.
 
-    harmful [n, ..., width], harmless [m, ..., width] -> [..., width]. RefusalLabError if one is empty or the shapes
-    differ.
+    RefusalLabError if one is empty or the shapes differ.
     """
     if len(harmful) == 0 or len(harmless) == 0:
         raise RefusalLabError("A mean needs at least one harmful and one harmless prompt; a list is empty.")
@@ -102,8 +104,10 @@ def difference_in_means(harmful: Tensor, harmless: Tensor) -> Tensor:
     return (harmful.double().mean(0) - harmless.double().mean(0)).float()
 
 
-def candidate_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Tensor:
-    """Difference in means at every block input and post-instruction position: fp32 [layers, positions, width].
+def candidate_directions(
+    m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
+) -> Float32[Tensor, "layers positions width"]:
+    """Difference in means at every block input and post-instruction position.
 
     At layer 0 every prompt has the same embedding at a template token, so these candidates are zero: a free control.
     """
@@ -116,7 +120,7 @@ def candidate_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence
 @torch.no_grad()
 def score_candidates(
     m: Model,
-    vectors: Tensor,
+    vectors: Float[Tensor, "layers positions width"],
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusal_tokens: Sequence[int],
@@ -128,9 +132,8 @@ def score_candidates(
     Bypass and KL come from one pass over all prompts; for induce the blocks before the candidate's own are not run
     again, since addition leaves them as they were.
 
-    vectors is [layers, positions, width] as from `candidate_directions`. A zero vector does nothing, so its scores are
-    those of the untouched model; a vector with NaN gets NaN scores. `progress(n)` is called with the number that are
-    done.
+    vectors: as from `candidate_directions`. A zero vector does nothing, so its scores are those of the untouched model;
+    a vector with NaN gets NaN scores. `progress(n)` is called with the number that are done.
     """
     harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
     prompts, n = [*harmful, *harmless], len(harmful)
@@ -171,8 +174,8 @@ def _streams(m: Model, prompts: Sequence[Prompt]) -> list[tuple[list[int], dict[
     return result
 
 
-def _from_block(layer: int, stream: Tensor, edit: Edit) -> Edit:
-    """The edit, in a forward pass that starts at block `layer` with a stream [batch, seq, width] known from before."""
+def _from_block(layer: int, stream: Float[Tensor, "batch seq width"], edit: Edit) -> Edit:
+    """The edit, in a forward pass that starts at block `layer` with a stream known from before."""
 
     def resumed(nn: Any) -> None:
         for block in blocks(nn)[:layer]:
@@ -247,14 +250,14 @@ def search_candidates(
     return Search(m.name, m.commit, m.n_layers, tuple(candidates), vectors, tuple(tokens), counts)
 
 
-def random_directions(width: int, count: int, seed: int) -> Tensor:
-    """Random unit vectors [count, width], the control for every claim about a direction."""
+def random_directions(width: int, count: int, seed: int) -> Float32[Tensor, "{count} {width}"]:
+    """Random unit vectors, the control for every claim about a direction."""
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=-1)
 
 
-def cosines(vectors: Tensor) -> Tensor:
-    """Cosine similarity of every pair: [n, width] -> [n, n]. A zero vector has cosine 0 with all."""
+def cosines(vectors: Float[Tensor, "k width"]) -> Float32[Tensor, "k k"]:
+    """Cosine similarity of every pair. A zero vector has cosine 0 with all."""
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
     return unit @ unit.T
 

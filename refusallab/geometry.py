@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from refusallab.activations import stream
@@ -17,10 +18,12 @@ from refusallab.interventions import unit
 from refusallab.model import Model, Prompt, encode, final_norm, unembedding
 
 
-def projections(streams: Tensor, vectors: Tensor) -> Tensor:
+def projections(
+    streams: Float[Tensor, "n *rest width"], vectors: Float[Tensor, "*rest width"]
+) -> Float32[Tensor, " n *rest"]:
     """How far each prompt lies along the direction of its site: x . r / |r|, in units of the residual stream.
 
-    streams [n, ..., width], vectors [..., width] -> [n, ...]. A zero vector gives 0.
+    A zero vector gives 0.
     """
     if streams.shape[1:] != vectors.shape:
         raise RefusalLabError(
@@ -34,23 +37,23 @@ def projections(streams: Tensor, vectors: Tensor) -> Tensor:
 class Plane:
     """A flat window into the stream: a point and two orthonormal axes."""
 
-    mean: Tensor  # [width]
-    axes: Tensor  # [2, width]
+    mean: Float[Tensor, " width"]
+    axes: Float[Tensor, "2 width"]
     shares: tuple[float, float]  # of the variance of the points that the plane was fitted to
 
-    def at(self, x: Tensor) -> Tensor:
-        """Coordinates of x [..., width] in the plane: [..., 2]."""
+    def at(self, x: Float[Tensor, "*rest width"]) -> Float32[Tensor, "*rest 2"]:
+        """Coordinates of x in the plane."""
         return (x.float() - self.mean) @ self.axes.T
 
 
-def principal_plane(x: Tensor) -> Plane:
-    """The plane of the first two principal components of x, [n, width]. Its axes have no preferred sign."""
+def principal_plane(x: Float[Tensor, "n width"]) -> Plane:
+    """The plane of the first two principal components of x. Its axes have no preferred sign."""
     mean = x.float().mean(0)
     _, lengths, axes = torch.linalg.svd(x.float() - mean, full_matrices=False)  # axes [k, width], longest first
     return Plane(mean, axes[:2], _shares(lengths.square()[:2], x))
 
 
-def plane_along(x: Tensor, r: Tensor) -> Plane:
+def plane_along(x: Float[Tensor, "n width"], r: Float[Tensor, " width"]) -> Plane:
     """The plane whose first axis is r^; the second is the first principal component of what is left of x."""
     mean, direction = x.float().mean(0), unit(r)
     centred = x.float() - mean
@@ -66,17 +69,22 @@ def _shares(squares: Tensor, x: Tensor) -> tuple[float, float]:
     return first, second
 
 
-def right_side(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> list[bool]:
+def right_side(
+    a: Float[Tensor, "n width"],
+    b: Float[Tensor, "m width"],
+    new_a: Float[Tensor, "_ width"],
+    new_b: Float[Tensor, "_ width"],
+) -> list[bool]:
     """Which new points lie on the right side of the midpoint between the means of a and b.
 
-    Direction and midpoint come only from a [n, width] and b [m, width]; the flags are for all of new_a, then new_b.
+    Direction and midpoint come only from a and b; the flags are for all of new_a, then new_b.
     """
     r, middle = difference_in_means(a, b), (a.double().mean(0) + b.double().mean(0)).float() / 2
     return (((new_a - middle) @ r > 0).tolist()) + (((new_b - middle) @ r < 0).tolist())
 
 
-def direct_logits(m: Model, r: Tensor) -> Tensor:
-    """What the direction adds to each logit when the final norm and the unembedding read it: [vocab].
+def direct_logits(m: Model, r: Float[Tensor, " width"]) -> Float32[Tensor, " vocab"]:
+    """What the direction adds to each logit when the final norm and the unembedding read it.
 
     W_U (gamma * r^), minus its mean over the vocabulary, since a constant changes no probability. Up to a positive
     factor: the final norm also divides by the size of the whole stream.
@@ -97,7 +105,7 @@ def _gain(norm: torch.nn.Module, like: Tensor) -> Tensor:
     return signs * (up - down) / 2
 
 
-def tokens_along(m: Model, r: Tensor, count: int = 6) -> list[str]:
+def tokens_along(m: Model, r: Float[Tensor, " width"], count: int = 6) -> list[str]:
     """The tokens whose logits the direction raises most, as text."""
     return [m.tokenizer.decode([i]) for i in direct_logits(m, r).topk(count).indices.tolist()]
 
@@ -107,10 +115,10 @@ class Strip:
     """Projections of one prompt on a direction, token by token and layer by layer."""
 
     tokens: tuple[str, ...]
-    values: Tensor  # [layers, tokens]
+    values: Float[Tensor, "layers seq"]
 
 
-def token_strip(m: Model, prompt: Prompt, r: Tensor) -> Strip:
-    """The projection of every block input on r [width], at every token of the rendered prompt."""
+def token_strip(m: Model, prompt: Prompt, r: Float[Tensor, " width"]) -> Strip:
+    """The projection of every block input on r, at every token of the rendered prompt."""
     ids = encode(m, [prompt])["input_ids"][0].tolist()
     return Strip(tuple(m.tokenizer.decode([i]) for i in ids), stream(m, prompt)[:-1] @ unit(r))

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from refusallab.activations import mean_residual
@@ -40,8 +41,10 @@ def law_questions(split: str, count: int, seed: int = 0) -> list[Item]:
     return [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag="law") for q in chosen]
 
 
-def site_directions(m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Difference in means at two tokens, for every block input: name -> fp32 [layers, width].
+def site_directions(
+    m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
+) -> dict[str, Float32[Tensor, "layers width"]]:
+    """Difference in means at two tokens, for every block input.
 
     "harmfulness": the last token of the instruction. "refusal": the last token of the template, -1.
     """
@@ -62,8 +65,8 @@ def verdicts(m: Model, questions: Sequence[Item], edit: Edit = no_edit) -> list[
     return said
 
 
-def steered_verdicts(m: Model, questions: Sequence[Item], vector: Tensor, layer: int) -> list[str]:
-    """Verdicts with vector [width] added at the input of block `layer` for lawful actions, subtracted for others."""
+def steered_verdicts(m: Model, questions: Sequence[Item], vector: Float[Tensor, " width"], layer: int) -> list[str]:
+    """Verdicts with `vector` added at the input of block `layer` for lawful actions, subtracted for others."""
     questions = listed(questions, "questions", Item)
     signs = torch.tensor([1.0 if q.answer == ALLOWED else -1.0 for q in questions])
     return verdicts(m, questions, addition(signs[:, None] * vector, layer))

@@ -1,8 +1,8 @@
 """Edits of the residual stream along a direction: ablate, add, affine.
 
 Each function returns an edit for `refusallab.model.logits`, `generate` and `residual`. In generation it acts
-on the prompt and on every generated token. x is the residual stream [batch, seq, width], r a direction
-[width], r^ = r / |r|. The sums are done in fp32, or in the precision of x where that is higher, and rounded to the
+on the prompt and on every generated token. x is the residual stream [batch, seq, width], r a direction,
+r^ = r / |r|. The sums are done in fp32, or in the precision of x where that is higher, and rounded to the
 dtype of x once: where r dominates a site, half precision would lose the rest of the stream.
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 from refusallab.model import Edit, attention, blocks, mlp
 
+Vectors = Float[Tensor, " width"] | Float[Tensor, "batch width"]  # one for all prompts, or one for each
 
-def unit(r: Tensor) -> Tensor:
-    """r / |r| in fp32, for [width] or row by row for [batch, width].
+
+def unit(r: Float[Tensor, "*batch width"]) -> Float32[Tensor, "*batch width"]:
+    """r / |r|, for one vector or row by row.
 
     Raises RefusalLabError for a zero direction, NaN or infinity, or another number of dimensions.
     """
@@ -29,21 +32,17 @@ def unit(r: Tensor) -> Tensor:
     return r / norm
 
 
-def project_out(x: Tensor, r: Tensor) -> Tensor:
-    """x - (x . r^) r^: x without its component along r.
-
-    x is [..., width] and r [width], or x [batch, seq, width] and r [batch, width]: one direction per row.
-    """
+def project_out(x: Float[Tensor, "*rest width"], r: Vectors) -> Float[Tensor, "*rest width"]:
+    """x - (x . r^) r^: x without its component along r. With one r for each row, x is [batch, seq, width]."""
     wide = _wide(x)
     r = _fit(unit(r), wide)
     return (wide - (wide * r).sum(-1, keepdim=True) * r).to(x.dtype)
 
 
-def ablation(r: Tensor) -> Edit:
+def ablation(r: Vectors) -> Edit:
     """Directional ablation: no component along r anywhere (arXiv 2406.11717, section 2.4).
 
     Projects r out of the input of every block, every attention output and every MLP output, at all positions.
-    r is [width] or [batch, width].
     """
     r = unit(r)
 
@@ -57,11 +56,10 @@ def ablation(r: Tensor) -> Edit:
     return edit
 
 
-def addition(r: Tensor, layer: int, coefficient: float = 1.0) -> Edit:
+def addition(r: Vectors, layer: int, coefficient: float = 1.0) -> Edit:
     """Activation addition: x + coefficient * r at the input of one block (2406.11717, section 2.4).
 
-    Acts at all positions; r keeps its length. r is [width] or [batch, width]. A zero r is allowed and changes
-    nothing.
+    Acts at all positions; r keeps its length. A zero r is allowed and changes nothing.
     """
     step = coefficient * _finite(r)
 
@@ -73,12 +71,12 @@ def addition(r: Tensor, layer: int, coefficient: float = 1.0) -> Edit:
     return edit
 
 
-def affine(r: Tensor, layer: int, reference: Tensor, alpha: float) -> Edit:
+def affine(r: Vectors, layer: int, reference: Float[Tensor, " width"], alpha: float) -> Edit:
     """Affine concept editing: x - proj_r(x - reference) + alpha * r (arXiv 2411.09003).
 
-    Acts at the input of one block, all positions. The component along r becomes that of `reference` ([width],
-    for example the harmless mean) plus alpha lengths of r. With reference 0 and alpha 0 this is ablation at
-    one site.
+    Acts at the input of one block, all positions. The component along r becomes that of `reference` (for
+    example the harmless mean) plus alpha lengths of r. With reference 0 and alpha 0 this is ablation at one
+    site.
     """
     direction, step, origin = unit(r), alpha * _finite(r), _finite(reference)
 

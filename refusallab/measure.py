@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int
 from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
@@ -43,16 +44,19 @@ REFUSAL_PHRASES = (
 
 
 def learn_refusal_tokens(
-    harmful_logits: Tensor, harmless_logits: Tensor, *, min_probability: float = 0.05, ratio: float = 10.0
+    harmful_logits: Float[Tensor, "n vocab"],
+    harmless_logits: Float[Tensor, "m vocab"],
+    *,
+    min_probability: float = 0.05,
+    ratio: float = 10.0,
 ) -> list[int]:
     """Ids of the tokens that open a refusal in this model, learned from its own logits.
 
     A token is chosen when its mean probability is at least `min_probability` on harmful prompts and at least
     `ratio` times its mean probability on harmless ones.
 
-    harmful_logits [n, vocab], harmless_logits [m, vocab]: logits at the last prompt token. Returns ascending
-    ids. Raises RefusalLabError when no token qualifies: the model then has no first token that marks its
-    refusals.
+    The logits are those at the last prompt token. Returns ascending ids. Raises RefusalLabError when no token
+    qualifies: the model then has no first token that marks its refusals.
     """
     _check_logits(harmful_logits, harmless_logits)
     harmful = harmful_logits.double().softmax(-1).mean(0)  # [vocab]
@@ -68,12 +72,12 @@ def learn_refusal_tokens(
     return chosen.nonzero().flatten().tolist()
 
 
-def refusal_metric(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+def refusal_metric(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float64[Tensor, " n"]:
     """Log-odds that the reply opens with a refusal token (natural log; 0 means even odds).
 
-    logits [n, vocab] at the last prompt token; tokens: ids from `learn_refusal_tokens`. Returns [n], float64.
-    P is the summed probability of the tokens; the metric is log(P + 1e-8) - log(1 - P + 1e-8), so it stays
-    within about 18.4 of zero. NaN logits give NaN.
+    logits: at the last prompt token; tokens: ids from `learn_refusal_tokens`. P is the summed probability of
+    the tokens; the metric is log(P + 1e-8) - log(1 - P + 1e-8), so it stays within about 18.4 of zero. NaN
+    logits give NaN.
     """
     _check_logits(logits)
     ids = sorted(set(tokens))
@@ -86,12 +90,13 @@ def refusal_metric(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     return torch.log(p + 1e-8) - torch.log1p(-p + 1e-8)
 
 
-def kl_divergence(base_logits: Tensor, other_logits: Tensor) -> Tensor:
+def kl_divergence(
+    base_logits: Float[Tensor, "n vocab"], other_logits: Float[Tensor, "n vocab"]
+) -> Float64[Tensor, " n"]:
     """KL(base || other) of the next-token distributions, in nats, one for each row.
 
-    base_logits, other_logits [n, vocab] for the same prompts in the same order. Returns [n], float64. The
-    1e-6 that is added to both probabilities (as in the paper's code) bounds the value and can make it
-    slightly negative.
+    Both logits are for the same prompts in the same order. The 1e-6 that is added to both probabilities (as in
+    the paper's code) bounds the value and can make it slightly negative.
     """
     _check_logits(base_logits, other_logits)
     if base_logits.shape != other_logits.shape:
@@ -103,11 +108,13 @@ def kl_divergence(base_logits: Tensor, other_logits: Tensor) -> Tensor:
     return (p * (torch.log(p + 1e-6) - torch.log(q + 1e-6))).sum(-1)
 
 
-def next_token_loss(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-    """Mean cross-entropy of the counted tokens of each text, in nats per token: [n].
+def next_token_loss(
+    logits: Float[Tensor, "n seq vocab"], ids: Int[Tensor, "n seq"], counted: Bool[Tensor, "n seq"]
+) -> Float[Tensor, " n"]:
+    """Mean cross-entropy of the counted tokens of each text, in nats per token.
 
-    logits [n, seq, vocab], ids [n, seq], counted [n, seq] bool as from `encode_texts`. The logits at one position
-    predict the token at the next. Raises RefusalLabError if the shapes differ, and for a text in which no token counts.
+    ids, counted: as from `encode_texts`. The logits at one position predict the token at the next. Raises
+    RefusalLabError if the shapes differ, and for a text in which no token counts.
     """
     if logits.ndim != 3 or not logits.shape[:2] == ids.shape == counted.shape:
         raise RefusalLabError(
@@ -129,8 +136,8 @@ def cross_entropy(
     *,
     edit: Edit | None = None,
     batch_size: int = 16,
-) -> Tensor:
-    """Mean cross-entropy of each text, in nats per token: float64 [n], in the order of the texts.
+) -> Float64[Tensor, " n"]:
+    """Mean cross-entropy of each text, in nats per token, in the order of the texts.
 
     With prompts, text i is the reply to prompt i, and only its tokens and the end of its turn are scored. The mean of
     the result is the figure of a table; its entries are what a paired interval needs.

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,13 +50,13 @@ REPAIRS = ("untie", "positions", "biases", "gain")  # what the textbook edit lea
 
 
 @torch.no_grad()
-def orthogonalize(m: Model, r: Tensor, *, skip: Collection[str] = ()) -> Model:
+def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str] = ()) -> Model:
     """A copy of m in which nothing writes r: embeddings, attention outputs, MLP outputs and their biases.
 
-    r is [width]. A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind
-    a post-norm y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never
-    receives r; the norm then rescales the rest, so equality with hooks is not promised there. In the end a prompt
-    is run to see that no block reads anything along r. Raises RefusalLabError with the block if one does.
+    A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind a post-norm
+    y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never receives r; the
+    norm then rescales the rest, so equality with hooks is not promised there. In the end a prompt is run to see
+    that no block reads anything along r. Raises RefusalLabError with the block if one does.
 
     `skip` leaves out some of REPAIRS, to see what each is for. Without all four this is the textbook edit.
     """
@@ -88,7 +89,7 @@ def _check_stream(edited: Model, r: Tensor, name: str) -> None:
 
     Rounding an entry of the stream leaves up to eps of it, so eps * |x * r| of x along r, once for each write.
     """
-    x = stream(edited, PROBES[0])  # [layers + 1, seq, width]
+    x = stream(edited, PROBES[0])
     r = r.cpu()
     typical = torch.maximum((x * r).norm(dim=-1), x.norm(dim=-1) / edited.width**0.5).cummax(0).values
     allowed = max(1e-3, 16 * torch.finfo(edited.hf.dtype).eps) * typical
@@ -103,14 +104,16 @@ def _check_stream(edited: Model, r: Tensor, name: str) -> None:
         )
 
 
-def distance_from_hooks(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) -> float:
+def distance_from_hooks(m: Model, edited: Model, r: Float[Tensor, " width"], prompts: Sequence[Prompt]) -> float:
     """max |logit difference| at the last prompt token between ablation(r) on m and the weights edited."""
     prompts = listed_prompts(prompts)
     return (logits(m, prompts, edit=ablation(r)) - logits(edited, prompts)).abs().max().item()
 
 
-def gap_by_layer(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Where hooks and weights part ways: [layers + 1].
+def gap_by_layer(
+    m: Model, edited: Model, r: Float[Tensor, " width"], prompts: Sequence[Prompt]
+) -> Float32[Tensor, " {m.n_layers}+1"]:
+    """Where hooks and weights part ways.
 
     Entry l is the largest difference between the streams that enter block l, under ablation(r) on m and in `edited`, at
     the last prompt token. The last entry is that of the logits, `distance_from_hooks`.
@@ -122,7 +125,7 @@ def gap_by_layer(m: Model, edited: Model, r: Tensor, prompts: Sequence[Prompt]) 
 
 
 @torch.no_grad()
-def write_strength(m: Model, r: Tensor) -> dict[str, float]:
+def write_strength(m: Model, r: Float[Tensor, " width"]) -> dict[str, float]:
     """How much of what each matrix writes lies along r: |r^ W| / |W| (Frobenius), times the root of the width.
 
     1 is what a random direction gets, and 0 means that the matrix cannot write r. Keys: "embedding", "positions" where
@@ -136,8 +139,8 @@ def write_strength(m: Model, r: Tensor) -> dict[str, float]:
     }
 
 
-def written_weights(m: Model) -> dict[str, Tensor]:
-    """What writes to the residual stream, each as fp32 [n, width] with the gain of a post-norm: keys as above."""
+def written_weights(m: Model) -> dict[str, Float32[Tensor, "_ width"]]:
+    """What writes to the residual stream, each with the gain of a post-norm: keys as above."""
     written = {"embedding": outputs_last(embedding(m.hf)).float()}
     positions = positional_embedding(m.hf)
     if positions is not None:
@@ -145,7 +148,7 @@ def written_weights(m: Model) -> dict[str, Tensor]:
     for i, block in enumerate(blocks(m.hf)):
         writers = (("attention", attention_writes(block)), ("MLP", mlp_writes(block)))
         for (kind, module), norm in zip(writers, post_norm(block), strict=True):
-            weight = outputs_last(module).float()  # [n, width]
+            weight = outputs_last(module).float()
             written[f"{kind} {i}"] = weight if norm is None else weight * _gain(norm, weight[0])
     return written
 
@@ -167,8 +170,8 @@ def _before_norm(r: Tensor, norm: torch.nn.Module | None) -> Tensor:
     return r if norm is None else _gain(norm, r) * r
 
 
-def outputs_last(module: Any) -> Tensor:
-    """The weight as [..., width], a view: nn.Linear keeps its outputs in rows, embeddings and Conv1D in columns."""
+def outputs_last(module: Any) -> Float[Tensor, "_ width"]:
+    """The weight, outputs last, as a view: nn.Linear keeps its outputs in rows, embeddings and Conv1D in columns."""
     weight: Tensor = module.weight.data
     return weight.T if isinstance(module, torch.nn.Linear) else weight
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from refusallab.directions import random_directions
@@ -30,7 +31,13 @@ class Dose:
 
 
 def dose_curve(
-    m: Model, items: Sequence[Item], r: Tensor, layer: int, coefficients: Sequence[float], *, batch_size: int = 512
+    m: Model,
+    items: Sequence[Item],
+    r: Float[Tensor, " width"],
+    layer: int,
+    coefficients: Sequence[float],
+    *,
+    batch_size: int = 512,
 ) -> list[Dose]:
     """Greedy replies to a prompt set with coefficient * r added at the input of block `layer`, judged, per coefficient.
 
@@ -56,6 +63,6 @@ def dose_curve(
     return doses
 
 
-def norm_matched(r: Tensor, count: int, seed: int) -> Tensor:
-    """Random vectors of the length of r [width]: [count, width]. The control for adding r."""
+def norm_matched(r: Float[Tensor, " width"], count: int, seed: int) -> Float[Tensor, "{count} width"]:
+    """Random vectors of the length of r. The control for adding r."""
     return random_directions(r.shape[-1], count, seed) * r.norm()
