@@ -75,7 +75,10 @@ def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> S
             search = memory.cache(_search, ignore=["m", "sets", "progress"])
         except OSError:
             search = _search
-        return search(_circumstances(m, sets), m, sets, progress)
+        found: Search = search(_circumstances(m, sets), m, sets, progress)
+    if progress:
+        progress(len(found.candidates))  # all at once where the search was read
+    return found
 
 
 def _search(key: object, m: Model, sets: Sequence[Sequence[Prompt]], progress: Callable[[int], None] | None) -> Search:

@@ -108,7 +108,7 @@ ADDED = {  # a cell at the end: the problem
     "long cell": (code("x = 1\n" * 26), "27 lines of code; 25 is the most"),
     "wide cell": (code("x = " + "1" * 97), "101 columns of code; 100 is the most"),
     "two tables": (
-        code("show()", stdout("a  b  c\n1  2  3\n\nd  e  f\n4  5  6\n")),
+        code("show()", stdout("aa  bb  cc\n11  22  33\n\n" * 2)),
         "two tables: make two cells of it",
     ),
     "figure in the middle": (code("plt.show()\nplt.show()"), "plt.show() comes last, once"),
