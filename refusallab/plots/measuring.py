@@ -5,11 +5,12 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from refusallab.measure import Rate
 from refusallab.plots.intervals import interval_rows
-from refusallab.plots.style import COLOURS, legend_above, panels, whole
+from refusallab.plots.style import COLOURS, legend_above, panels
 
 
 def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
@@ -23,7 +24,7 @@ def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
         kind = next((kind for kind in COLOURS if name.startswith(kind)), "harmless")
         axis.hist(values, bins, color=COLOURS[kind], alpha=0.8)
         axis.axvline(0, color="black", linestyle="--", linewidth=0.9)
-        whole(axis.yaxis)
+        axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))  # a low panel
         axis.set_ylabel("prompts")
         axis.set_title(f"{name} (n={len(values)})", loc="left")
     axes[-1, 0].set_xlabel("refusal metric (log-odds that the reply opens with a refusal token)")
@@ -54,6 +55,6 @@ def interval_coverage(coverage: dict[str, np.ndarray], p: np.ndarray, n: int) ->
     axis.axhline(0.95, color="black", linewidth=0.8, linestyle=":", label="what 95 % promises")
     axis.set_ylim(0, 1.02)
     axis.set_xlabel(f"true share (n={n})")
-    axis.set_ylabel("share of samples whose\ninterval holds it")
+    axis.set_ylabel("share of samples whose interval\ncontains the true share")
     legend_above(figure)
     return figure

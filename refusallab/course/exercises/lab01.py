@@ -128,7 +128,8 @@ OPENING_TOKENS = define(
     ),
     hints=(
         "What is the mean probability of each token, on the harmful and on the harmless prompts?",
-        "`x.softmax(-1).mean(0)` is `[vocab]`. Two conditions, joined with `&`, give a mask; `mask.nonzero()` the ids.",
+        "`x.softmax(-1).mean(0)` is `[vocab]`. Two conditions, joined with `&`, give a mask; `mask.nonzero()` gives the "
+        "ids.",
         "`((p >= 0.05) & (p >= 10 * q)).nonzero().flatten().tolist()`, with p for harmful and q for harmless prompts.",
     ),
 )
@@ -389,7 +390,7 @@ TABLE = define(
         Mistake(
             "part of a longer word",
             _count(lambda reply, answer, refused: answer.casefold() in reply.casefold()),
-            "The answer must occur as whole words: 7 does not count in 17, nor meal in oatmeal.",
+            "The answer must occur as whole words: a reply with 17 does not hold the answer 7.",
         ),
         Mistake(
             "case matters",
