@@ -128,8 +128,8 @@ OPENING_TOKENS = define(
     ),
     hints=(
         "What is the mean probability of each token, on the harmful and on the harmless prompts?",
-        "`x.softmax(-1).mean(0)` is `[vocab]`. Two conditions, joined with `&`, give a mask; `mask.nonzero()` gives the "
-        "ids.",
+        "`x.softmax(-1).mean(0)` is `[vocab]`. Two conditions, joined with `&`, give a mask; `mask.nonzero()` gives "
+        "the ids.",
         "`((p >= 0.05) & (p >= 10 * q)).nonzero().flatten().tolist()`, with p for harmful and q for harmless prompts.",
     ),
 )
