@@ -102,7 +102,7 @@ def test_what_somebody_wrote_is_theirs(function):
 
 def test_what_somebody_typed_in_is_theirs_word_for_word(tmp_path):
     path = tmp_path / "typed.py"
-    path.write_text("from torch import Tensor\n\n" + inspect.getsource(library))
+    path.write_text("from __future__ import annotations\n\n" + inspect.getsource(library))
     spec = importlib.util.spec_from_file_location("typed", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
