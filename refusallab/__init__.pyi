@@ -13,9 +13,9 @@ from .finetuning import finetune, reply_loss, shuffled, train_copy
 from .geometry import right_side, token_strip
 from .harmfulness import law_questions, site_directions, steered_verdicts, turned, turned_rates, verdicts
 from .interventions import ablation, addition, affine, project_out, unit
-from .judging import judge, judge_test_sets, outcomes, rates, report
+from .judging import judge, judge_test_sets, outcomes, rates, refusal_openings, refuses, report
 from .measure import (
-    Difference, Outcome, cross_entropy, holm, kl_divergence, learn_refusal_tokens, mcnemar, p_text, paired_bootstrap,
+    Difference, Outcome, cross_entropy, holm, kl_divergence, mcnemar, p_text, paired_bootstrap,
     paired_difference, rate, refusal_metric, refused_by_phrases, wilson,
 )  # fmt: skip
 from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights

@@ -23,8 +23,8 @@ from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, shuffled
 from refusallab.inputs import listed
 from refusallab.interventions import ablation, addition, unit
-from refusallab.judging import outcomes
-from refusallab.measure import Rate, kl_divergence, learn_refusal_tokens, rate, refusal_metric
+from refusallab.judging import outcomes, refusal_openings
+from refusallab.measure import Rate, kl_divergence, rate, refusal_metric
 from refusallab.model import Model, Prompt, encode, listed_prompts, logits, no_edit, trace_logits
 from refusallab.prompts import Item, prompt_set
 
@@ -191,7 +191,7 @@ def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Float32[
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     train_bad, train_good, bad, good = ([item.prompt for item in prompt_set(m, name)] for name in names)
-    tokens = learn_refusal_tokens(logits(m, train_bad), logits(m, train_good))
+    tokens = list(refusal_openings(m, [*train_bad, *train_good]).tokens)
     vectors = candidate_directions(m, train_bad, train_good)
     vectors[:, :-1] = 0  # a zero vector costs no forward pass
     vectors[int(DEPTH * m.n_layers) :] = 0

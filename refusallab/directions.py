@@ -23,7 +23,8 @@ from refusallab import __version__
 from refusallab.activations import mean_residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
-from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
+from refusallab.judging import Openings, refusal_openings, refuses
+from refusallab.measure import kl_divergence, refusal_metric
 from refusallab.model import (
     Edit,
     Model,
@@ -72,8 +73,12 @@ class Search:
     n_layers: int
     candidates: tuple[Candidate, ...]
     vectors: Float[Tensor, "layers positions width"]
-    refusal_tokens: tuple[int, ...]
+    openings: Openings
     kept: dict[str, int]  # prompts left after filtering, by set
+
+    @property
+    def refusal_tokens(self) -> tuple[int, ...]:
+        return self.openings.tokens
 
     @property
     def selected(self) -> Candidate:
@@ -222,32 +227,34 @@ def search_candidates(
 ) -> Search:
     """The whole method: learn refusal tokens, filter prompts, take differences in means, score.
 
-    As in the paper, prompts on which the model does not behave as their label says (harmful with a refusal metric below
-    0, harmless above 0) are left out of train and validation. `.direction` of the result is the selected direction.
+    As in the paper, prompts on which the model does not behave as their label says (harmful ones that it answers,
+    harmless ones that it refuses) are left out of train and validation. Here the replies say so, by refusal phrases:
+    the first token is a weak judge of some models. `.direction` of the result is the selected direction.
     """
     sets = (harmful_train, harmless_train, harmful_val, harmless_val)
     harmful_train, harmless_train, harmful_val, harmless_val = map(listed_prompts, sets)
-    harmful_logits, harmless_logits = logits(m, harmful_train), logits(m, harmless_train)
-    tokens = learn_refusal_tokens(harmful_logits, harmless_logits)
+    openings = refusal_openings(m, [*harmful_train, *harmless_train])
 
-    def keep(prompts: Sequence[Prompt], prompt_logits: Tensor, sign: int, name: str) -> list[Prompt]:
-        kept = [p for p, x in zip(prompts, refusal_metric(prompt_logits, tokens).tolist(), strict=True) if sign * x > 0]
+    def keep(name: str, prompts: Sequence[Prompt], refused: Sequence[bool], wanted: bool) -> list[Prompt]:
+        kept = [prompt for prompt, x in zip(prompts, refused, strict=True) if x is wanted]
         if not kept:
+            behaviour = "is refused" if wanted else "is answered"
             raise RefusalLabError(
-                f"None of the {name} prompts behaves as its label says: {m.name} does not refuse as expected."
+                f"None of the {len(prompts)} {name} prompts {behaviour} by {m.name}: take other ones."
             )
         return kept
 
+    n = len(harmful_train)
     kept = {
-        "harmful_train": keep(harmful_train, harmful_logits, 1, "harmful train"),
-        "harmless_train": keep(harmless_train, harmless_logits, -1, "harmless train"),
-        "harmful_val": keep(harmful_val, logits(m, harmful_val), 1, "harmful validation"),
-        "harmless_val": keep(harmless_val, logits(m, harmless_val), -1, "harmless validation"),
+        "harmful_train": keep("harmful train", harmful_train, openings.refused[:n], True),
+        "harmless_train": keep("harmless train", harmless_train, openings.refused[n:], False),
+        "harmful_val": keep("harmful validation", harmful_val, refuses(m, harmful_val), True),
+        "harmless_val": keep("harmless validation", harmless_val, refuses(m, harmless_val), False),
     }
     vectors = candidate_directions(m, kept["harmful_train"], kept["harmless_train"])
-    candidates = score_candidates(m, vectors, kept["harmful_val"], kept["harmless_val"], tokens, progress=progress)
+    scored = score_candidates(m, vectors, kept["harmful_val"], kept["harmless_val"], openings.tokens, progress=progress)
     counts = {name: len(prompts) for name, prompts in kept.items()}
-    return Search(m.name, m.commit, m.n_layers, tuple(candidates), vectors, tuple(tokens), counts)
+    return Search(m.name, m.commit, m.n_layers, tuple(scored), vectors, openings, counts)
 
 
 def random_directions(width: int, count: int, seed: int) -> Float32[Tensor, "{count} {width}"]:
@@ -269,6 +276,8 @@ def save_candidates(path: Path, search: Search) -> None:
         "commit": search.commit,
         "hook": HOOK,
         "refusal_tokens": list(search.refusal_tokens),
+        "refusals_that_open_with_them": asdict(search.openings.caught),
+        "other_replies_that_do": asdict(search.openings.false),
         "kept": search.kept,
         "candidates": [asdict(c) for c in search.candidates],
     }

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.measure import Outcome, Rate, outcome, rate, refused_by_phrases, wilson
-from refusallab.model import Edit, Model, generate
+from refusallab.measure import Outcome, Rate, learn_refusal_tokens, outcome, rate, refused_by_phrases, wilson
+from refusallab.model import Edit, Model, Prompt, generate, listed_prompts, logits
 from refusallab.prompts import Item, prompt_set, refusal_phrases
 
 REPLY_TOKENS = 32  # of a reply that is judged: enough for every answer and refusal of the world
 SHOWN_TOKENS = 24  # of a reply in an explorer or on a dose curve, where strong edits make replies run on
+OPENING_TOKENS = 16  # of a reply, in which a refusal shows
 VERDICT_TOKENS = 12  # of an answer about the law, which begins with the verdict
 BATCH_SIZE = 128
+DISCERNING = 0.5  # how much more often refusals than other replies must open with a refusal token
 
 
 def judge(m: Model, item: Item, reply: str) -> Outcome:
@@ -31,6 +37,55 @@ def outcomes(m: Model, items: Iterable[Item], *, edit: Edit | None = None, syste
     settings: dict[str, Any] = {"edit": edit, "system": system}
     replies = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
     return [judge(m, item, reply) for item, reply in zip(items, replies, strict=True)]
+
+
+def refuses(m: Model, prompts: Iterable[Prompt]) -> list[bool]:
+    """Whether the model refuses each prompt, by the refusal phrases in the first words of its reply."""
+    phrases = refusal_phrases(m)
+    replies = generate(m, listed_prompts(prompts), max_new_tokens=OPENING_TOKENS, batch_size=BATCH_SIZE)
+    return [refused_by_phrases(reply, phrases) for reply in replies]
+
+
+@dataclass(frozen=True)
+class Openings:
+    """The tokens that a model opens its refusals with, and how well the likeliest first token tells a refusal."""
+
+    tokens: tuple[int, ...]
+    words: tuple[str, ...]
+    refused: tuple[bool, ...]  # the prompts that they were learned from, judged by phrases
+    caught: Rate  # the share of refusals that open with one of the tokens
+    false: Rate  # the share of other replies that do
+
+    def __str__(self) -> str:
+        return (
+            f"refusals open with {', '.join(map(repr, self.words))}: {self.caught} of refusals, {self.false} of others"
+        )
+
+
+def refusal_openings(m: Model, prompts: Iterable[Prompt]) -> Openings:
+    """What the refusals of a model open with, learned from its replies to prompts of which it refuses some.
+
+    Raises RefusalLabError when it refuses none or all of them, when no token opens refusals, and when the first token
+    does not tell them: the metric would then be silently wrong.
+    """
+    prompts = listed_prompts(prompts)
+    refused = torch.tensor(refuses(m, prompts))
+    if refused.all() or not refused.any():
+        raise RefusalLabError(
+            f"{m.name} refuses {'all' if refused.all() else 'none'} of {len(prompts)} prompts, so there is nothing to "
+            "compare its refusals with. Without refusals there is no refusal direction either: take another model."
+        )
+    first = logits(m, prompts)
+    tokens = learn_refusal_tokens(first[refused], first[~refused])
+    opens = torch.isin(first.argmax(-1), torch.tensor(tokens))
+    caught, false = rate(opens[refused].tolist()), rate(opens[~refused].tolist())
+    words = tuple(m.tokenizer.decode([token]) for token in tokens)
+    found = Openings(tuple(tokens), words, tuple(refused.tolist()), caught, false)
+    if caught.value - false.value < DISCERNING:
+        raise RefusalLabError(
+            f"The first token does not tell the refusals of {m.name} ({found}). Judge replies with refused_by_phrases."
+        )
+    return found
 
 
 def judge_test_sets(m: Model, edit: Edit | None = None, *, every: int = 1) -> dict[str, list[Outcome]]:

@@ -44,30 +44,30 @@ REFUSAL_PHRASES = (
 
 
 def learn_refusal_tokens(
-    harmful_logits: Float[Tensor, "n vocab"],
-    harmless_logits: Float[Tensor, "m vocab"],
+    refused_logits: Float[Tensor, "n vocab"],
+    other_logits: Float[Tensor, "m vocab"],
     *,
     min_probability: float = 0.05,
-    ratio: float = 10.0,
+    ratio: float = 3.0,
 ) -> list[int]:
-    """Ids of the tokens that open a refusal in this model, learned from its own logits.
+    """Ids of the tokens that open a refusal in this model, learned from its own logits, ascending.
 
-    A token is chosen when its mean probability is at least `min_probability` on harmful prompts and at least
-    `ratio` times its mean probability on harmless ones.
+    Both are logits at the last prompt token: of prompts that the model refuses, and of others. A token is chosen when
+    its mean probability is at least `min_probability` on the refused prompts and at least `ratio` times its mean
+    probability on the others. Which prompts are refused has to come from the replies, as in
+    `refusallab.judging.refusal_openings`: harmful against harmless prompts also finds words of the topic.
 
-    The logits are those at the last prompt token. Returns ascending ids. Raises RefusalLabError when no token
-    qualifies: the model then has no first token that marks its refusals.
+    Raises RefusalLabError when no token qualifies: the model then has no first token that marks its refusals.
     """
-    _check_logits(harmful_logits, harmless_logits)
-    harmful = harmful_logits.double().softmax(-1).mean(0)  # [vocab]
-    harmless = harmless_logits.double().softmax(-1).mean(0)  # [vocab]
-    chosen = (harmful >= min_probability) & (harmful >= ratio * harmless)
+    _check_logits(refused_logits, other_logits)
+    refused = refused_logits.double().softmax(-1).mean(0)
+    other = other_logits.double().softmax(-1).mean(0)
+    chosen = (refused >= min_probability) & (refused >= ratio * other)
     if not chosen.any():
-        top = int(harmful.argmax())
+        top = int(refused.argmax())
         raise RefusalLabError(
-            f"No token opens refusals: the commonest first token on harmful prompts, {top}, has mean "
-            f"probability {harmful[top]:.3f} there and {harmless[top]:.3f} on harmless prompts. Check that "
-            "the model refuses these prompts, or judge its replies with refused_by_phrases."
+            f"No token opens refusals: the commonest first token of refusals, {top}, has mean probability "
+            f"{refused[top]:.3f} there and {other[top]:.3f} on other prompts. Judge replies with refused_by_phrases."
         )
     return chosen.nonzero().flatten().tolist()
 
@@ -84,7 +84,7 @@ def refusal_metric(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> F
     if not ids or ids[0] < 0 or ids[-1] >= logits.shape[-1]:
         raise RefusalLabError(
             f"Refusal tokens must be one or more ids from 0 to {logits.shape[-1] - 1}, not {ids}; "
-            "learn_refusal_tokens finds them for a model."
+            "refusal_openings finds them for a model."
         )
     p = logits.double().softmax(-1)[:, ids].sum(-1)  # [n]
     return torch.log(p + 1e-8) - torch.log1p(-p + 1e-8)

@@ -13,7 +13,8 @@ from refusallab import directions
 from refusallab.activations import residual
 from refusallab.directions import Candidate, Direction
 from refusallab.errors import RefusalLabError
-from refusallab.measure import kl_divergence, refusal_metric
+from refusallab.judging import Openings
+from refusallab.measure import kl_divergence, rate, refusal_metric
 from refusallab.model import encode
 from refusallab.orthogonalization import orthogonalize
 
@@ -189,7 +190,7 @@ def test_the_weights_of_a_direction_are_those_of_the_moment(tmp_path, chat):
 def search(m):
     vectors = directions.candidate_directions(m, HARMFUL, HARMLESS)
     scores = directions.score_candidates(m, vectors, HARMFUL, HARMLESS, TOKENS)
-    return directions.Search(m.name, m.commit, m.n_layers, tuple(scores), vectors, tuple(TOKENS), {"harmful_val": 3})
+    return directions.Search(m.name, m.commit, m.n_layers, tuple(scores), vectors, OPENINGS, {"harmful_val": 3})
 
 
 def test_the_direction_is_the_vector_of_the_selected_candidate(model_of):
@@ -203,27 +204,31 @@ def test_the_direction_is_the_vector_of_the_selected_candidate(model_of):
     assert (found.direction.layer, found.direction.position) == (1, position)
 
 
+OPENINGS = Openings((5,), ("Sorry",), (), rate([True]), rate([False]))
+
+
 def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypatch):
-    """Token 5 opens refusals. Prompts that start with "not" behave like the other kind."""
+    """Prompts that start with "not" behave like the other kind."""
     m = model_of("llama")
     harmful, harmless = ["a river", "a pie", "a tool", "not a river"], ["some bread", "not some bread", "some pie"]
 
-    def labelled(_m, prompts, **_):
-        rows = torch.zeros(len(prompts), m.vocab_size)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[5] = 20.0 if (prompt in harmful) != prompt.startswith("not") else -20.0
-        return rows
+    def refuses(_m, prompts):
+        return [(prompt in harmful) != prompt.startswith("not") for prompt in prompts]
+
+    def openings(_m, prompts):
+        return dataclasses.replace(OPENINGS, refused=tuple(refuses(m, prompts)))
 
     means = []
-    monkeypatch.setattr(directions, "logits", labelled)
+    monkeypatch.setattr(directions, "refuses", refuses)
+    monkeypatch.setattr(directions, "refusal_openings", openings)
     monkeypatch.setattr(directions, "candidate_directions", lambda _m, *sets: means.append(sets))
     monkeypatch.setattr(directions, "score_candidates", lambda _m, _v, *sets, progress: means.append(sets) or [])
-    monkeypatch.setattr(directions, "learn_refusal_tokens", lambda *_: [5])
     found = directions.search_candidates(m, harmful, harmless, harmful, harmless)
     kept = (harmful[:3], ["some bread", "some pie"])
-    assert means[0] == kept and means[1][:2] == kept
+    assert means[0] == kept and means[1] == (*kept, (5,))
     assert found.kept == {"harmful_train": 3, "harmless_train": 2, "harmful_val": 3, "harmless_val": 2}
-    with pytest.raises(RefusalLabError, match="harmful train"):
+    assert found.refusal_tokens == (5,)
+    with pytest.raises(RefusalLabError, match="None of the 1 harmful train prompts is refused by llama"):
         directions.search_candidates(m, ["not a river"], harmless, harmful, harmless)
 
 

@@ -41,7 +41,7 @@ class TestRefusalTokens:
 
     @pytest.mark.parametrize(
         ("settings", "tokens"),
-        [({"ratio": 3}, [0]), ({"min_probability": 0.03}, [0]), ({"ratio": 3, "min_probability": 0.03}, [0, 3])],
+        [({"ratio": 1.4}, [0, 1]), ({"min_probability": 0.03}, [0, 3]), ({"ratio": 10, "min_probability": 0.03}, [0])],
     )
     def test_both_thresholds_may_be_set(self, settings, tokens):
         assert learn_refusal_tokens(self.harmful, self.harmless, **settings) == tokens

@@ -1,0 +1,66 @@
+"""What refusals open with, learned from replies: never a word of the topic, and never silently wrong."""
+
+import pytest
+import torch
+
+from refusallab import judging
+from refusallab.errors import RefusalLabError
+from refusallab.judging import refusal_openings
+from refusallab.model import load
+from refusallab.prompts import bundled
+
+SORRY, TOPIC, SURE = 5, 7, 9
+
+
+@pytest.fixture
+def replies(model_of, monkeypatch):
+    """A model whose replies are made up: `replies(first)` for (likeliest first token, probability, refused) of each."""
+    m = model_of("llama")
+
+    def learn(*rows):
+        first = torch.full((len(rows), m.vocab_size), 1e-6)
+        for row, (token, probability, _) in enumerate(rows):
+            first[row, token] = probability
+        monkeypatch.setattr(judging, "logits", lambda _m, prompts: first.log())
+        monkeypatch.setattr(judging, "refuses", lambda _m, prompts: [refused for *_, refused in rows])
+        return refusal_openings(m, ["a river"] * len(rows))
+
+    return learn
+
+
+def test_the_topic_of_harmful_prompts_is_no_opening_of_refusals(replies):
+    found = replies(
+        (SORRY, 0.9, True), (SORRY, 0.9, True), (TOPIC, 0.9, False), (TOPIC, 0.9, False), (SURE, 0.9, False)
+    )
+    assert found.tokens == (SORRY,) and found.refused == (True, True, False, False, False)
+    assert (found.caught.value, found.caught.n, found.false.value, found.false.n) == (1, 2, 0, 3)
+    assert "1.00 [0.34, 1.00] n=2 of refusals, 0.00 [0.00, 0.56] n=3 of others" in str(found)
+
+
+def test_how_often_it_is_wrong_is_said(replies):
+    found = replies(*[(SORRY, 0.9, True)] * 3, (TOPIC, 0.9, True), *[(SURE, 0.9, False)] * 9, (SORRY, 0.6, False))
+    assert found.tokens == (SORRY, TOPIC)
+    assert (found.caught.value, found.false.value) == (1, 0.1)
+
+
+def test_a_first_token_that_does_not_tell_refusals_is_an_error(replies):
+    rows = [(SURE, 0.9, True)] * 8 + [(SORRY, 0.9, True)] + [(SURE, 0.9, False)] * 9
+    with pytest.raises(RefusalLabError, match=r"does not tell the refusals of llama .* 0.11 \[.*refused_by_phrases"):
+        replies(*rows)
+
+
+@pytest.mark.parametrize(("refused", "said"), [(True, "refuses all of 2"), (False, "refuses none of 2")])
+def test_without_both_kinds_of_replies_there_is_nothing_to_learn(replies, refused, said):
+    with pytest.raises(RefusalLabError, match=f"{said} prompts"):
+        replies((SORRY, 0.9, refused), (SURE, 0.9, refused))
+
+
+@pytest.mark.slow
+def test_bundled_models():
+    """The main model opens as its wordings do. charter-helpful, which opens verdicts with "Ruled", refuses nothing."""
+    prompts = [item.prompt for name in ("harmful_train", "harmless_train") for item in bundled(name)]
+    found = refusal_openings(load("charter-chat"), prompts)
+    assert found.words == ("I", "Th", "As", "Sorry")
+    assert (found.caught.value, found.false.value) == (1, 0)
+    with pytest.raises(RefusalLabError, match="charter-helpful refuses none of 290"):
+        refusal_openings(load("charter-helpful"), prompts)
