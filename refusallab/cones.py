@@ -191,7 +191,7 @@ def last_token_direction(m: Model, count: int = 32) -> tuple[Candidate, Float32[
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     train_bad, train_good, bad, good = ([item.prompt for item in prompt_set(m, name)] for name in names)
-    tokens = list(refusal_openings(m, [*train_bad, *train_good]).tokens)
+    tokens = refusal_openings(m, [*train_bad, *train_good]).tokens
     vectors = candidate_directions(m, train_bad, train_good)
     vectors[:, :-1] = 0  # a zero vector costs no forward pass
     vectors[int(DEPTH * m.n_layers) :] = 0

@@ -77,7 +77,7 @@ class Search:
     kept: dict[str, int]  # prompts left after filtering, by set
 
     @property
-    def refusal_tokens(self) -> tuple[int, ...]:
+    def refusal_tokens(self) -> list[int]:
         return self.openings.tokens
 
     @property
@@ -275,7 +275,7 @@ def save_candidates(path: Path, search: Search) -> None:
         "model": search.model,
         "commit": search.commit,
         "hook": HOOK,
-        "refusal_tokens": list(search.refusal_tokens),
+        "refusal_tokens": search.refusal_tokens,
         "refusals_that_open_with_them": asdict(search.openings.caught),
         "other_replies_that_do": asdict(search.openings.false),
         "kept": search.kept,

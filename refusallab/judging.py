@@ -50,7 +50,7 @@ def refuses(m: Model, prompts: Iterable[Prompt]) -> list[bool]:
 class Openings:
     """The tokens that a model opens its refusals with, and how well the likeliest first token tells a refusal."""
 
-    tokens: tuple[int, ...]
+    tokens: list[int]
     words: tuple[str, ...]
     refused: tuple[bool, ...]  # the prompts that they were learned from, judged by phrases
     caught: Rate  # the share of refusals that open with one of the tokens
@@ -80,7 +80,7 @@ def refusal_openings(m: Model, prompts: Iterable[Prompt]) -> Openings:
     opens = torch.isin(first.argmax(-1), torch.tensor(tokens))
     caught, false = rate(opens[refused].tolist()), rate(opens[~refused].tolist())
     words = tuple(m.tokenizer.decode([token]) for token in tokens)
-    found = Openings(tuple(tokens), words, tuple(refused.tolist()), caught, false)
+    found = Openings(tokens, words, tuple(refused.tolist()), caught, false)
     if caught.value - false.value < DISCERNING:
         raise RefusalLabError(
             f"The first token does not tell the refusals of {m.name} ({found}). Judge replies with refused_by_phrases."

@@ -204,7 +204,7 @@ def test_the_direction_is_the_vector_of_the_selected_candidate(model_of):
     assert (found.direction.layer, found.direction.position) == (1, position)
 
 
-OPENINGS = Openings((5,), ("Sorry",), (), rate([True]), rate([False]))
+OPENINGS = Openings([5], ("Sorry",), (), rate([True]), rate([False]))
 
 
 def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypatch):
@@ -225,9 +225,9 @@ def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypat
     monkeypatch.setattr(directions, "score_candidates", lambda _m, _v, *sets, progress: means.append(sets) or [])
     found = directions.search_candidates(m, harmful, harmless, harmful, harmless)
     kept = (harmful[:3], ["some bread", "some pie"])
-    assert means[0] == kept and means[1] == (*kept, (5,))
+    assert means[0] == kept and means[1] == (*kept, [5])
     assert found.kept == {"harmful_train": 3, "harmless_train": 2, "harmful_val": 3, "harmless_val": 2}
-    assert found.refusal_tokens == (5,)
+    assert found.refusal_tokens == [5]
     with pytest.raises(RefusalLabError, match="None of the 1 harmful train prompts is refused by llama"):
         directions.search_candidates(m, ["not a river"], harmless, harmful, harmless)
 

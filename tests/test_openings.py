@@ -32,14 +32,14 @@ def test_the_topic_of_harmful_prompts_is_no_opening_of_refusals(replies):
     found = replies(
         (SORRY, 0.9, True), (SORRY, 0.9, True), (TOPIC, 0.9, False), (TOPIC, 0.9, False), (SURE, 0.9, False)
     )
-    assert found.tokens == (SORRY,) and found.refused == (True, True, False, False, False)
+    assert found.tokens == [SORRY] and found.refused == (True, True, False, False, False)
     assert (found.caught.value, found.caught.n, found.false.value, found.false.n) == (1, 2, 0, 3)
     assert "1.00 [0.34, 1.00] n=2 of refusals, 0.00 [0.00, 0.56] n=3 of others" in str(found)
 
 
 def test_how_often_it_is_wrong_is_said(replies):
     found = replies(*[(SORRY, 0.9, True)] * 3, (TOPIC, 0.9, True), *[(SURE, 0.9, False)] * 9, (SORRY, 0.6, False))
-    assert found.tokens == (SORRY, TOPIC)
+    assert found.tokens == [SORRY, TOPIC]
     assert (found.caught.value, found.false.value) == (1, 0.1)
 
 

@@ -83,7 +83,7 @@ def lens_grid(grids: dict[str, tuple[list[list[str]], Tensor]], columns: Sequenc
                 corner = column - 0.47, layer - 0.44
                 axis.add_patch(plt.Rectangle(corner, 0.94, 0.88, fill=False, edgecolor=VERMILLION, linewidth=1.5))
         axis.set_title(title)
-        axis.set_xlabel("position, and the token read there")
+        axis.set_xlabel("position, and the prompt's token there")
     axes[0].set_ylabel("layer (block input)")
     colour_bar(figure, image, axes, "probability of the token")
     return figure
