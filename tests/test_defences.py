@@ -1,7 +1,7 @@
 """Defences at run time: what each reads, blocks and costs; the thresholds; the matrix of attacks on all of them."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -297,6 +297,11 @@ def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_mod
     assert result.benign["wall"].p["benign"] < 0.001 and result.benign["undefended"].exact["benign"].value == 1.0
     with pytest.raises(RefusalLabError, match="name of its own"):
         evaluation.attack_matrix([defences[0], defences[0]], attacks, items, {})
+    twins = [attacks[0], evaluation.Attack("ask", lambda d, i: direct(d, i), "wall")]
+    with pytest.raises(RefusalLabError, match="Two attacks are called 'ask'"):
+        evaluation.attack_matrix(defences, twins, items, {})
+    same = [attacks[0], replace(attacks[0], against="wall")]
+    assert evaluation.attack_matrix(defences, same, items, {"benign": items}).attacks == ["ask"]
 
 
 @pytest.mark.slow
@@ -316,15 +321,20 @@ def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
     for attack in hidden:
         for d in (ModelAlone(m), next(d for d in at_run_time if d.name == attack.against)):
             assert [result.item for result in attack.run(d, items)] == items
-    assert len(hidden) == 4 and len(searches) == 3, "a suffix is searched once for those it hides from"
+    once = list(dict.fromkeys(evaluation.HIDES_FROM.values()))
+    assert len(hidden) == len(evaluation.HIDES_FROM) > len(once), "conditional steering and the monitor share one"
+    assert len(searches) == len(once), "a suffix is searched once for those it hides from"
     other = bundled("harmful_val")[2:4]
     assert [result.prompt for result in hidden[0].run(ModelAlone(m), other)] == [item.prompt for item in other]
     prompts = [item.prompt for item in items]
-    probe, reader = (next(d for d in at_run_time if d.name == name) for name in ("probe monitor", "perplexity filter"))
-    alone = [3.0 * (d.score(prompts) - d.threshold).clamp(min=0) for d in (reader, probe)]
-    for penalty, expected in zip(searches[:3], [*alone, sum(alone)], strict=True):
-        torch.testing.assert_close(penalty(prompts), expected)
-    assert alone[1].min() > 0
+    above = {
+        d.name: 3.0 * (d.score(prompts) - d.threshold).clamp(min=0) for d in at_run_time if hasattr(d, "threshold")
+    }
+    for penalty, watchers in zip(searches[: len(once)], once, strict=True):
+        torch.testing.assert_close(penalty(prompts), sum(above[name] for name in watchers))
+    both = searches[once.index(evaluation.HIDES_FROM["filter and monitor"])]
+    torch.testing.assert_close(both(prompts), above["perplexity filter"] + above["probe monitor"])
+    assert above["probe monitor"].min() > 0
 
 
 @pytest.mark.slow
@@ -344,9 +354,10 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     monkeypatch.setattr(
         evaluation, "attack_matrix", lambda defences, *_: met.append([d.name for d in defences]) or result
     )
-    met = []
+    met, fitted = [], run_time_defences(m, r, 5)
+    monkeypatch.setattr("refusallab.defences.runtime.run_time_defences", lambda *_: fitted)
     shown = CliRunner().invoke(cli.app, ["matrix"])
     assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output
-    assert met[0][0] == "undefended" and met[0][-1] == "trained" and len(met[0]) == 9
+    assert met[0] == ["undefended", *(d.name for d in fitted), "trained"]
     printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout
     assert '"attack": "ask"' in printed and '"p_holm"' in printed

@@ -94,12 +94,12 @@ def test_parts_are_found_in_the_model_and_in_its_nnsight_view(m):
     for part in (embedding, positional_embedding, final_norm, unembedding):
         raw, seen = part(m.hf), part(m.nn)
         assert seen is raw is None or seen._module is raw
-    assert (positional_embedding(m.hf) is not None) == (m.name == "gpt2")
+    assert (positional_embedding(m.hf) is not None) == ("positions" in m.equivalence)
     for raw, seen in zip(blocks(m.hf), blocks(m.nn), strict=True):
         for part in (attention, mlp, attention_writes, mlp_writes):
             assert isinstance(part(raw), torch.nn.Module) and part(seen)._module is part(raw)
         norms = post_norm(raw)
-        assert (norms == (None, None)) == (m.name not in ("gemma2", "gemma3", "olmo2", "glm4"))
+        assert (norms == (None, None)) == (m.equivalence != "post-norm")
         seen_norms = post_norm(seen)
         assert norms == (None, None) == seen_norms or norms == tuple(n._module for n in seen_norms)
 

@@ -38,6 +38,12 @@ def test_labs_go_on_with_what_students_write():
     assert used == {header.number for header in HEADERS}
 
 
+def test_the_readme_lists_every_role():
+    used = {role(cell) for path in ROOT.glob("solutions/*.ipynb") for cell in nbformat.read(path, 4).cells} - {""}
+    readme = (ROOT / "solutions" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", readme, flags=re.M)) == used
+
+
 def markdown(text, **tag):
     return new_markdown_cell(text, metadata={"refusallab": tag} if tag else {})
 
@@ -54,11 +60,18 @@ def shown(**data):
     return new_output("display_data", data={kind.replace("_", "/"): text for kind, text in data.items()})
 
 
+PROMISE, TIME, BEFORE = "**You will find a direction.**", "Time: 90 minutes.", "Before: lab 01 (the metric)."
+CORE = "Core path, about 40 minutes: section 2, exercises 2.1 and 2.3."
+
+
 @pytest.fixture
 def good():
     """A notebook of lab 02 that keeps every rule."""
-    plan = "Time: 90 minutes.\n\nCore path, about 40 minutes: section 2, exercises 2.1 and 2.3."
-    cells = [markdown(f"# Lab 02\n\n{plan}"), markdown(f"## {SECTIONS[0]}"), code("", role="setup")]
+    cells = [
+        markdown(f"# Lab 02\n\n{PROMISE}\n\n{TIME} {BEFORE}\n\n{CORE}"),
+        markdown(f"## {SECTIONS[0]}"),
+        code("", role="setup"),
+    ]
     for e in (e for e in HEADERS if e.lab == "02"):
         answer = f'def {e.function}(x):\n    """Doc."""\n    ### BEGIN SOLUTION\n    pass\n    ### END SOLUTION'
         roles = {"header": markdown(""), "answer": code(answer), "check": code("")}
@@ -206,9 +219,13 @@ def test_a_missing_section_is_found(good, problems, title):
     assert problems(good) == [f"no section {title!r}"]
 
 
-CORE = "Core path, about 40 minutes: section 2, exercises 2.1 and 2.3."
 STATE_CORE = "the first cell must state the core path, Core path, about 40 minutes: sections ..., exercises N.1, N.2."
 PLANS = {
+    "no promise": (
+        f"{TIME} {BEFORE}\n\n{CORE}",
+        "what students will do, in bold on a line of its own: **You will ...**",
+    ),
+    "nothing before": (f"{PROMISE}\n\n{TIME}\n\n{CORE}", "what comes before: Before: lab 02 (the direction)."),
     "no time": (CORE, "the first cell must state the time, Time: N minutes; the exercises take 85"),
     "too short": (f"Time: 20 minutes.\n\n{CORE}", "Time: N minutes; the exercises take 85"),
     "no core path": ("Time: 90 minutes.", STATE_CORE),
@@ -233,7 +250,7 @@ def test_a_plan_that_does_not_fit_is_found(good, problems, plan, problem):
 
 def test_two_sittings_are_a_plan(good, problems):
     sittings = "Sittings: sections 1 to 4 (70 minutes), 5 to 9 (60 minutes)."
-    good.cells[0].source = f"# Lab 02\n\nTime: 130 minutes.\n\n{CORE}\n\n{sittings}"
+    good.cells[0].source = f"# Lab 02\n\n{PROMISE}\n\nTime: 130 minutes. {BEFORE}\n\n{CORE}\n\n{sittings}"
     assert problems(good) == []
 
 

@@ -50,7 +50,7 @@ def offline(real, monkeypatch):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("solutions/*.ipynb")), ids=lambda path: path.stem)
 def test_the_cell_runs_and_reports_on_the_model(path, real, offline, capsys):
     cells = [cell.source for cell in nbformat.read(path, 4).cells if role(cell) == "real"]
-    assert cells
+    assert cells, "a lab has a code cell of the role real below 'On a real model'"
     names = {}
     for source in cells:
         exec(source, names)

@@ -10,6 +10,7 @@ check      code, generated: the check that students see, and a hidden one with a
 question   markdown, generated from the Question
 written    markdown, by the author: a model answer
 rubric     markdown, by the author: how to grade the answer; in solutions only
+real       code, by the author: what the lab measures, on a hub model
 """
 
 from __future__ import annotations

@@ -67,6 +67,10 @@ def read_plan(first_cell: str) -> Plan:
 
 def problems(plan: Plan, lab: str) -> Iterator[str]:
     """What is wrong with the plan of a lab, such as "02"."""
+    if not plan.promise.startswith("You will "):
+        yield "the first cell must say what students will do, in bold on a line of its own: **You will ...**"
+    if not plan.before:
+        yield "the first cell must say at the end of a line what comes before: Before: lab 02 (the direction)."
     minutes = {item.number: item.minutes for item in (*HEADERS, *QUESTIONS) if item.lab == lab}
     if plan.minutes < sum(minutes.values()):
         needed = sum(minutes.values())

@@ -127,11 +127,12 @@ def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
         )
         for watchers in dict.fromkeys(HIDES_FROM.values())
     }
+    opened = Attack("prefill of an answer", lambda d, i: prefilling_attack(d, i, OPENING), "self-reminder")
     return [
         Attack("begin, own system turn", lambda d, i: _first_text(d, i, "begin", OTHER_SYSTEM), "system prompt"),
-        Attack("prefill of an answer", lambda d, i: prefilling_attack(d, i, OPENING), "self-reminder"),
+        opened,
         Attack("begin, 4 fluent wordings", lambda d, i: template(d, i, "begin"), "perplexity filter"),
-        Attack("prefill of an answer", lambda d, i: prefilling_attack(d, i, OPENING), "SmoothLLM"),
+        replace(opened, against="SmoothLLM"),
         *(replace(hidden[watchers], against=name) for name, watchers in HIDES_FROM.items()),
     ]
 
@@ -182,12 +183,16 @@ def attack_matrix(
     """Run every attack on every defence; an attack that knows a defence meets that one and the undefended model.
 
     The first defence is the undefended model. `progress(step)` is called at each of the
-    `n_matrix_steps(defences, attacks)`. Raises RefusalLabError for two defences of one name.
+    `n_matrix_steps(defences, attacks)`. Attacks of one name share a row, so they must run the same function. Raises
+    RefusalLabError where they do not, and for two defences of one name.
     """
     items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}
     names = [d.name for d in defences]
     if len(set(names)) < len(names):
         raise RefusalLabError(f"Every defence needs a name of its own; got {', '.join(names)}.")
+    rows = {a.name: a for a in attacks}
+    if other := next((a.name for a in attacks if a.run is not rows[a.name].run), ""):
+        raise RefusalLabError(f"Two attacks are called {other!r} and do different things: give each its own name.")
     judged: dict[tuple[str, str], tuple[Outcome, ...]] = {}
     for attack, d in _pairs(defences, attacks):
         progress(f"{attack.name} / {d.name}")
