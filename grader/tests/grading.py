@@ -29,7 +29,8 @@ def score(m: Model, r, layer, harmful, harmless, tokens):
 """,
     "2.4": """\
 def choose(candidates, n_layers):
-    kept = [c for c in candidates if c["induce"] > 0 and c["kl"] <= 0.1 and c["layer"] < int(0.8 * n_layers)]
+    kept = [c for c in candidates if c["induce"] > 0 and c["kl"] <= 0.1 and c["bypass"] == c["bypass"]]
+    kept = [c for c in kept if c["layer"] < int(0.8 * n_layers)]
     return min(kept, key=lambda c: c["bypass"])
 """,
     "2.5": """\
