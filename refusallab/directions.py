@@ -231,26 +231,22 @@ def search_candidates(
     harmless ones that it refuses) are left out of train and validation. Here the replies say so, by refusal phrases:
     the first token is a weak judge of some models. `.direction` of the result is the selected direction.
     """
-    sets = (harmful_train, harmless_train, harmful_val, harmless_val)
-    harmful_train, harmless_train, harmful_val, harmless_val = map(listed_prompts, sets)
-    openings = refusal_openings(m, [*harmful_train, *harmless_train])
-
-    def keep(name: str, prompts: Sequence[Prompt], refused: Sequence[bool], wanted: bool) -> list[Prompt]:
-        kept = [prompt for prompt, x in zip(prompts, refused, strict=True) if x is wanted]
-        if not kept:
-            behaviour = "is refused" if wanted else "is answered"
-            raise RefusalLabError(
-                f"None of the {len(prompts)} {name} prompts {behaviour} by {m.name}: take other ones."
-            )
-        return kept
-
-    n = len(harmful_train)
-    kept = {
-        "harmful_train": keep("harmful train", harmful_train, openings.refused[:n], True),
-        "harmless_train": keep("harmless train", harmless_train, openings.refused[n:], False),
-        "harmful_val": keep("harmful validation", harmful_val, refuses(m, harmful_val), True),
-        "harmless_val": keep("harmless validation", harmless_val, refuses(m, harmless_val), False),
+    sets = {
+        "harmful_train": listed_prompts(harmful_train),
+        "harmless_train": listed_prompts(harmless_train),
+        "harmful_val": listed_prompts(harmful_val),
+        "harmless_val": listed_prompts(harmless_val),
     }
+    refused = {name: refuses(m, prompts) for name, prompts in sets.items()}
+    train = [*sets["harmful_train"], *sets["harmless_train"]]
+    openings = refusal_openings(m, train, [*refused["harmful_train"], *refused["harmless_train"]])
+    kept = {}
+    for name, prompts in sets.items():
+        wanted = name.startswith("harmful")
+        kept[name] = [prompt for prompt, x in zip(prompts, refused[name], strict=True) if x is wanted]
+        if not kept[name]:
+            behaviour = "is refused" if wanted else "is answered"
+            raise RefusalLabError(f"No prompt of {name} ({len(prompts)}) {behaviour} by {m.name}: take others.")
     vectors = candidate_directions(m, kept["harmful_train"], kept["harmless_train"])
     scored = score_candidates(m, vectors, kept["harmful_val"], kept["harmless_val"], openings.tokens, progress=progress)
     counts = {name: len(prompts) for name, prompts in kept.items()}

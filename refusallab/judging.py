@@ -51,36 +51,39 @@ class Openings:
     """The tokens that a model opens its refusals with, and how well the likeliest first token tells a refusal."""
 
     tokens: list[int]
-    words: tuple[str, ...]
-    refused: tuple[bool, ...]  # the prompts that they were learned from, judged by phrases
+    words: list[str]
     caught: Rate  # the share of refusals that open with one of the tokens
     false: Rate  # the share of other replies that do
 
     def __str__(self) -> str:
-        return (
-            f"refusals open with {', '.join(map(repr, self.words))}: {self.caught} of refusals, {self.false} of others"
-        )
+        words = ", ".join(map(repr, self.words))
+        return f"refusals open with {words}: {self.caught} of refusals, {self.false} of others"
 
 
-def refusal_openings(m: Model, prompts: Iterable[Prompt]) -> Openings:
-    """What the refusals of a model open with, learned from its replies to prompts of which it refuses some.
+def refusal_openings(m: Model, prompts: Iterable[Prompt], refused: Sequence[bool] | None = None) -> Openings:
+    """What the refusals of a model open with, learned from prompts of which it refuses some.
 
-    Raises RefusalLabError when it refuses none or all of them, when no token opens refusals, and when the first token
-    does not tell them: the metric would then be silently wrong.
+    `refused` says which, where it is known from `refuses`. Raises RefusalLabError when the model refuses none or all of
+    them, when no token opens refusals, and when the first token does not tell them: the metric would then be silently
+    wrong.
     """
     prompts = listed_prompts(prompts)
-    refused = torch.tensor(refuses(m, prompts))
-    if refused.all() or not refused.any():
+    refusing = torch.tensor(refuses(m, prompts) if refused is None else refused)
+    if not refusing.any():
         raise RefusalLabError(
-            f"{m.name} refuses {'all' if refused.all() else 'none'} of {len(prompts)} prompts, so there is nothing to "
-            "compare its refusals with. Without refusals there is no refusal direction either: take another model."
+            f"{m.name} refuses none of {len(prompts)} prompts. Without refusals there is no refusal direction: take "
+            "another model, or other prompts."
+        )
+    if refusing.all():
+        raise RefusalLabError(
+            f"{m.name} refuses all of {len(prompts)} prompts, so there is nothing to compare its refusals with: add "
+            "prompts that it answers."
         )
     first = logits(m, prompts)
-    tokens = learn_refusal_tokens(first[refused], first[~refused])
+    tokens = learn_refusal_tokens(first[refusing], first[~refusing])
     opens = torch.isin(first.argmax(-1), torch.tensor(tokens))
-    caught, false = rate(opens[refused].tolist()), rate(opens[~refused].tolist())
-    words = tuple(m.tokenizer.decode([token]) for token in tokens)
-    found = Openings(tokens, words, tuple(refused.tolist()), caught, false)
+    caught, false = rate(opens[refusing].tolist()), rate(opens[~refusing].tolist())
+    found = Openings(tokens, [m.tokenizer.decode([token]) for token in tokens], caught, false)
     if caught.value - false.value < DISCERNING:
         raise RefusalLabError(
             f"The first token does not tell the refusals of {m.name} ({found}). Judge replies with refused_by_phrases."

@@ -204,7 +204,7 @@ def test_the_direction_is_the_vector_of_the_selected_candidate(model_of):
     assert (found.direction.layer, found.direction.position) == (1, position)
 
 
-OPENINGS = Openings([5], ("Sorry",), (), rate([True]), rate([False]))
+OPENINGS = Openings([5], ["Sorry"], rate([True]), rate([False]))
 
 
 def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypatch):
@@ -215,8 +215,9 @@ def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypat
     def refuses(_m, prompts):
         return [(prompt in harmful) != prompt.startswith("not") for prompt in prompts]
 
-    def openings(_m, prompts):
-        return dataclasses.replace(OPENINGS, refused=tuple(refuses(m, prompts)))
+    def openings(_m, prompts, refused):
+        assert prompts == [*harmful, *harmless] and refused == refuses(m, prompts)
+        return OPENINGS
 
     means = []
     monkeypatch.setattr(directions, "refuses", refuses)
@@ -228,8 +229,8 @@ def test_prompts_that_do_not_behave_as_labelled_are_left_out(model_of, monkeypat
     assert means[0] == kept and means[1] == (*kept, [5])
     assert found.kept == {"harmful_train": 3, "harmless_train": 2, "harmful_val": 3, "harmless_val": 2}
     assert found.refusal_tokens == [5]
-    with pytest.raises(RefusalLabError, match="None of the 1 harmful train prompts is refused by llama"):
-        directions.search_candidates(m, ["not a river"], harmless, harmful, harmless)
+    with pytest.raises(RefusalLabError, match=r"No prompt of harmful_val \(1\) is refused by llama"):
+        directions.search_candidates(m, harmful, harmless, ["not a river"], harmless)
 
 
 def test_every_candidate_is_saved(tmp_path, model_of):

@@ -42,7 +42,7 @@ def test_the_lab_goes_on_with_the_answer(exercise):
 
 
 def test_with_shuffled_labels_the_lab_finds_no_token_whoever_wrote_the_rule():
-    """The control prints an empty list in words; `learn_refusal_tokens` would end the lab with an error."""
+    """The control prints an empty list in words; `refusal_openings` would end the lab with an error."""
     assert find_exercise("1.1").reference(torch.zeros(3, 5), torch.zeros(4, 5)) == []
 
 

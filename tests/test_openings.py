@@ -32,7 +32,7 @@ def test_the_topic_of_harmful_prompts_is_no_opening_of_refusals(replies):
     found = replies(
         (SORRY, 0.9, True), (SORRY, 0.9, True), (TOPIC, 0.9, False), (TOPIC, 0.9, False), (SURE, 0.9, False)
     )
-    assert found.tokens == [SORRY] and found.refused == (True, True, False, False, False)
+    assert found.tokens == [SORRY]
     assert (found.caught.value, found.caught.n, found.false.value, found.false.n) == (1, 2, 0, 3)
     assert "1.00 [0.34, 1.00] n=2 of refusals, 0.00 [0.00, 0.56] n=3 of others" in str(found)
 
@@ -49,10 +49,21 @@ def test_a_first_token_that_does_not_tell_refusals_is_an_error(replies):
         replies(*rows)
 
 
-@pytest.mark.parametrize(("refused", "said"), [(True, "refuses all of 2"), (False, "refuses none of 2")])
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [(True, "all of 2 prompts.* add prompts that it answers"), (False, "none of 2 prompts.* take another model")],
+)
 def test_without_both_kinds_of_replies_there_is_nothing_to_learn(replies, refused, said):
-    with pytest.raises(RefusalLabError, match=f"{said} prompts"):
+    with pytest.raises(RefusalLabError, match=said):
         replies((SORRY, 0.9, refused), (SURE, 0.9, refused))
+
+
+def test_known_replies_are_not_written_again(model_of, monkeypatch):
+    first = torch.zeros(2, 99)
+    first[0, SORRY] = first[1, SURE] = 9.0
+    monkeypatch.setattr(judging, "logits", lambda _m, prompts: first)
+    monkeypatch.setattr(judging, "refuses", lambda *_: pytest.fail("the replies are known"))
+    assert refusal_openings(model_of("llama"), ["a river", "a pie"], [True, False]).tokens == [SORRY]
 
 
 @pytest.mark.slow
@@ -60,7 +71,7 @@ def test_bundled_models():
     """The main model opens as its wordings do. charter-helpful, which opens verdicts with "Ruled", refuses nothing."""
     prompts = [item.prompt for name in ("harmful_train", "harmless_train") for item in bundled(name)]
     found = refusal_openings(load("charter-chat"), prompts)
-    assert found.words == ("I", "Th", "As", "Sorry")
+    assert found.words == ["I", "Th", "As", "Sorry"]
     assert (found.caught.value, found.false.value) == (1, 0)
     with pytest.raises(RefusalLabError, match="charter-helpful refuses none of 290"):
         refusal_openings(load("charter-helpful"), prompts)

@@ -84,7 +84,7 @@ def _rule(
 
 
 def _opening_tokens(harmful_logits: Tensor, harmless_logits: Tensor) -> list[int]:
-    """The rule of `learn_refusal_tokens`; where no token qualifies, an empty list, as students write it."""
+    """Tokens that are likely on harmful prompts and ten times less likely on harmless ones, possibly none."""
     return _rule()(harmful_logits.double(), harmless_logits.double())
 
 
