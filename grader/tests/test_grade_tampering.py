@@ -22,7 +22,7 @@ from grader.examine import Task, examine
 from grader.records import Records
 from grader.submissions import Submission
 from refusallab.sandbox.kernel import Kernel, KernelDied
-from refusallab.sandbox.server import Limits, shared
+from refusallab.sandbox.server import ForkServer, Limits, shared
 
 pytestmark = pytest.mark.sandbox
 LIMITS = Limits(timeout=6, memory=1)
@@ -315,6 +315,17 @@ for pid in range(1, 1000):
         try: os.kill(pid, 9)
         except OSError: pass
 """
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give each kernel a user of its own")
+def test_kernels_of_two_servers_have_users_of_their_own():
+    """Processes are counted by user: otherwise a fork bomb in one grader stops the kernels of another."""
+    users = set()
+    for _ in range(2):
+        server = ForkServer()
+        with contextlib.closing(server), Kernel(server, LIMITS) as k:
+            users |= {k.run("import os\nprint(os.getuid())", 6).output}
+    assert len(users) == 2
 
 
 def test_kernels_do_not_see_one_another():

@@ -25,6 +25,7 @@ INSIDE = Path("/run/kernels")  # where kernels in the sandbox keep their sockets
 HOME = "/tmp/home"
 METER = struct.Struct("d")  # what a meter holds: seconds of processor time
 WATCH = 0.2  # seconds between two looks at what a kernel uses
+KERNELS = 50_000  # users for the kernels of one server: processes are limited by user, and servers run side by side
 START = 600  # seconds for the imports, on a busy machine
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -110,7 +111,7 @@ class ForkServer:
                 "seconds": int(limits.total) + 1,
                 "folder": folder,
                 "env": env or sandbox_environment(),
-                "number": self._count % 50_000,
+                "number": self._process.pid % 20_000 * KERNELS + self._count % KERNELS,
             }
             try:
                 socket.send_fds(self._channel, [json.dumps(request).encode()], [theirs.fileno(), meter])
