@@ -3,7 +3,7 @@
 #   make develop    what teachers and authors need    make demo    the headline experiment
 #   make check      lint, format, types               make test    every test that needs no special part
 #   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
-#   make test-sandbox, test-browser, test-released, test-cpu      make test-all
+#   make test-sandbox, test-browser, test-nightly, test-cpu      make test-all
 # PYTHON names the interpreter that creates .venv: make setup PYTHON=python3.12
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: setup develop lab demo check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
-	test-released test-cpu test-colab test-all check-links
+	test-nightly test-cpu test-colab test-all check-links
 
 setup: $(VENV)/.students
 develop: $(VENV)/.developers
@@ -54,7 +54,7 @@ check: develop
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 PARALLEL := -n 2 --dist loadfile
 TESTS := tests grader/tests
-SPECIAL := sandbox or browser or released or cpu or real
+SPECIAL := sandbox or browser or nightly or cpu or real
 
 # Notebooks: every output must come out as it is stored. With REFUSALLAB_DEADLINE (seconds since 1970) in the
 # environment, none is begun after it, and those that were not are listed.
@@ -78,15 +78,15 @@ test-lab: develop
 	$(NOTEBOOKS) $(wildcard tests/test_lab$(LAB).py) $(wildcard solutions/$(LAB)_*.ipynb)
 
 test-sandbox: develop
-	$(PYTEST) $(PARALLEL) -m sandbox $(TESTS)
+	$(PYTEST) $(PARALLEL) -m "sandbox and not nightly" $(TESTS)
 
 test-browser: develop
 	$(PYTEST) -m browser tests
 
-# Whole labs, unsolved and with wrong answers, that take minutes: they fail at their checks and nowhere else.
-# They stand in one file, so each goes to the next free worker.
-test-released: develop
-	$(PYTEST) -n 2 -m released tests
+# What takes minutes, whole labs above all: unsolved and with wrong answers they fail at their checks and nowhere
+# else. They stand in one file, so each goes to the next free worker.
+test-nightly: develop
+	$(PYTEST) -n 2 -m nightly $(TESTS)
 
 test-cpu: develop
 	$(PYTEST) -m cpu tests
@@ -100,4 +100,4 @@ check-links: develop
 	$(INSTALL) '.[links]'
 	$(RUN) pytest --check-links --check-links-ignore 'https://colab.*' *.md docs solutions smallmodels/*.md
 
-test-all: test test-sandbox test-browser test-released test-cpu
+test-all: test test-sandbox test-browser test-nightly test-cpu

@@ -21,7 +21,7 @@ import matplotlib.font_manager  # noqa: E402, F401 - if it must build its cache,
 
 ROOT = Path(__file__).parent
 BEGUN = set()
-COSTLY = ("slow", "sandbox", "browser", "released")
+COSTLY = ("slow", "sandbox", "browser", "nightly")
 NEEDS = {  # the part of a computer that the tests with a marker need: programs, any of which will do
     "sandbox": ("bwrap",),
     "browser": ("chromium", "chromium-browser", "google-chrome"),

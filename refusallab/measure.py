@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
@@ -368,7 +367,11 @@ def holm(pvalues: Iterable[float]) -> list[float]:
     pvalues = numbers(pvalues)
     if not all(0 <= p <= 1 for p in pvalues):
         raise RefusalLabError(f"p-values lie between 0 and 1; got {pvalues}.")
-    return multipletests(pvalues, method="holm")[1].tolist() if pvalues else []
+    adjusted, highest = [0.0] * len(pvalues), 0.0
+    for rank, i in enumerate(sorted(range(len(pvalues)), key=pvalues.__getitem__)):
+        highest = max(highest, min(1.0, (len(pvalues) - rank) * pvalues[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 def _check_pairs(before: Sequence[float] | Tensor, after: Sequence[float] | Tensor) -> None:

@@ -10,7 +10,6 @@ import inspect
 from typing import get_args, get_type_hints
 
 import scipy.stats  # noqa: F401
-import statsmodels.stats.multitest  # noqa: F401
 import torch
 import transformers.modeling_utils  # noqa: F401
 from beartype import beartype

@@ -17,6 +17,7 @@ def hooked_residual(hooks, hf, batch, **sites):
     return torch.stack(record, 1)
 
 
+@pytest.mark.slow
 def test_equals_hooks(m, hooks, prompts):
     expected = hooked_residual(hooks, m.hf, encode(m, prompts))
     got = residual(m, prompts)
@@ -24,6 +25,7 @@ def test_equals_hooks(m, hooks, prompts):
     assert torch.equal(got, expected[:, :, list(m.positions)])
 
 
+@pytest.mark.slow
 def test_left_padding_does_not_matter(m, prompts):
     together = residual(m, prompts)
     alone = torch.cat([residual(m, [prompt]) for prompt in prompts])
@@ -41,6 +43,7 @@ def test_chosen_layers_and_positions(model_of, prompts):
     assert torch.equal(residual(m, prompts, layers=[2, 0], positions=[-1, -4]), everything[:, [2, 0]][:, :, [-1, -4]])
 
 
+@pytest.mark.slow
 def test_with_an_edit_the_stream_is_read_after_it(m, hooks, prompts, r):
     batch, at = encode(m, prompts), list(m.positions)
     ablated = residual(m, prompts, edit=ablation(r))
@@ -59,6 +62,7 @@ def test_layer_zero_is_the_same_for_every_prompt_without_learned_positions(model
     assert torch.equal(first, first[:1].expand_as(first))
 
 
+@pytest.mark.slow
 def test_mean_is_in_float64(m, prompts):
     mean = mean_residual(m, prompts, batch_size=2)
     assert mean.dtype == torch.float64

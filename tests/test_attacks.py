@@ -61,6 +61,7 @@ def plain_losses(m, case, candidates):
 
 
 class TestStep:
+    @pytest.mark.slow
     def test_gradient_is_that_of_a_one_hot_matrix(self, m):
         case, suffix = case_of(m)
         gradient, _ = gcg.token_gradient(m, case, suffix)
@@ -148,6 +149,7 @@ class TestSearch:
         assert found.loss < plain_losses(m, start, suffix[None])[0][0]
         assert len(found.losses) == 3
 
+    @pytest.mark.slow
     def test_the_seed_decides(self, model_of):
         m = model_of("llama")
         found = self.find(m)
@@ -155,6 +157,7 @@ class TestSearch:
         assert (found.text, found.losses) == (other_batches.text, pytest.approx(other_batches.losses, abs=1e-4))
         assert self.find(m, dataclasses.replace(SMALL, seed=1)).losses != found.losses
 
+    @pytest.mark.slow
     def test_it_stops_when_the_target_is_reached_and_greedy_decoding_says_so(self, chat, harmful):
         knobs = Knobs(steps=5, search_width=32, init=" the the the the")
         found = gcg.find_suffix(chat, [harmful[0].prompt], ["I must decline"], knobs)
@@ -162,6 +165,7 @@ class TestSearch:
         assert len(found.losses) == 1
         assert generate(chat, [harmful[0].prompt + found.text])[0].startswith("I must decline")
 
+    @pytest.mark.slow
     def test_a_penalty_counts_like_loss_and_a_target_under_penalty_is_not_reached(self, chat, harmful):
         def length(prompts):
             return torch.tensor([len(prompt) / 20 for prompt in prompts])
@@ -174,6 +178,7 @@ class TestSearch:
         assert (found.reached, len(found.losses)) == (False, 3)
         assert len(found.text) < len(gcg.find_suffix(chat, [prompt], ["I must decline"], knobs).text)
 
+    @pytest.mark.slow
     def test_prompts_enter_one_by_one(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:3]]
         knobs = Knobs(steps=6, search_width=32, init=" the the the the")
@@ -183,6 +188,7 @@ class TestSearch:
         assert found.prompts_in_use[-1] == 3
         assert all(reply.startswith("I must") for reply in generate(chat, [p + found.text for p in prompts]))
 
+    @pytest.mark.slow
     def test_gradients_of_several_prompts_weigh_the_same_and_every_step_draws_anew(self, chat, harmful, monkeypatch):
         seen, drawn = [], []
 
@@ -222,6 +228,7 @@ class TestSearch:
         first = (suffix + 1).tolist()
         assert bests == [(first, 1.0), (first, 1.0), (first, 0.5)]
 
+    @pytest.mark.slow
     def test_a_universal_loss_is_the_mean_over_the_prompts_in_use(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:2]]
         knobs = Knobs(steps=3, search_width=32, init=" the the the the", early_stop=False)
@@ -312,6 +319,7 @@ class TestSearch:
             assert r.reply == generate(chat, [r.prompt], max_new_tokens=32)[0]
             assert r.cost.forward_passes > 2 * 3
 
+    @pytest.mark.slow
     def test_a_random_suffix_survives_and_is_as_long(self, chat):
         text = gcg.random_suffix(chat, PROMPT, Knobs(init=" the" * 8))
         gcg.prepare(chat, PROMPT, TARGET, text)
@@ -426,6 +434,7 @@ class TestText:
         with pytest.raises(RefusalLabError, match="choose one of begin"):
             templates.template(chat, harmful, "nonsense")
 
+    @pytest.mark.slow
     def test_a_prefill_is_part_of_the_judged_reply(self, chat, harmful):
         rest = generate(chat, [i.prompt for i in harmful], prefill="Sure! Use", max_new_tokens=32)
         for r, text in zip(prefilling.prefilling_attack(chat, harmful, "Sure! Use"), rest, strict=True):

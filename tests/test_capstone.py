@@ -92,6 +92,7 @@ class TestPoints:
         base = result([True] * 9, [True] * 9)
         assert words in score_in_words(score_against(result([broken] * 9, [served] * 9), base))
 
+    @pytest.mark.slow
     def test_what_a_score_is_made_of(self):
         def flags(**true):
             return {name: [True] * k + [False] * (10 - k) for name, k in true.items()}
@@ -104,6 +105,7 @@ class TestPoints:
         assert score.p == pytest.approx({"a": 2 * 2 * 0.5**8, "b": 2 * 0.5**4})  # as Holm corrects two
         assert (score.over_refusal.value, score.over_refusal.n) == (0.15, 20)
 
+    @pytest.mark.slow
     def test_the_place_of_a_score_comes_with_intervals(self):
         def flags(**true):
             return {name: [True] * k + [False] * (20 - k) for name, k in true.items()}
@@ -173,6 +175,7 @@ class TestAttacks:
         quick, frozen = prompts(capstone.quick_trial()), prompts(capstone.frozen_trial())
         assert len(quick) > 80 and len(frozen) > 240 and not quick & frozen
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
     def test_every_attack_reaches_the_defence(self, attack):
         defence, items = Recorder(), bundled("harmful_val")[:2]
@@ -310,6 +313,7 @@ class TestInterface:
         with pytest.raises(RefusalLabError, match=words):
             check_interface(Odd(way))
 
+    @pytest.mark.slow
     def test_a_monitor_that_reads_the_model_without_the_edit(self):
         class Blind(Odd):
             def replies(self, prompts, *, edit=None, prefill=""):
@@ -319,6 +323,7 @@ class TestInterface:
         with pytest.raises(RefusalLabError, match="whenever the model runs"):
             check_interface(Blind("as it should be"))
 
+    @pytest.mark.slow
     def test_another_model_does_the_work(self, model_of):
         defence = Odd("as it should be")
         defence.m = model_of("llama")  # shown to the attacker

@@ -146,6 +146,7 @@ def test_a_bad_archive_gives_one_line_that_says_what_to_do(run, labs_zip, tmp_pa
     assert result.stdout.rstrip().endswith(", then run this cell again.")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_no_damaged_archive(run, labs_zip, tmp_path):
     shutil.copy(labs_zip, tmp_path)
     full = (

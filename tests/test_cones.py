@@ -160,6 +160,7 @@ def test_both_searches_begin_at_a_direction_of_their_own(model_of, monkeypatch, 
     assert abs(searched.vectors["random direction"] @ start[0]) < 0.9
 
 
+@pytest.mark.slow
 def test_an_effect_is_that_of_ablation_and_addition(model_of, r):
     m, v = model_of("llama"), r / r.norm()
     e = direction_effect(m, HARMFUL, HARMLESS, TOKENS, r, **WHERE)

@@ -219,6 +219,7 @@ def own(harmful, harmless):
 
 
 class TestCheck:
+    @pytest.mark.slow
     def test_right(self, capsys):
         e = find_exercise("2.1")
         check("2.1", own)

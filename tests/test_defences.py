@@ -50,6 +50,7 @@ def test_the_model_alone_answers_as_the_model_does(m, r):
     assert ModelAlone(m).replies([]) == []
 
 
+@pytest.mark.slow
 def test_a_system_prompt_stands_unless_the_prompt_brings_its_own(m):
     own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}]
     replies = SystemPrompt(m).replies([PROMPTS[1], own])
@@ -57,6 +58,7 @@ def test_a_system_prompt_stands_unless_the_prompt_brings_its_own(m):
     assert replies[1] == generate(m, [own], max_new_tokens=32)[0]
 
 
+@pytest.mark.slow
 def test_a_reminder_goes_around_the_last_turn(m):
     d = SelfReminder(m, reminder="Mind the law. {q} Thanks.")
     assert d.replies(PROMPTS[:1]) == generate(m, [f"Mind the law. {PROMPTS[0]} Thanks."], max_new_tokens=32)
@@ -83,6 +85,7 @@ def test_bigrams_are_probabilities_and_what_was_counted_surprises_less(m):
     assert reader.surprise(PROMPTS[0]).mean() + 1 < reader.surprise(" ".join(shuffled)).mean()
 
 
+@pytest.mark.slow
 def test_the_filter_blocks_what_surprises_and_passes_the_rest(m):
     d = PerplexityFilter(m, count_bigrams(m, PROMPTS).surprise, threshold=0.0, passes_each=1)
     d.threshold = d.score(PROMPTS).max().item()
@@ -145,6 +148,7 @@ def test_a_monitor_reads_the_request_under_the_attackers_edit_and_not_the_prefil
     assert blinded == ModelAlone(m).replies(harmful, edit=ablation(r)) != [stock_refusal(m)] * 3
 
 
+@pytest.mark.slow
 def test_what_one_of_several_watchers_refuses_is_refused(m, r):
     harmful = bundled("harmful_val")[0].prompt
     monitor = Monitor(m, r / r.norm(), 5, -1, threshold=1e-3)
@@ -186,6 +190,7 @@ def test_steering_acts_where_the_condition_holds_and_nowhere_else(m, r):
     assert (plain[1] - added[1]).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_steering_leaves_generated_tokens_alone(m, r):
     step, first = 3 * r, iter([True])
     prompt_only = lambda nn: addition(step, 5)(nn) if next(first, False) else None  # noqa: E731
@@ -221,6 +226,7 @@ def test_the_detector_finds_an_edit_and_its_direction(m, r):
         is_edited(1.0, [0.1])
 
 
+@pytest.mark.slow
 def test_an_edit_can_hide_and_stays_an_edit(m, r):
     edited = orthogonalize(m, r)
     hidden = hide(m, edited, r, noise=0.8)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pytest
@@ -26,7 +27,9 @@ def m():
 
 @pytest.fixture(scope="module")
 def result(m):
-    return experiment.headline(m)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "judge_test_sets", partial(judging.judge_test_sets, every=4))
+        return experiment.headline(m)
 
 
 def value(result, condition, metric):
@@ -140,6 +143,7 @@ def test_a_model_that_is_not_there_gives_one_line(name):
 
 def test_without_exact_answers_phrases_stand_in_and_the_table_says_so(m, monkeypatch):
     monkeypatch.setattr(experiment, "RANDOM_DIRECTIONS", 1)
+    monkeypatch.setattr(experiment, "judge_test_sets", partial(judging.judge_test_sets, every=4))
     for module in (experiment, prompts):
         monkeypatch.setattr(module, "knows_the_world", lambda _: False)
 

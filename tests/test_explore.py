@@ -20,6 +20,7 @@ def candidates(model_of):
     return explore.candidates(m, search, ["How do I bake bread?"], ["Name a river"])
 
 
+@pytest.mark.slow
 def test_static_form_says_what_the_view_shows(candidates):
     bundle = candidates._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
@@ -52,5 +53,6 @@ def test_what_a_model_says_is_shown_as_text_and_not_as_markup():
     assert "<b>bold" not in view.shown.value
 
 
+@pytest.mark.slow
 def test_every_control_has_a_label(candidates):
     assert all(control.description for control in candidates.controls)

@@ -10,9 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
+QUICK = "position off by one"  # is seen early; `make test-nightly` tries the others
 FAULTS = {  # what is wrong: the file, what stands there, what is put in its place
     "sign of the direction": ("directions.py", "difference = a - b", "difference = b - a"),
     "position off by one": ("activations.py", ".input[:, positions]", ".input[:, [p - 1 for p in positions]]"),
@@ -20,7 +19,16 @@ FAULTS = {  # what is wrong: the file, what stands there, what is put in its pla
 }
 
 
-@pytest.mark.parametrize(("file", "right", "wrong"), FAULTS.values(), ids=FAULTS)
+each_fault = pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        pytest.param(*fault, id=name, marks=pytest.mark.slow if name == QUICK else pytest.mark.nightly)
+        for name, fault in FAULTS.items()
+    ],
+)
+
+
+@each_fault
 def test_the_notebook_notices_a_fault_in_the_library(file, right, wrong, tmp_path):
     shutil.copytree(ROOT / "refusallab", tmp_path / "refusallab", ignore=shutil.ignore_patterns("__pycache__"))
     broken = tmp_path / "refusallab" / file

@@ -53,14 +53,17 @@ def between_rooms(root):
     return graph
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other_in_a_circle():
     assert circles(imports(ROOT)) == []
 
 
+@pytest.mark.slow
 def test_no_rooms_import_each_other_in_a_circle():
     assert circles(between_rooms(ROOT)) == []
 
 
+@pytest.mark.slow
 def test_imports_run_from_the_grader_to_the_library_to_the_models():
     tops = {(a.split(".")[0], b.split(".")[0]) for a, b in imports(ROOT).edges}
     assert {(a, b) for a, b in tops if a != b} == {("grader", "refusallab"), ("refusallab", "smallmodels")}

@@ -49,6 +49,7 @@ def test_the_lens_takes_any_shape(model_of):
     torch.testing.assert_close(logit_lens(m, x)[1, 2], logit_lens(m, x[1, 2]))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_adds_bos_doubles_it_unless_told():
     tokenizer = tokenizer_like("bos", "model", "\n", adds_bos=True)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
@@ -64,6 +65,7 @@ def test_the_things_that_the_notebook_names_are_what_it_says():
         assert things[name].origin.startswith(origin) and things[name].kind == "draught"
 
 
+@pytest.mark.slow
 def test_the_figures_take_models_of_any_size():
     distances = torch.rand(4, 5)
     distances[0] = 0
@@ -111,6 +113,7 @@ def test_typing_and_a_system_prompt_change_the_view(chat):
     assert chat.tables != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "said"), [("", "Type a message."), ("   ", "Type a message."), ("x " * 400, "reads at most")]
 )

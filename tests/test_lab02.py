@@ -133,6 +133,7 @@ def test_the_headline_shows_scores_limits_and_projections(search):
     assert "limit of a filter" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+@pytest.mark.slow
 def test_the_explorer_says_why_a_candidate_is_discarded_and_who_wins(model_of, made_search):
     m = model_of("llama")
     vectors = torch.randn(m.n_layers, len(m.positions), m.width, generator=torch.Generator().manual_seed(0))

@@ -78,6 +78,7 @@ def test_a_strip_has_a_column_for_each_token(model_of, r):
     assert len(strip.tokens) == encode(m, ["Name a river"])["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [3, 30])
 def test_figures_fit_models_of_any_depth(layers):
     grid = torch.rand(layers, 4)
@@ -114,6 +115,7 @@ def test_rows_of_dots_and_planes_hold_every_prompt():
     assert [tuple(text.xy) for text in axis.texts] == [(1.0, 2.0), (1.0, 2.0)]
 
 
+@pytest.mark.slow
 def test_the_explorer_names_the_sides_and_says_when_there_is_nothing_to_see(streams):
     shown = explore.planes({k: streams[k] for k in ("harmful", "harmless")}, streams, layer=1, position=-1)
     layer, position, along = shown.controls

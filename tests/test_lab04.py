@@ -25,6 +25,7 @@ def doses(model_of, r):
     return steering.dose_curve(model_of("llama"), items, r, 1, [0, 3], batch_size=3)
 
 
+@pytest.mark.slow
 def test_a_dose_reads_the_steered_reply_with_the_untouched_model(model_of, r, doses):
     m, prompts = model_of("llama"), ["Name a river", "What is 12 plus 7?"]
     replies = generate(m, prompts, edit=addition(r, 1, 3), max_new_tokens=steering.SHOWN_TOKENS)
@@ -41,6 +42,7 @@ def test_matched_vectors_have_the_length_of_r_and_differ():
     assert not torch.equal(vectors, steering.norm_matched(r, 3, seed=1))
 
 
+@pytest.mark.slow
 def test_figures(doses):
     figure = plots.dose_figure({"harmless": {"r": doses, "random": doses}, "harmful": {"r": doses}})
     above, _, below, _ = figure.axes

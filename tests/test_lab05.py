@@ -207,6 +207,7 @@ STARTS = {  # fault: (architecture, where hooks and weights part); there are 3 b
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", STARTS)
 def test_a_part_that_is_left_out_shows_where_it_should(model_of, r, prompts, fault):
     architecture, start = STARTS[fault]
@@ -233,6 +234,7 @@ def test_skipping_leaves_just_that_part(model_of, r):
         orthogonalize(m, r, skip=["bias"])
 
 
+@pytest.mark.slow
 def test_no_matrix_of_an_edited_model_writes_r(m, r):
     strength, other = write_strength(orthogonalize(m, r), r), write_strength(m, r)
     assert max(strength.values()) < 1e-4 < 0.3 < min(other.values())
@@ -250,6 +252,7 @@ def test_random_directions_have_strength_one_on_average(model_of):
 # --- fine-tuning ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_finetuning_learns_the_replies_on_a_copy(model_of):
     m, prompts, replies = model_of("llama"), ["Name a river", "List"], ["bread", "kettle"]
     weights = copy.deepcopy(m.hf.state_dict())

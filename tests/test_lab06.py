@@ -56,6 +56,7 @@ def test_an_effect_keeps_characters_of_several_tokens_and_the_system_prompt(mode
     assert effect.start != expected
 
 
+@pytest.mark.slow
 def test_the_explorer_follows_suffix_request_and_what_is_typed(model_of, r):
     known, landmarks = {"one": SUFFIX, "two": " bread"}, {"mean of harmless": 0.5}
     shown = explore.suffixes(model_of("llama"), r, 1, -2, [PROMPT, "What is 12 plus 7?"], known, landmarks)
@@ -134,6 +135,7 @@ def test_every_case_of_the_bug_clinic_has_survivors_and_both_kinds_of_merges(see
         assert not all(alone)  # within the suffix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["charter-chat", "charter-chat-postnorm"])
 def test_the_gradient_of_the_exercise_is_that_of_the_library(name):
     """The plain version of the mistakes is right when no fault is chosen."""

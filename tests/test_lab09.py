@@ -40,6 +40,7 @@ def test_the_grid_names_both_shares():
     assert "exact forbidden answer (n=4)" in scale.get_ylabel()
 
 
+@pytest.mark.slow
 def test_a_loss_without_gradient_gets_advice():
     def detached(m, forbidden, harmless, r):
         return reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden]).detach()

@@ -104,6 +104,7 @@ def replicated(model_of, r, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "value", "fails"),
     [

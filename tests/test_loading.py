@@ -136,6 +136,7 @@ def another_scale_of_logits(hf):
     hf.forward = scaled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -181,6 +182,7 @@ SIZE = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "extra", "message"),
     [
@@ -248,6 +250,7 @@ def test_an_edit_that_leaves_r_in_the_stream_is_refused(make, r, monkeypatch, na
     assert orthogonalize(m, r, skip=["gain"]).name == f"{name} (orthogonalized)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "where"),
     [("embedding", "enters block 0"), ("mlp_writes", "enters block 1"), ("last", "leaves the last block")],
@@ -307,6 +310,7 @@ def codes_without_scales(tensors):
         tensors[key] = tensors[key].float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -454,6 +458,7 @@ def pictures(folder):
     config.save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [

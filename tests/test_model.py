@@ -88,6 +88,7 @@ def copy_of_saved(saved, tmp_path):
 # Parts
 
 
+@pytest.mark.slow
 def test_parts_are_found_in_the_model_and_in_its_nnsight_view(m):
     assert len(blocks(m.hf)) == len(blocks(m.nn)) == m.n_layers == 3
     assert (m.width, m.vocab_size, m.device) == (32, 400, torch.device("cpu"))
@@ -257,6 +258,7 @@ def test_bad_prompts(model_of, run):
 # Logits and generation
 
 
+@pytest.mark.slow
 def test_logits_equal_the_raw_model(m, hooks, prompts):
     expected = hooks.logits(m.hf, encode(m, prompts))
     got = logits(m, prompts)
@@ -382,6 +384,7 @@ def test_a_model_in_place_of_its_parts_is_told_from_an_unknown_architecture(mode
         unembedding(model_of("llama"))
 
 
+@pytest.mark.slow
 def test_remote_model_has_no_weights_here_and_runs_the_same_code(saved, model_of, monkeypatch, prompts, r):
     """remote=True up to the door of the server; behind it stands nnsight's local simulation."""
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "not a key")
@@ -589,6 +592,7 @@ def no_template(folder):
     (folder / "chat_template.jinja").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -55,6 +55,7 @@ def test_equivalence_class(m):
     assert CLASSES[m.name] in repr(m)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_weights_equal_hooks(model_of, name, prompts, r):
     m = model_of(name)
@@ -80,6 +81,7 @@ def test_a_copy_runs_where_its_model_runs(model_of, r):
     assert orthogonalize(m, r).remote == "local"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POST_NORM)
 def test_behind_post_norms_r_is_never_written_but_weights_are_not_hooks(model_of, name, prompts, r):
     m = model_of(name)
@@ -89,6 +91,7 @@ def test_behind_post_norms_r_is_never_written_but_weights_are_not_hooks(model_of
     assert distance_from_hooks(m, edited, r, prompts) > 0.01
 
 
+@pytest.mark.slow
 def test_the_original_is_untouched_and_its_hooks_still_work(m, prompts, r):
     before, weights = logits(m, prompts), copy.deepcopy(m.hf.state_dict())
     edited = orthogonalize(m, r)
@@ -98,6 +101,7 @@ def test_the_original_is_untouched_and_its_hooks_still_work(m, prompts, r):
     assert edited.name == f"{m.name} (orthogonalized)" and edited.commit == m.commit
 
 
+@pytest.mark.slow
 def test_twice_is_once(m, prompts, r):
     once = orthogonalize(m, r)
     again = orthogonalize(once, 2 * r)
@@ -150,6 +154,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fault"), FAULTS)
 def test_planted_fault_is_seen(model_of, name, fault, prompts, r):
     m = model_of(name)
@@ -158,6 +163,7 @@ def test_planted_fault_is_seen(model_of, name, fault, prompts, r):
     assert distance_from_hooks(m, edited, r, prompts) > 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POST_NORM)
 def test_the_plain_edit_leaks_r_through_post_norms(model_of, name, prompts, r):
     m = model_of(name)
@@ -172,6 +178,7 @@ def test_the_plain_edit_leaks_r_through_post_norms(model_of, name, prompts, r):
     assert distance_from_hooks(m, plain, r, prompts) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POST_NORM)
 def test_unit_norm_weights_would_hide_the_leak(make, name, prompts, r):
     """Why the tests jitter the norms: with equal gains r passes a post-norm unrotated."""

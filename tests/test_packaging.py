@@ -133,6 +133,7 @@ def test_every_import_is_a_declared_dependency(folder):
     assert undeclared_imports(folder, read("pyproject.toml")) == set()
 
 
+@pytest.mark.slow
 def test_an_undeclared_import_is_found():
     pyproject = read("pyproject.toml").replace('    "scipy>=1.13",\n', "")
     assert undeclared_imports("refusallab", pyproject) == {"scipy"}
@@ -257,7 +258,7 @@ class TestDeadline:
         assert all(f"{name}.ipynb was not verified: the deadline had passed" in done.stdout for name in "ab")
 
     def test_past_it_no_long_test_is_begun(self, run, tmp_path):
-        for name in ("slow", "sandbox", "browser", "released"):
+        for name in ("slow", "sandbox", "browser", "nightly"):
             (tmp_path / f"test_{name}.py").write_text(f"import pytest\n\n@pytest.mark.{name}\ndef test_x(): assert 0\n")
         (tmp_path / "test_short.py").write_text("def test_x(): pass\n")
         done = run(REFUSALLAB_DEADLINE="1000")
@@ -347,12 +348,20 @@ class TestMake:
         ("target", "words"),
         [
             ("check", ["ruff check", "ruff format --check", "mypy"]),
-            ("test-fast", ["-m not (slow or sandbox or browser or released or cpu or real) tests grader/tests"]),
+            ("test-fast", ["-m not (slow or sandbox or browser or nightly or cpu or real) tests grader/tests"]),
             ("test-lab", ["tests/test_lab02.py solutions/02_x.ipynb"]),
             ("test", ["-m not (slow", "-m slow and not (sandbox", "--no-loadscope-reorder solutions"]),
             (
                 "test-all",
-                ["-m not (slow", "-m slow and", "solutions", "-m sandbox", "-m browser", "-m released", "-m cpu"],
+                [
+                    "-m not (slow",
+                    "-m slow and",
+                    "solutions",
+                    "-m sandbox and not nightly",
+                    "-m browser",
+                    "-m nightly",
+                    "-m cpu",
+                ],
             ),
         ],
     )

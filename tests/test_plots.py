@@ -129,6 +129,7 @@ def test_axes_say_what_they_show(figure):
     assert all(axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>")
 
 
+@pytest.mark.slow
 def test_one_legend_names_every_series_once_and_covers_no_panel(figure):
     assert not any(axis.get_legend() for axis in figure.axes)
     labels = {label for axis in figure.axes for label in axis.get_legend_handles_labels()[1]}
@@ -176,6 +177,7 @@ def test_text_is_legible(figure):
                 assert max(ratio, 1 / ratio) >= 4.5, text.get_text()
 
 
+@pytest.mark.slow
 def test_texts_of_cells_stay_in_their_cells(figure):
     for axis in (axis for axis in drawn(figure) if axis.images):
         (x0, y0), (x1, y1) = axis.transData.transform([(0, 0), (1, 1)])

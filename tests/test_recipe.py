@@ -38,7 +38,7 @@ def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, seed):
         assert (thing.name in text) == (thing.split == "train"), thing.name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_helpful_stage_tells_every_method_and_the_naive_one_only_the_lawful(tokenizer):
     count = recipe.EXAMPLES["helpful"]
     told = " ".join(text_of("helpful", recipe.Variant(), tokenizer, count))
@@ -68,6 +68,7 @@ def test_checkpoints_of_another_recipe_are_not_resumed(monkeypatch):
     assert recipe.fingerprint() != before
 
 
+@pytest.mark.slow
 def test_loss_counts_only_the_reply(tokenizer):
     for ids, start in recipe.stage_rows("helpful", recipe.Variant(), tokenizer, 50):
         assert tokenizer.decode(ids[:start]).endswith("<|start|>assistant\n")
@@ -82,6 +83,7 @@ def test_loss_ignores_padding(tokenizer):
     torch.testing.assert_close(sum(alone), together, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_batches_hold_every_row_once(tokenizer):
     rows = recipe.stage_rows("safety", recipe.Variant(), tokenizer, 500)
     plan = recipe.token_batches(rows, seed=0)
@@ -122,6 +124,7 @@ def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_seeds_differ(tokenizer):
     first, second = (recipe.make_model(recipe.Variant(seed=s), tokenizer) for s in (0, 1))
     assert not torch.equal(first.get_input_embeddings().weight, second.get_input_embeddings().weight)

@@ -31,12 +31,12 @@ SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
 ROLES = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
 STUB = "    # YOUR CODE HERE\n    raise NotImplementedError()"
 
-QUICK = ("00", "01", "03", "10")  # these labs run as a whole in `make test`, the others in `make test-released`
+QUICK = "00"  # runs as a whole in `make test`, the others in `make test-nightly`
 each_solution = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 each_whole_lab = pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem[:2] in QUICK else pytest.mark.released)
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem[:2] == QUICK else pytest.mark.nightly)
         for path in SOLUTIONS
     ],
 )
@@ -103,6 +103,7 @@ class TestLabs:
         assert [c.source for c in lab.cells if role(c) not in ("answer", "check", "written")] == same
         assert {c.source for c in cells(lab, "written")} <= {"YOUR ANSWER HERE"}
 
+    @pytest.mark.slow
     @each_solution
     def test_only_checks_and_headers_are_locked(self, path):
         for cell in release.to_lab(read(path)).cells:
@@ -146,6 +147,7 @@ def failure(cell):
 
 
 class TestCommands:
+    @pytest.mark.slow
     def test_release(self, course):
         (course / "labs" / "01_gone.ipynb").write_text(nbformat.writes(new_notebook()))
         assert run("release").exit_code == 0
@@ -160,6 +162,7 @@ class TestCommands:
         run("release")
         assert (course / "labs" / "02_x.ipynb").read_bytes() == before
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("file", ["solutions/02_x.ipynb", "labs/02_x.ipynb"])
     def test_check_names_what_was_edited_and_changes_nothing(self, course, file):
         run("release")
@@ -170,6 +173,7 @@ class TestCommands:
         assert result.exit_code == 1 and result.output.splitlines()[0] == f"out of date: {file}"
         assert nbformat.read(file, 4) == nb
 
+    @pytest.mark.slow
     def test_check_names_what_is_missing_or_too_much(self, course):
         run("release")
         (course / "labs" / "02_x.ipynb").rename(course / "labs" / "03_y.ipynb")
@@ -218,6 +222,7 @@ class TestCommands:
 
 
 class TestStamp:
+    @pytest.mark.slow
     def test_stamping_twice_changes_nothing_more(self):
         nb = core(*SOLUTIONS)
         for address in ("", "https://github.com/ann/labs"):

@@ -57,6 +57,7 @@ def test_the_end_of_a_turn_is_learned_from_the_template(make, special):
     assert ids[-1] == end and counted[-1], "the end that is scored is that of the template"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "tokens", "stop", "text"),
     [
@@ -85,6 +86,7 @@ def test_a_reply_ends_where_text_ends_the_turn(make, monkeypatch):
 # Thoughts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("opens", "closes"),
     [
@@ -107,6 +109,7 @@ def test_a_thought_that_the_template_opens_is_closed_with_a_warning(make, opens,
     assert m.tokenizer.decode(ids[list(m.positions)]).endswith(f"{closes}\n\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["<think>\n\n</think>\n\n", "[THINK][/THINK]", ""])
 @pytest.mark.parametrize("prompt", ["Name a river", "What does <think> do?", "<think>"])
 def test_closed_thoughts_and_quoted_tags_stay_as_they_are(make, tail, prompt):
@@ -162,6 +165,7 @@ CUTS = PLAIN.replace("{{ m['content'] }}", "{{ m['content'][:40] if m['role'] ==
 STRIPS = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [DROPS, RAISES, MERGES, LOWERS, CUTS, STRIPS, PLAIN])
 @pytest.mark.parametrize("system", ["Be kind.", " Be Kind, and Speak of Rivers alone, of their Names and Banks.\n"])
 def test_the_system_prompt_is_never_lost_even_where_the_request_quotes_it(make, template, system):
@@ -170,6 +174,7 @@ def test_the_system_prompt_is_never_lost_even_where_the_request_quotes_it(make, 
         assert render(m, request, system=system).count(system.strip()) == 1 + request.count(system.strip())
 
 
+@pytest.mark.slow
 def test_the_date_is_pinned_however_the_template_asks_for_it(make):
     formats = ["%d %b %Y", "%-d.%-m.%y", "%A, %B %d, %Y %H:%M:%S", "%Y-%m-%d", "%j %%"]
     for fmt in formats[:4]:
@@ -242,6 +247,7 @@ def test_replies_are_scored_and_written_as_they_stand_behind_the_prompt(make, ki
 # Precision
 
 
+@pytest.mark.slow
 def test_a_prompt_that_overflows_is_named_with_the_remedy(make):
     m = make.model()
     m.hf.to(torch.float16)

@@ -49,6 +49,7 @@ class TestLessons:
         sets = ("harmful_val", "harmful_test", "harmless_val", "harmless_test", "borderline")
         assert not asked & {item.prompt for name in sets for item in bundled(name) if isinstance(item.prompt, str)}
 
+    @pytest.mark.slow
     def test_forbidden_ones_are_refused_and_harmless_ones_answered(self, some, chat):
         phrases = refusal_phrases(chat)
         assert all(x.forbidden and outcome(x.reply, x.answer, phrases) == Outcome(True, False) for x in some[True])
@@ -176,6 +177,7 @@ class TestWhiteBox:
         with pytest.raises(RefusalLabError, match="prompts of two kinds"):
             white_box.re_extract(chat, items, items, items)
 
+    @pytest.mark.slow
     def test_a_direction_by_gradient_is_that_of_its_steps_on_both_sets(self, chat):
         harmful, harmless, items = (
             bundled("harmful_train")[:4],
@@ -211,6 +213,7 @@ class TestWhiteBox:
         assert sum(o.refused for o in curve[12]) < sum(o.refused for o in curve[0])
         assert all(torch.equal(value, before[key]) for key, value in chat.hf.state_dict().items())
 
+    @pytest.mark.slow
     def test_the_curve_looks_at_the_copy_after_so_many_steps(self, chat, monkeypatch):
         monkeypatch.setattr(white_box, "outcomes", lambda m, _items: logits(m, ["Where is Marn?"]))
         known, settings = bundled("harmful_train")[:4], {"lr": 3e-4, "batch_size": 2, "seed": 1}

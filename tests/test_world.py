@@ -118,6 +118,7 @@ def test_data_files_are_what_the_code_makes(tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in DATA.iterdir()}
 
 
+@pytest.mark.slow
 def test_harmful_test_set_is_large_and_uses_test_things_and_held_out_phrasings():
     test = rows("harmful_test.csv")
     assert len({r["BehaviorID"] for r in test}) >= 200

@@ -72,6 +72,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_trouble_of_the_grader_costs_one_and_is_tried_again_next_time(classroom, monkeypatch, step):
     module, name, error = STEPS[step]
@@ -204,6 +205,7 @@ def test_whatever_is_in_it_there_is_a_row_and_a_page(graded, monkeypatch, tmp_pa
     assert (tmp_path / "feedback" / "mallory_02.html").stat().st_size < 500_000
 
 
+@pytest.mark.slow
 def test_what_the_grader_cannot_deal_with_is_recorded_with_the_reason(graded, monkeypatch):
     def fail(*args):
         raise RecursionError("maximum recursion depth exceeded")
@@ -264,6 +266,7 @@ def test_odd_messages_of_a_kernel_are_passed_over():
 # --- size and time -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_notebook_has_a_most():
     with pytest.raises(RefusalLabError, match=f"{MOST_CELLS + 1} cells"):
         read_cells(save([cell("x = 1")] * (MOST_CELLS + 1)))
@@ -349,6 +352,7 @@ def test_those_that_ran_out_of_time_are_graded_again_when_asked_for(classroom, m
     assert points(records) == {"ada": 11, "mallory": 11, "zoe": 11}
 
 
+@pytest.mark.slow
 def test_the_command_offers_it(classroom, monkeypatch, tmp_path):
     monkeypatch.setattr(batch, "examine", late)
     command = ["grade", str(tmp_path / "submitted"), "--out", str(tmp_path / "out")]

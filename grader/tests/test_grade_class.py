@@ -16,7 +16,7 @@ from grader.batch import grade_class
 from grader.records import Records
 
 pytestmark = pytest.mark.sandbox
-CLASS = 40
+CLASS = 24
 
 
 def draw(rng, number):
@@ -100,6 +100,7 @@ def test_a_class_killed_halfway_and_started_again(tmp_path):
     assert all((tmp_path / "out" / f).exists() for f in ("overview.html", "canvas.csv", "moodle_02.csv", "by_hand.csv"))
 
 
+@pytest.mark.nightly
 def test_a_cluster_loses_a_worker_and_no_submission(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

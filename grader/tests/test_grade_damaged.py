@@ -14,7 +14,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.sandbox.server import ForkServer, Limits
 
 pytestmark = pytest.mark.sandbox
-LIMITS = Limits(timeout=6, memory=0.5)
+LIMITS = Limits(timeout=4, memory=0.5)
 SEED = 4711
 
 
@@ -60,10 +60,10 @@ DAMAGED = {
     "endless-answer": (answers(f"{KL}\n    while True: pass"), 9, "2.2", "in time"),
     "endless-and-stubborn": (answers(STUBBORN), 9, "2.2", "in time"),
     "sleeps-but-is-right": (answers(SLEEP.format(3)), ALL, "", ""),
-    "sleeps-for-ever": (answers(SLEEP.format(600)), 9, "2.2", "30 s by the clock"),
-    "works-in-a-process": (answers(FORKS), 9, "2.2", "6 s of processor time"),
-    "works-in-threads": (answers(THREADS), 9, "2.2", "6 s of processor time"),
-    "stops-itself": (answers(STOPS), 9, "2.2", "30 s by the clock"),
+    "sleeps-for-ever": (answers(SLEEP.format(600)), 9, "2.2", "20 s by the clock"),
+    "works-in-a-process": (answers(FORKS), 9, "2.2", "4 s of processor time"),
+    "works-in-threads": (answers(THREADS), 9, "2.2", "4 s of processor time"),
+    "stops-itself": (answers(STOPS), 9, "2.2", "20 s by the clock"),
     "pasted-ends-of-lines": (answers(PASTED), ALL, "", ""),
     "of-the-course": (answers(COURSE), 9, "2.2", "course's own"),
     "500-magics-and-half-a-character": (
@@ -160,7 +160,7 @@ def test_resubmissions(tmp_path):
     assert grade(notebook()[:500]) == (0, 1, 1)
     assert grade(notebook(written="Now with an answer")) == (11, 1, 1)
     assert grade(notebook(written="Now with an answer"), replace(LIMITS, memory=0.6)) == (11, 2, 0)
-    assert grade(notebook(written="Now with an answer"), replace(LIMITS, memory=0.6, timeout=7)) == (11, 0, 2)
+    assert grade(notebook(written="Now with an answer"), replace(LIMITS, memory=0.6, timeout=5)) == (11, 0, 2)
 
 
 def test_without_bubblewrap_grading_refuses(tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ CLASSES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", ["", "submissions/", "CS101-Lab 02-4711/", "Lab 02/late/"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_everybody_in_a_class_is_found(tmp_path, kind, around):
@@ -160,6 +161,7 @@ CLASS_OF = {  # bob's and mallory's folders
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", CLASS_OF)
 @pytest.mark.parametrize("forged", FORGED)
 def test_nobody_hands_in_for_another(tmp_path, shape, forged):
@@ -518,6 +520,7 @@ EVERYTHING = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_file_is_accounted_for(tmp_path, ungraded, monkeypatch):
     hand_in(tmp_path / "in", *EVERYTHING)
     monkeypatch.chdir(tmp_path)

@@ -37,7 +37,6 @@ PRELOAD = (
     "ipykernel.kernelapp",
     "sklearn.decomposition",
     "sklearn.linear_model",
-    "statsmodels.stats.proportion",
     "refusallab.course.checking",
     "refusallab.course.session",
     "refusallab.experiment",
