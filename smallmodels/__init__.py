@@ -10,7 +10,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of catalog.toml. Bundled models have a role, hub models an id."""
+    """One line of catalog.toml. Bundled models have a role, hub models an id.
+
+    A hub model with a `file` is that GGUF file of the repository, at a revision and with a SHA-256. Wheels of the
+    package index hold it too: `wheel` is a requirement with {} for the number of each of the `parts`.
+    """
 
     name: str
     kind: str  # "bundled" or "hub"
@@ -24,6 +28,13 @@ class Entry:
     memory_gb: float = 0.0  # weights in fp32
     dtype: str = ""
     quirks: str = ""
+    file: str = ""
+    revision: str = ""
+    bytes: int = 0
+    sha256: str = ""
+    precision: str = ""
+    wheel: str = ""
+    parts: int = 0
 
 
 @cache

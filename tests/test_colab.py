@@ -21,7 +21,10 @@ from refusallab.course.release import archive
 
 ROOT = Path(__file__).parent.parent
 CELL = SETUP.format(otherwise=EXPLAIN)
-COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
+COLAB = """import importlib.machinery, sys, types
+colab = sys.modules["google.colab"] = types.ModuleType("google.colab")
+colab.__spec__ = importlib.machinery.ModuleSpec("google.colab", None)
+"""
 
 
 @pytest.fixture(scope="module")

@@ -468,7 +468,7 @@ def pictures(folder):
         (broken_index, ["model.safetensors.index.json is damaged"]),
         (cut_shard, ["model-00002-of-00002.safetensors are cut off or damaged"]),
         (pointer, ["only points to the weights", "git lfs pull"]),
-        (lambda f: without_weights(f, "model.Q4_K_M.gguf"), [".gguf, for other programs"]),
+        (lambda f: without_weights(f, "model.Q4_K_M.gguf"), ["give the path of one .gguf file"]),
         (lambda f: without_weights(f, "flax_model.msgpack"), [".msgpack, for other programs"]),
         (lambda f: without_weights(f, "pytorch_model.bin"), ["only pickled weights"]),
         (lambda f: without_weights(f, "training_args.bin"), ["no *.safetensors"]),
@@ -586,10 +586,10 @@ def test_no_weights_are_fetched_of_a_model_that_cannot_be_used(hub, folder, dama
 
 def test_a_repository_with_other_weights(hub, folder):
     without_weights(folder, "model-Q4.gguf")
-    assert ".gguf, for other programs" in refused("owner/name")
+    assert "give the path of one .gguf file" in refused("owner/name")
     (folder / "config.json").unlink()
     shutil.rmtree(folder.parent / "c0ffee")
-    assert ".gguf, for other programs" in refused("owner/name")
+    assert "give the path of one .gguf file" in refused("owner/name")
 
 
 def test_a_download_that_broke_off_is_not_on_disk(hub, folder):

@@ -38,7 +38,7 @@ def pins(lines):
     return found
 
 
-def requirements(pyproject, extras=("lab", "teach", "grade", "test")):
+def requirements(pyproject, extras=("lab", "gguf", "teach", "grade", "test")):
     project = tomllib.loads(pyproject)["project"]
     lines = project["dependencies"] + [line for e in extras for line in project["optional-dependencies"][e]]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
@@ -118,7 +118,7 @@ def undeclared_imports(folder, pyproject):
                 names.add(node.module.split(".")[0])
     own = {"grader", "refusallab", "smallmodels", "conftest"} | {path.stem for path in (ROOT / folder).glob("*.py")}
     distributions = packages_distributions()
-    extras = ("lab", "teach", "grade", *(["test"] if folder.endswith("tests") else []))
+    extras = ("lab", "gguf", "teach", "grade", *(["test"] if folder.endswith("tests") else []))
     declared = requirements(pyproject, extras)
     return {
         name
@@ -313,18 +313,18 @@ class TestMake:
     def test_setup_installs_what_students_need_once(self, make):
         venv, install = make("setup")
         assert venv == "python3 -m venv .venv"
-        assert install == "python -m pip install --no-compile --constraint constraints.txt --editable .[lab]"
+        assert install == "python -m pip install --no-compile --constraint constraints.txt --editable .[lab,gguf]"
         assert make("setup") == []
 
     def test_develop_adds_the_rest_once(self, make):
         make("setup")
         install, panels = make("develop")
-        assert install.endswith(" --constraint constraints.txt --editable .[lab,teach,grade,test]")
+        assert install.endswith(" --constraint constraints.txt --editable .[lab,gguf,teach,grade,test]")
         assert panels == "python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader"
         assert make("develop") == make("setup") == []
 
     def test_versions_can_be_left_open(self, make):
-        assert make("develop", CONSTRAINTS="")[1] == "python -m pip install --no-compile --editable .[lab]"
+        assert make("develop", CONSTRAINTS="")[1] == "python -m pip install --no-compile --editable .[lab,gguf]"
 
     @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
     def test_setup_runs_again_when_a_file_changed(self, make, changed):
@@ -340,7 +340,7 @@ class TestMake:
     @pytest.mark.parametrize(("target", "command"), [("demo", "refusallab demo"), ("lab", "-m jupyterlab")])
     def test_students_targets_work_alone(self, make, target, command):
         _venv, install, call = make(target)
-        assert install.endswith(".[lab]")
+        assert install.endswith(".[lab,gguf]")
         assert command in call
         assert len(make(target)) == 1
 

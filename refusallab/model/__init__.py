@@ -9,7 +9,7 @@ An edit is a plain function `edit(nn) -> None` that assigns to parts of the nnsi
 """
 
 from refusallab.model.files import is_on_disk, sha256_of_weights
-from refusallab.model.loading import load, wrap
+from refusallab.model.loading import fetch_model, load, wrap
 from refusallab.model.parts import (
     Edit,
     Model,
@@ -58,6 +58,7 @@ __all__ = [
     "encode_texts",
     "end_of_turn",
     "equivalence_class",
+    "fetch_model",
     "final_norm",
     "generate",
     "ids_behind",

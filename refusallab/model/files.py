@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import psutil
 import torch
 import transformers
 from huggingface_hub.errors import (
@@ -24,6 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from refusallab.errors import RefusalLabError, first_line
+from refusallab.model.gguf import dequantize, fetch_file, folder_for, read_header, sha256_of_file, version_of
 from refusallab.model.parts import equivalence_class, final_norm
 from smallmodels import catalog, weights_dir
 
@@ -32,15 +36,46 @@ HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def find_files(name: str) -> tuple[Path, str]:
-    """The folder of a model, and its commit if the hub knows it. Of a hub model, only the small files are fetched."""
+def find_files(name: str, source: str = "") -> tuple[Path, str]:
+    """The folder of a model, and its commit if the hub knows it. Of a hub model, only the small files are fetched.
+
+    A GGUF file, named by its path or in the catalogue, is fetched and dequantized first, if it was not before; its hash
+    stands for a commit. `source`, one of gguf.SOURCES, allows one place only to fetch it from.
+    """
     entry = catalog().get(name)
     if entry and entry.kind == "bundled":
         return weights_dir(name), ""
     if name and Path(name).is_dir():
         return Path(name), ""
+    if (entry and entry.file) or name.endswith(".gguf"):
+        folder = _find_gguf(name, source)
+        return folder, version_of(folder)
     folder = fetch(name, SMALL_FILES)
     return folder, folder.name  # the hub cache names the folder after the commit
+
+
+def _find_gguf(name: str, source: str) -> Path:
+    """The folder with the dequantized weights of a GGUF file."""
+    entry, file = catalog().get(name), Path(name)
+    if not entry and not file.is_file():
+        raise RefusalLabError(f"There is no file {name}: check the path.")
+    sha256 = entry.sha256 if entry else sha256_of_file(file)
+    folder = folder_for(sha256)
+    if folder.is_dir():
+        return folder
+    if entry:
+        file = fetch_file(entry, source)
+    header = read_header(file, name)
+    _check_architecture(header.config, name)
+    check_memory(int(1.6 * 4 * header.n_parameters), name, "to be dequantized")  # at most 1.55 was measured
+    try:
+        folder = dequantize(file, name, sha256, header.precision)
+    except RefusalLabError:
+        raise
+    except Exception as error:
+        raise RefusalLabError(reading_failed(name, error)) from error
+    shutil.rmtree(folder.with_suffix(".parts"), ignore_errors=True)
+    return folder
 
 
 def fetch(name: str, patterns: list[str], commit: str | None = None) -> Path:
@@ -59,6 +94,8 @@ def is_on_disk(name: str) -> bool:
     entry = catalog().get(name)
     if (entry and entry.kind == "bundled") or Path(name).is_dir():
         return True
+    if entry and entry.file:
+        return folder_for(entry.sha256).is_dir()
     try:
         folder = huggingface_hub.snapshot_download(hub_id(name), allow_patterns=HUB_FILES, local_files_only=True)
     except LocalEntryNotFoundError:
@@ -100,18 +137,23 @@ def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise RefusalLabError(reading_failed(name, error)) from error
+    if (entry := catalog().get(name)) and entry.kind == "bundled":  # the recipe made it, so its parts are known
+        return config
+    _check_architecture(config, name)
+    return config
+
+
+def _check_architecture(config: transformers.PreTrainedConfig, name: str) -> None:
+    """Refuse an architecture that this library cannot take apart. Needs no weights."""
     check_config(config, (config.architectures or [""])[0], name)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise RefusalLabError(f"{name} does not predict the next token ({config.model_type}). {_instead(config)}")
-    if (entry := catalog().get(name)) and entry.kind == "bundled":  # the recipe made it, so its parts are known
-        return config
     try:
         with torch.device("meta"), no_init_weights():
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise RefusalLabError(reading_failed(name, error)) from error
     check_parts(hf, name)
-    return config
 
 
 def check_config(config: transformers.PreTrainedConfig, architecture: str, name: str) -> None:
@@ -204,14 +246,19 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_weights(folder: Path, name: str) -> None:
-    """Read the headers: the files are whole, agree with their index and hold full numbers, not codes."""
+def check_weights(folder: Path, name: str) -> int:
+    """Read the headers: the files are whole, agree with their index and hold full numbers, not codes.
+
+    Returns how many numbers they hold.
+    """
     files = _weight_files(folder, name)
     if not files:
         raise RefusalLabError(_no_weights(folder, name, f"no *.safetensors in {folder}, as transformers names them"))
-    where = {}
+    where, count = {}, 0
     for path in files:
-        types = _stored_types(path, name)
+        stored = _stored(path, name)
+        types = {key: kind for key, (kind, _) in stored.items()}
+        count += sum(math.prod(shape) for _, shape in stored.values())
         where |= dict.fromkeys(types, path.name)
         if low := sorted(key for key, kind in types.items() if kind not in FLOATS and not BUFFERS.search(key)):
             raise RefusalLabError(f"{name}: {low[0]} is stored as {types[low[0]]}, not as numbers. {in_full(name)}")
@@ -219,13 +266,15 @@ def check_weights(folder: Path, name: str) -> None:
     promised = {} if files == [folder / "model.safetensors"] else _weight_map(index, name)
     if lost := sorted(key for key, file in promised.items() if where.get(key) != file):
         raise RefusalLabError(f"{name}: {lost[0]} is not where {index.name} says. Fetch the files again.")
+    return count
 
 
-def _stored_types(path: Path, name: str) -> dict[str, str]:
-    """The type of each tensor in a safetensors file, from its header."""
+def _stored(path: Path, name: str) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor in a safetensors file, from its header."""
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
     except Exception as error:
         with path.open("rb") as file:
             pointer = file.read(40).startswith(b"version https://git-lfs")
@@ -236,6 +285,21 @@ def _stored_types(path: Path, name: str) -> dict[str, str]:
         raise RefusalLabError(
             f"{name}: the weights in {path.name} are cut off or damaged ({first_line(error)}): fetch them again."
         ) from error
+
+
+def check_memory(needed: int, name: str, what: str) -> None:
+    """Raise RefusalLabError unless so many bytes of memory are free."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")  # of a container; what only caches files can be given up
+    with suppress(OSError, ValueError, AttributeError):
+        cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())[1]
+        limit, used = (int((group / f"memory.{file}").read_text()) for file in ("max", "current"))
+        free = min(free, limit - used + int(cached))
+    if needed > free:
+        raise RefusalLabError(
+            f"{name} needs {needed / 1e9:.1f} GB of memory {what}, and {free / 1e9:.1f} GB are free. Close other "
+            "programs and notebooks, or take a smaller model; dtype=torch.bfloat16 halves what loading needs."
+        )
 
 
 def check_report(report: dict[str, Any], name: str, architecture: str) -> None:
@@ -263,7 +327,9 @@ def _no_weights(folder: Path, name: str, what: str) -> str:
             names += huggingface_hub.list_repo_files(hub_id(name), revision=folder.name)
     weights = [file for file in names if not file.startswith(("training_args", "optimizer", "scheduler", "rng_state"))]
     endings = {Path(file).suffix for file in weights}
-    if others := sorted(endings & {".gguf", ".onnx", ".h5", ".msgpack"}):
+    if ".gguf" in endings:
+        return f"{name} has its weights as GGUF: give the path of one .gguf file of it."
+    if others := sorted(endings & {".onnx", ".h5", ".msgpack"}):
         return f"{name} has its weights as {others[0]}, for other programs. Take the same model as safetensors."
     if endings & {".bin", ".pt", ".pth"}:
         return (

