@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float32
@@ -26,17 +25,13 @@ from refusallab.interventions import ablation, addition
 from refusallab.judging import Openings, refusal_openings, refuses
 from refusallab.measure import kl_divergence, refusal_metric
 from refusallab.model import (
-    Edit,
     Model,
     Prompt,
-    batches,
-    blocks,
     digest_of_weights,
     listed_prompts,
     logits,
-    trace_logits,
-    unchecked_logits,
 )
+from refusallab.prefix import PromptRuns
 
 HOOK = "resid_pre"  # candidates are block inputs
 OPERATION = "mean(harmful) - mean(harmless)"
@@ -122,7 +117,40 @@ def candidate_directions(
     return torch.where(difference.norm(dim=-1, keepdim=True) <= noise, 0.0, difference).float()
 
 
-@torch.no_grad()
+class Scorer:
+    """Scores any vector at any site on the same validation prompts. What no vector changes is computed once.
+
+    Bypass and KL come from one pass over all prompts; for induce the blocks before the vector's own are not run again,
+    since addition leaves them as they were.
+    """
+
+    def __init__(
+        self, m: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt], refusal_tokens: Sequence[int]
+    ) -> None:
+        harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
+        self.tokens, self.n = refusal_tokens, len(harmful)
+        self.base = logits(m, [*harmful, *harmless], batch_size=BATCH_SIZE)
+        self.all = PromptRuns(m, [*harmful, *harmless], BATCH_SIZE)
+        self.harmless = PromptRuns(m, harmless, BATCH_SIZE, streams=True)
+
+    def __call__(self, r: Float[Tensor, " width"], layer: int, position: int) -> Candidate:
+        """A zero vector does nothing, so its scores are those of the untouched model; NaN gives NaN."""
+        if not r.isfinite().all():
+            return Candidate(position, layer, math.nan, math.nan, math.nan)
+        if r.norm() == 0:
+            ablated, added = self.base, self.base[self.n :]
+        else:
+            ablated = self.all.logits(ablation(r))
+            added = self.harmless.logits_from(layer, addition(r, layer))
+        return Candidate(
+            position,
+            layer,
+            refusal_metric(ablated[: self.n], self.tokens).mean().item(),
+            refusal_metric(added, self.tokens).mean().item(),
+            kl_divergence(self.base[self.n :], ablated[self.n :]).mean().item(),
+        )
+
+
 def score_candidates(
     m: Model,
     vectors: Float[Tensor, "layers positions width"],
@@ -132,62 +160,17 @@ def score_candidates(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[Candidate]:
-    """Bypass, induce and KL of every candidate on validation prompts.
+    """Bypass, induce and KL of every candidate on validation prompts, as `Scorer` gives them.
 
-    Bypass and KL come from one pass over all prompts; for induce the blocks before the candidate's own are not run
-    again, since addition leaves them as they were.
-
-    vectors: as from `candidate_directions`. A zero vector does nothing, so its scores are those of the untouched model;
-    a vector with NaN gets NaN scores. `progress(n)` is called with the number that are done.
+    vectors: as from `candidate_directions`. `progress(n)` is called with the number that are done.
     """
-    harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
-    prompts, n = [*harmful, *harmless], len(harmful)
-    base, untouched_streams = logits(m, prompts, batch_size=BATCH_SIZE), _streams(m, harmless)
-    untouched = refusal_metric(base, refusal_tokens)
-    candidates = []
+    score, candidates = Scorer(m, harmful, harmless, refusal_tokens), []
     for layer in range(vectors.shape[0]):
         for index, position in enumerate(m.positions):
-            r = vectors[layer, index]
-            if not r.isfinite().all():
-                scores = (math.nan, math.nan, math.nan)
-            elif r.norm() == 0:
-                scores = (untouched[:n].mean().item(), untouched[n:].mean().item(), 0.0)
-            else:
-                ablated = unchecked_logits(m, prompts, edit=ablation(r), batch_size=BATCH_SIZE)
-                added = torch.empty_like(base[n:])
-                for rows, batch, streams in untouched_streams:
-                    added[rows] = trace_logits(m, batch, _from_block(layer, streams[layer], addition(r, layer))).cpu()
-                scores = (
-                    refusal_metric(ablated[:n], refusal_tokens).mean().item(),
-                    refusal_metric(added, refusal_tokens).mean().item(),
-                    kl_divergence(base[n:], ablated[n:]).mean().item(),
-                )
-            candidates.append(Candidate(position, layer, *scores))
+            candidates.append(score(vectors[layer, index], layer, position))
             if progress:
                 progress(len(candidates))
     return candidates
-
-
-@torch.no_grad()
-def _streams(m: Model, prompts: Sequence[Prompt]) -> list[tuple[list[int], dict[str, Tensor], Tensor]]:
-    """Batches of prompts and all that enters their blocks: (rows, encoded batch, [layers, batch, seq, width])."""
-    result, nn = [], m.nn
-    for rows, batch in batches(m, prompts, BATCH_SIZE):
-        with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
-            streams = torch.stack([block.input for block in blocks(nn)]).save()
-        result.append((rows, batch, streams))
-    return result
-
-
-def _from_block(layer: int, stream: Float[Tensor, "batch seq width"], edit: Edit) -> Edit:
-    """The edit, in a forward pass that starts at block `layer` with a stream known from before."""
-
-    def resumed(nn: Any) -> None:
-        for block in blocks(nn)[:layer]:
-            block.skip(stream)
-        edit(nn)
-
-    return resumed
 
 
 def discarded_because(candidate: Candidate, n_layers: int) -> str | None:

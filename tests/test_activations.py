@@ -17,7 +17,6 @@ def hooked_residual(hooks, hf, batch, **sites):
     return torch.stack(record, 1)
 
 
-@pytest.mark.slow
 def test_equals_hooks(m, hooks, prompts):
     expected = hooked_residual(hooks, m.hf, encode(m, prompts))
     got = residual(m, prompts)

@@ -61,7 +61,6 @@ def plain_losses(m, case, candidates):
 
 
 class TestStep:
-    @pytest.mark.slow
     def test_gradient_is_that_of_a_one_hot_matrix(self, m):
         case, suffix = case_of(m)
         gradient, _ = gcg.token_gradient(m, case, suffix)

@@ -16,7 +16,6 @@ def has_post_norm(m):
     return post_norm(blocks(m.hf)[0])[0] is not None
 
 
-@pytest.mark.slow
 def test_the_parts_add_up_to_the_projection_at_every_layer(m, prompts, r):
     if has_post_norm(m):
         with pytest.raises(RefusalLabError, match="no share of their own"):
@@ -61,13 +60,11 @@ def test_the_length_of_the_direction_does_not_matter(model_of, prompts, r):
     torch.testing.assert_close(cosine_trace(m, prompts, 5 * r), cosine_trace(m, prompts, r))
 
 
-@pytest.mark.slow
 def test_the_trace_is_the_cosine_at_every_block_input(m, prompts, r):
     x = residual(m, prompts, positions=[-1])[:, :, 0]
     torch.testing.assert_close(cosine_trace(m, prompts, r), (x @ r) / (x.norm(dim=-1) * r.norm()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_attention_is_that_of_transformers_and_the_model_stays_as_it_was(m, prompts):
     before = m.hf.config._attn_implementation
     weights = attention_from_last(m, prompts)

@@ -175,7 +175,6 @@ class TestAttacks:
         quick, frozen = prompts(capstone.quick_trial()), prompts(capstone.frozen_trial())
         assert len(quick) > 80 and len(frozen) > 240 and not quick & frozen
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
     def test_every_attack_reaches_the_defence(self, attack):
         defence, items = Recorder(), bundled("harmful_val")[:2]

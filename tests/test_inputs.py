@@ -183,7 +183,6 @@ def test_what_is_no_flag_is_named_with_its_place(wrong):
             run([True, False, wrong])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", [encode, logits, generate, residual])
 @pytest.mark.parametrize(
     ("prompts", "message"),

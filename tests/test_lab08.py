@@ -61,7 +61,6 @@ def test_the_explorer_counts_who_is_blocked_where_harm_is_rare():
     assert "0.95" in explorer.static  # at 2 % false alarms and 1 in 1000: 0.02 * 0.999 / (0.001 + 0.02 * 0.999)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("exercise", lab08.EXERCISES, ids=lambda e: e.number)
 def test_the_cases_tell_the_reference_from_a_guess(exercise):
     assert run_cases(find_exercise(exercise.number), exercise.reference, 11).passed

@@ -104,7 +104,6 @@ def replicated(model_of, r, monkeypatch):
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "value", "fails"),
     [

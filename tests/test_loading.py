@@ -310,7 +310,6 @@ def codes_without_scales(tensors):
         tensors[key] = tensors[key].float()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -458,7 +457,6 @@ def pictures(folder):
     config.save_pretrained(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [

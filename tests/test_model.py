@@ -88,7 +88,6 @@ def copy_of_saved(saved, tmp_path):
 # Parts
 
 
-@pytest.mark.slow
 def test_parts_are_found_in_the_model_and_in_its_nnsight_view(m):
     assert len(blocks(m.hf)) == len(blocks(m.nn)) == m.n_layers == 3
     assert (m.width, m.vocab_size, m.device) == (32, 400, torch.device("cpu"))
@@ -486,7 +485,7 @@ def test_catalogue():
     entries = catalog()
     bundled = [e for e in entries.values() if e.kind == "bundled"]
     hub = [e for e in entries.values() if e.kind == "hub"]
-    assert len(bundled) == 8 and len(hub) == 8
+    assert len(bundled) == 8 and len(hub) == 11
     assert all(e.role and e.architecture and e.seed is not None for e in bundled)
     assert all(e.id.count("/") == 1 and e.parameters and e.license and e.memory_gb and e.dtype for e in hub)
     assert {e.id for e in hub if e.gated} == {"meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it"}
@@ -592,7 +591,6 @@ def no_template(folder):
     (folder / "chat_template.jinja").unlink()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -179,14 +179,12 @@ def test_a_cell_may_use_an_answer_through_solved(good, problems):
     assert problems(good) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("term", TERMS)
 def test_the_right_term_is_right(good, problems, term):
     good.cells.append(markdown(f"About {term}, `{term}`."))
     assert problems(good) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["setup", "header", "hints", "answer", "check", "question", "written", "rubric"])
 def test_a_missing_cell_is_found(good, problems, name):
     del good.cells[first(good, name)]

@@ -69,13 +69,11 @@ def progress_file(tmp_path, monkeypatch):
     monkeypatch.setenv("REFUSALLAB_PROGRESS", str(tmp_path / "progress.sqlite"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", COVERS)
 def test_a_function_of_the_course_is_known_under_any_cover(name):
     assert course_code(COVERS[name]) == "refusallab.directions.difference_in_means"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("e", every_exercise(), ids=lambda e: e.number)
 def test_every_reference_is_known(e):
     assert course_code(e.reference).startswith("refusallab.")

@@ -177,7 +177,6 @@ def test_text_is_legible(figure):
                 assert max(ratio, 1 / ratio) >= 4.5, text.get_text()
 
 
-@pytest.mark.slow
 def test_texts_of_cells_stay_in_their_cells(figure):
     for axis in (axis for axis in drawn(figure) if axis.images):
         (x0, y0), (x1, y1) = axis.transData.transform([(0, 0), (1, 1)])

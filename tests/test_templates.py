@@ -109,7 +109,6 @@ def test_a_thought_that_the_template_opens_is_closed_with_a_warning(make, opens,
     assert m.tokenizer.decode(ids[list(m.positions)]).endswith(f"{closes}\n\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["<think>\n\n</think>\n\n", "[THINK][/THINK]", ""])
 @pytest.mark.parametrize("prompt", ["Name a river", "What does <think> do?", "<think>"])
 def test_closed_thoughts_and_quoted_tags_stay_as_they_are(make, tail, prompt):

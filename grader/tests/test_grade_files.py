@@ -116,7 +116,6 @@ CLASSES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("around", ["", "submissions/", "CS101-Lab 02-4711/", "Lab 02/late/"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_everybody_in_a_class_is_found(tmp_path, kind, around):
@@ -161,7 +160,6 @@ CLASS_OF = {  # bob's and mallory's folders
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", CLASS_OF)
 @pytest.mark.parametrize("forged", FORGED)
 def test_nobody_hands_in_for_another(tmp_path, shape, forged):

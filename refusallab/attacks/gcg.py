@@ -26,6 +26,7 @@ from refusallab.defence import Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.model import Model, Prompt, embedding, encode, ids_of, listed_prompts, render
+from refusallab.prefix import for_rows
 from refusallab.prompts import Item
 
 Penalty = Callable[[list[Prompt]], Tensor]
@@ -130,7 +131,7 @@ def token_gradient(m: Model, case: SuffixPrompt, suffix: Tensor) -> tuple[Tensor
         return embedded[0]
 
     ids = torch.cat([suffix, case.after_ids, case.target_ids[:-1]])[None]  # [1, s + after + target - 1]
-    cache = _share(case.cache, 1, len(case.before_ids))
+    cache = for_rows(case.cache, 1, len(case.before_ids))
     handle = table.register_forward_hook(make_leaf)
     try:
         with torch.enable_grad():
@@ -229,7 +230,7 @@ def candidate_losses(
     for rows in first.argsort(descending=True, stable=True).split(batch_size):
         shared = int(first[rows].min())  # all of these begin with the first `shared` tokens of the suffix
         ids = torch.cat([candidates[rows, shared:], ends.repeat(len(rows), 1)], 1)
-        logits = _target_logits(m, case, ids, _share(cache, len(rows), len(case.before_ids) + shared))
+        logits = _target_logits(m, case, ids, for_rows(cache, len(rows), len(case.before_ids) + shared))
         targets = case.target_ids.repeat(len(rows), 1)  # [rows, target]
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
         losses[rows] = loss.nan_to_num(torch.inf, torch.inf)  # one that overflows is never the best
@@ -243,15 +244,6 @@ def _target_logits(m: Model, case: SuffixPrompt, ids: Tensor, cache: DynamicCach
     return m.hf(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=len(case.target_ids)
     ).logits.float()
-
-
-def _share(cache: DynamicCache, n: int, length: int) -> DynamicCache:
-    """The first `length` positions of a cache of one row, for n rows. The new cache grows by itself."""
-    shared = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        keys, values = (x.detach()[:, :, :length].expand(n, -1, -1, -1) for x in (layer.keys, layer.values))
-        shared.update(keys, values, i)
-    return shared
 
 
 # ---------------------------------------------------------------------------------------------------------
