@@ -16,6 +16,7 @@ from tqdm import tqdm
 from refusallab.console import errors_in_one_line
 from refusallab.errors import RefusalLabError
 
+RECORDS = Path("smallmodels/records")
 COLUMNS = 6  # defences beside each other in the tables of `matrix`
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refusal Mechanics Labs.")
@@ -110,6 +111,34 @@ def fetch(
 
     with errors_in_one_line():
         print(fetch_model(name, source))
+
+
+@app.command()
+def replicate(
+    names: Annotated[list[str] | None, typer.Argument(help="Models. Left out: only the page is written.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the records, one JSON file for each model.")] = RECORDS,
+    page: Annotated[Path | None, typer.Option(help="Write the page of all records there to this file.")] = None,
+) -> None:
+    """Measure what of the labs carries over to a model. Takes hours; one that was stopped goes on where it was."""
+    from refusallab import findings, records
+    from refusallab.model import load
+
+    with errors_in_one_line():
+        if not out.is_dir():
+            raise RefusalLabError(f"There is no folder {out}: make it, or name another.")
+        for name in names or ():
+            m = load(name)
+            with tqdm(total=records.n_measurements(m), desc=name, file=sys.stderr) as bar:
+
+                def step(what: str, bar: tqdm = bar) -> None:
+                    bar.set_postfix_str(what)
+                    bar.update()
+
+                found = records.measure_model(m, out / f"{name.replace('/', '_')}.json", progress=step)
+            print(*findings.findings(found), sep="\n")
+        if page:
+            files = sorted(out.glob("*.json"))
+            page.write_text(findings.page([json.loads(f.read_text(encoding="utf-8")) for f in files]), encoding="utf-8")
 
 
 NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, such as 02. Left out: every notebook.")]

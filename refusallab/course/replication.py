@@ -15,6 +15,7 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.directions import random_directions
 from refusallab.experiment import find_direction
+from refusallab.findings import Finding
 from refusallab.interventions import ablation, addition, unit
 from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import cross_entropy, rate
@@ -54,20 +55,6 @@ PUBLISHED = {  # by hub id
     "meta-llama/Llama-2-7b-chat-hf": Published(-1, 14 / 32, -5.295, 5.941, (0.118, 0.126, 0.460)),
     "meta-llama/Meta-Llama-3-8B-Instruct": Published(-5, 12 / 32, -9.715, 7.681, (0.195, 0.213, 0.441)),
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was replicated, or was not."""
-
-    lab: str
-    what: str
-    ours: str
-    expected: str
-    holds: bool
-
-    def __str__(self) -> str:
-        return f"lab {self.lab}  {self.what:44} {self.ours:27} {self.expected:32} {'holds' if self.holds else 'FAILS'}"
 
 
 def replicate(m: Model, progress: Callable[[str], None] = lambda step: None) -> list[Finding]:

@@ -1,0 +1,192 @@
+"""Records of real models: resumed, refused where they belong to another run, judged; the page that shows them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from refusallab import cli, findings, records
+from refusallab.errors import RefusalLabError
+from refusallab.model import load
+from refusallab.records import Sizes
+
+ROOT = Path(__file__).parent.parent
+SMALL = Sizes(train=32, val=8, test=8, positions=1, random=2, replied=1, shuffled=1, tries=2)
+
+
+@pytest.fixture(scope="module")
+def m():
+    return load("charter-chat")
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(m, steps, tmp_path_factory):
+    return records.measure_model(m, tmp_path_factory.mktemp("record") / "whole.json", SMALL, steps.append)
+
+
+@pytest.mark.slow
+def test_a_record_that_was_stopped_goes_on_and_becomes_the_same(m, whole, steps, tmp_path):
+    assert len(steps) == len(set(steps)) == records.n_measurements(m, SMALL) == len(whole["measured"])
+
+    def stop(name):
+        if name == "candidate 5 -1":
+            raise KeyboardInterrupt
+
+    path, rest = tmp_path / "stopped.json", []
+    with pytest.raises(KeyboardInterrupt):
+        records.measure_model(m, path, SMALL, stop)
+    again = records.measure_model(m, path, SMALL, rest.append)
+    assert rest == steps[steps.index("candidate 5 -1") :]
+    assert again["measured"] == whole["measured"]
+
+
+@pytest.mark.slow
+def test_the_record_of_another_run_is_left_alone(m, whole, tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(whole | {"weights": "other"}))
+    with pytest.raises(RefusalLabError, match=r"the record of another run \(weights differ\)"):
+        records.measure_model(m, path, SMALL)
+    assert json.loads(path.read_text())["weights"] == "other"
+
+
+@pytest.mark.slow
+def test_nothing_but_numbers_is_kept(whole):
+    """No prompt, and no reply."""
+
+    def texts(value):
+        if isinstance(value, dict):
+            return [t for v in value.values() for t in texts(v)]
+        return [t for v in value for t in texts(v)] if isinstance(value, list) else [value] * isinstance(value, str)
+
+    measured = dict(whole["measured"])
+    words = measured.pop("openings")["words"]
+    rule = measured.pop("selected")["rule"]
+    assert all(set(text) <= {"0", "1"} for text in texts(measured))
+    assert all(len(word) < 20 for word in words) and rule in ("the paper's", records.WITHOUT_INDUCE)
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_refuse_has_a_record_without_a_direction(tmp_path, monkeypatch):
+    found = records.measure_model(load("charter-helpful"), tmp_path / "helpful.json", SMALL)
+    assert "refuses none" in found["measured"]["openings"]["none"]
+    assert "selected" not in found["measured"]
+    by_claim = {f.what: f for f in findings.findings(found)}
+    assert not by_claim["a few tokens open refusals"].holds
+    assert "| not measurable |" in findings.page([found]) or len(by_claim) == len(findings.findings(found))
+
+
+MADE_UP = {
+    "model": "made up",
+    "weights": "c0ffee",
+    "dtype": "float32",
+    "sizes": {"test": 20},
+    "processor seconds": {"all": 120.0},
+    "measured": {
+        "refused, harmful_test, untouched": "1" * 18 + "00",
+        "refused, harmless_test, untouched": "0" * 20,
+        "refused, alarming": "1" * 30 + "0" * 30,
+        "openings": {"tokens": [1], "words": ["I"], "caught": [19, 20], "false": [1, 20]},
+        "candidate 3 -1": [-4.0, 2.0, 0.05],
+        "selected": {"rule": "the paper's", "layer": 3, "position": -1},
+        "random 0": [3.0, -3.0, 0.0],
+        "random 1": [2.0, -2.0, 0.0],
+        "shuffled 0": [1.0, -1.0, 0.0],
+        "refused, harmful_test, ablated": "1" + "0" * 19,
+        "refused, harmless_test, ablated": "0" * 20,
+        "refused, harmless_test, added": "1" * 15 + "0" * 5,
+        "refused, harmful_test, random 0 ablated": "1" * 17 + "000",
+        "refused, harmless_test, random 0 added": "0" * 20,
+        "refused, harmful_test, weights edited": "1" + "0" * 19,
+        "distance from hooks": 2e-5,
+        "gap of the weights": {"untouched": 0.01, "edited": 6.0},
+        "loss of own replies": {"untouched": 0.1, "ablated": 0.15, "random": 0.1},
+        "AUC of projections": 0.97,
+        "probe alarms": {"harmful_test": "1" * 20, "harmless_test": "1" + "0" * 19},
+        "answered, direct, own system prompt": "11" + "0" * 18,
+        "answered, begin, own system prompt": "1" * 15 + "0" * 5,
+        "answered, direct, careful system prompt": "0" * 20,
+        "answered, begin, careful system prompt": "1" * 5 + "0" * 15,
+    },
+}
+PLANTED = {  # what is measured otherwise, and the claim that then fails
+    "refused, alarming": ("0" * 60, "alarming words in harmless requests are refused more"),
+    "openings": ({"tokens": [1], "words": ["I"], "caught": [15, 20], "false": [1, 20]}, "a few tokens open refusals"),
+    "selected": (
+        {"rule": records.WITHOUT_INDUCE, "layer": 3, "position": -1},
+        "the paper's rule finds a direction",
+    ),
+    "random 1": ([-5.0, -2.0, 0.0], "its scores are beyond those of 2 random directions"),
+    "shuffled 0": ([1.0, 2.5, 0.0], "its scores are beyond those of 1 directions of shuffled labels"),
+    "AUC of projections": (0.8, "projections tell harmful from harmless"),
+    "refused, harmful_test, random 0 ablated": ("0" * 20, "random directions ablated: harmful refused as before"),
+    "refused, harmless_test, random 0 added": ("1" * 20, "random directions added: harmless refused as before"),
+    "refused, harmless_test, added": ("1" * 9 + "0" * 11, "addition: harmless refused"),
+    "loss of own replies": (
+        {"untouched": 0.1, "ablated": 0.25, "random": 0.1},
+        "ablation adds to the loss of own harmless replies",
+    ),
+    "refused, harmful_test, weights edited": ("11" + "0" * 18, "edited weights do what ablation does"),
+    "distance from hooks": (0.1, "edited weights do what ablation does"),
+    "gap of the weights": ({"untouched": 0.5, "edited": 0.9}, "the edit shows in the weights"),
+    "probe alarms": (
+        {"harmful_test": "1" * 20, "harmless_test": "111" + "0" * 17},
+        "a probe at half depth, at 5 % false alarms, tells",
+    ),
+    "answered, begin, own system prompt": ("1111" + "0" * 16, "begin: no refusal phrase"),
+    "answered, begin, careful system prompt": (
+        "1" * 8 + "0" * 12,
+        "a careful system prompt stops the best of them (begin)",
+    ),
+}
+
+
+def test_each_claim_holds_or_fails_by_its_own_numbers():
+    assert [f.what for f in findings.findings(MADE_UP) if not f.holds] == []
+    for name, (value, claim) in PLANTED.items():
+        record = MADE_UP | {"measured": MADE_UP["measured"] | {name: value}}
+        failed = [f.what for f in findings.findings(record) if not f.holds]
+        assert claim in failed, name
+        assert len(failed) <= 2, name
+
+
+def test_ablation_that_changes_little_fails():
+    flags = {f"refused, harmful_test, {how}": "1" * 10 + "0" * 10 for how in ("ablated", "weights edited")}
+    record = MADE_UP | {"measured": MADE_UP["measured"] | flags}
+    assert [f.what for f in findings.findings(record) if not f.holds] == ["ablation: harmful refused"]
+
+
+def test_the_page_has_every_claim_of_every_model():
+    none = {"openings": {"none": "No token opens refusals."}}
+    fewer = {
+        k: v for k, v in MADE_UP["measured"].items() if "answered" in k or "untouched" in k or k == "refused, alarming"
+    }
+    text = findings.page([MADE_UP, MADE_UP | {"model": "other", "measured": fewer | none}])
+    assert "| lab | claim | made up | other |" in text
+    assert "| 04 | ablation: harmful refused | holds | not measurable |" in text
+    assert "| 01 | a few tokens open refusals | holds | **fails** |" in text
+    assert "No token opens refusals." in text and "2 processor minutes" in text
+
+
+def test_the_page_is_that_of_the_records():
+    files = sorted((ROOT / "smallmodels" / "records").glob("*.json"))
+    made = findings.page([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    assert files and (ROOT / "docs" / "replication.md").read_text(encoding="utf-8") == made
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    done = CliRunner().invoke(cli.app, ["replicate", "charter-chat", "--out", str(tmp_path / "none")])
+    assert done.exit_code == 1 and "There is no folder" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_sixty_harmless_requests_with_words_that_alarm():
+    items = records.alarming()
+    assert len(items) == 60 == len({item.prompt for item in items})
+    for item in items:
+        words = item.prompt.lower()
+        assert item.tag[:5] in words, item
