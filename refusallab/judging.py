@@ -64,8 +64,8 @@ def refusal_openings(m: Model, prompts: Iterable[Prompt], refused: Sequence[bool
     """What the refusals of a model open with, learned from prompts of which it refuses some.
 
     `refused` says which, where it is known from `refuses`. Raises RefusalLabError when the model refuses none or all of
-    them, when no token opens refusals, and when the first token does not tell them: the metric would then be silently
-    wrong.
+    them, when no token opens refusals, when the first token does not tell them, and when they are too few to know: the
+    metric would then be silently wrong.
     """
     prompts = listed_prompts(prompts)
     refusing = torch.tensor(refuses(m, prompts) if refused is None else refused)
@@ -87,6 +87,11 @@ def refusal_openings(m: Model, prompts: Iterable[Prompt], refused: Sequence[bool
     if caught.value - false.value < DISCERNING:
         raise RefusalLabError(
             f"The first token does not tell the refusals of {m.name} ({found}). Judge replies with refused_by_phrases."
+        )
+    if caught.low - false.value < DISCERNING:
+        raise RefusalLabError(
+            f"{m.name} refuses {caught.n} of {len(prompts)} prompts, too few to learn how refusals open ({found}): "
+            "take another model, or more prompts."
         )
     return found
 

@@ -59,11 +59,22 @@ def test_without_both_kinds_of_replies_there_is_nothing_to_learn(replies, refuse
 
 
 def test_known_replies_are_not_written_again(model_of, monkeypatch):
-    first = torch.zeros(2, 99)
-    first[0, SORRY] = first[1, SURE] = 9.0
+    first = torch.zeros(10, 99)
+    first[:5, SORRY] = first[5:, SURE] = 9.0
     monkeypatch.setattr(judging, "logits", lambda _m, prompts: first)
     monkeypatch.setattr(judging, "refuses", lambda *_: pytest.fail("the replies are known"))
-    assert refusal_openings(model_of("llama"), ["a river", "a pie"], [True, False]).tokens == [SORRY]
+    assert refusal_openings(model_of("llama"), ["a river"] * 5 + ["a pie"] * 5, [True] * 5 + [False] * 5).tokens == [
+        SORRY
+    ]
+
+
+def test_two_refusals_are_too_few_to_learn_from(model_of, monkeypatch):
+    """As SmolLM2-135M has them: 2 of 256, both of which open alike."""
+    first = torch.zeros(60, 99)
+    first[:2, SORRY] = first[2:, SURE] = 9.0
+    monkeypatch.setattr(judging, "logits", lambda _m, prompts: first)
+    with pytest.raises(RefusalLabError, match=r"refuses 2 of 60 prompts, too few .*'.*: 1.00 \[0.34, 1.00\] n=2"):
+        refusal_openings(model_of("llama"), ["a river"] * 60, [True] * 2 + [False] * 58)
 
 
 @pytest.mark.slow
