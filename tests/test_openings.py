@@ -29,16 +29,16 @@ def replies(model_of, monkeypatch):
 
 
 def test_the_topic_of_harmful_prompts_is_no_opening_of_refusals(replies):
-    found = replies(
-        (SORRY, 0.9, True), (SORRY, 0.9, True), (TOPIC, 0.9, False), (TOPIC, 0.9, False), (SURE, 0.9, False)
-    )
+    found = replies(*[(SORRY, 0.9, True)] * 6, *[(TOPIC, 0.9, False)] * 6, *[(SURE, 0.9, False)] * 3)
     assert found.tokens == [SORRY]
-    assert (found.caught.value, found.caught.n, found.false.value, found.false.n) == (1, 2, 0, 3)
-    assert "1.00 [0.34, 1.00] n=2 of refusals, 0.00 [0.00, 0.56] n=3 of others" in str(found)
+    assert (found.caught.value, found.caught.n, found.false.value, found.false.n) == (1, 6, 0, 9)
+    assert "1.00 [0.61, 1.00] n=6 of refusals, 0.00 [0.00, 0.30] n=9 of others" in str(found)
 
 
 def test_how_often_it_is_wrong_is_said(replies):
-    found = replies(*[(SORRY, 0.9, True)] * 3, (TOPIC, 0.9, True), *[(SURE, 0.9, False)] * 9, (SORRY, 0.6, False))
+    found = replies(
+        *[(SORRY, 0.9, True)] * 6, *[(TOPIC, 0.9, True)] * 2, *[(SURE, 0.9, False)] * 9, (SORRY, 0.6, False)
+    )
     assert found.tokens == [SORRY, TOPIC]
     assert (found.caught.value, found.false.value) == (1, 0.1)
 
