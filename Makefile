@@ -3,7 +3,7 @@
 #   make develop    what teachers and authors need    make demo    the headline experiment
 #   make check      lint, format, types               make test    every test that needs no special part
 #   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
-#   make test-sandbox, test-browser, test-nightly, test-cpu      make test-all
+#   make test-sandbox, test-browser, test-nightly, test-real, test-cpu      make test-all
 # PYTHON names the interpreter that creates .venv: make setup PYTHON=python3.12
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: setup develop lab demo check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
-	test-nightly test-cpu test-colab test-all check-links
+	test-nightly test-real test-cpu test-colab test-all check-links
 
 setup: $(VENV)/.students
 develop: $(VENV)/.developers
@@ -88,6 +88,10 @@ test-browser: develop
 test-nightly: develop
 	$(PYTEST) -n 2 -m nightly $(TESTS)
 
+# A pretrained model, fetched where it is not on this computer yet.
+test-real: develop
+	$(PYTEST) -m real tests
+
 test-cpu: develop
 	$(PYTEST) -m cpu tests
 
@@ -100,4 +104,4 @@ check-links: develop
 	$(INSTALL) '.[links]'
 	$(RUN) pytest --check-links --check-links-ignore 'https://colab.*' *.md docs solutions smallmodels/*.md
 
-test-all: test test-sandbox test-browser test-nightly test-cpu
+test-all: test test-sandbox test-browser test-nightly test-real test-cpu

@@ -360,6 +360,7 @@ class TestMake:
                     "-m sandbox and not nightly",
                     "-m browser",
                     "-m nightly",
+                    "-m real",
                     "-m cpu",
                 ],
             ),

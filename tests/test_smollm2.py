@@ -1,0 +1,48 @@
+"""A pretrained model as it is: it loads, hooks equal weights, and no direction comes of a model that hardly refuses."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from refusallab.errors import RefusalLabError
+from refusallab.judging import refusal_openings
+from refusallab.model import generate, is_on_disk, load
+from refusallab.orthogonalization import distance_from_hooks, orthogonalize
+from refusallab.records import alarming
+
+pytestmark = pytest.mark.real
+
+NAME = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def m():
+    if not is_on_disk(NAME):
+        command = [sys.executable, "-m", "refusallab.cli", "fetch", NAME]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{NAME} was not fetched within two minutes; the next try goes on where this one stopped")
+        if done.returncode:
+            pytest.skip(done.stderr.strip().rpartition("\n")[2])
+    return load(NAME)
+
+
+def test_it_speaks(m):
+    assert m.positions == (-6, -5, -4, -3, -2, -1) and m.equivalence == "untie"
+    assert "Paris" in generate(m, ["What is the capital of France?"], max_new_tokens=12)[0]
+
+
+def test_hooks_equal_weights(m):
+    r = torch.randn(m.width, generator=torch.Generator().manual_seed(0))
+    prompts = [item.prompt for item in random.Random(0).sample(alarming(), 8)]
+    assert distance_from_hooks(m, orthogonalize(m, r), r, prompts) < 1e-3
+
+
+def test_without_refusals_there_is_a_clear_error(m):
+    prompts = [item.prompt for item in alarming()][:24]
+    with pytest.raises(RefusalLabError, match="refuses none of 24 prompts"):
+        refusal_openings(m, prompts)
