@@ -4,7 +4,6 @@ import pytest
 import torch
 from test_directions import HARMFUL, HARMLESS, TOKENS, hooked_scores
 
-from conftest import ARCHITECTURES, TEMPLATE
 from refusallab import directions, prefix
 from refusallab.interventions import ablation
 from refusallab.model import encode, unchecked_logits, wrap
@@ -14,13 +13,20 @@ pytestmark = pytest.mark.slow
 SYSTEM = "<|start|>system\nList three tools and name a river in the north.<|end|>\n"
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def m(request, make):
-    """A model whose template has a system prompt."""
-    return wrap(make.hf(request.param), make.tokenizer(template=SYSTEM + TEMPLATE), request.param)
+@pytest.fixture
+def spoken(make):
+    """spoken("llama"): a model of that architecture whose template has a system prompt."""
+
+    def get(architecture):
+        tokenizer = make.tokenizer()
+        tokenizer.chat_template = SYSTEM + tokenizer.chat_template
+        return wrap(make.hf(architecture), tokenizer, architecture)
+
+    return get
 
 
-def test_scores_equal_plain_hooks(m, hooks):
+def test_scores_equal_plain_hooks(m, spoken, hooks):
+    m = spoken(m.name)
     vectors = directions.candidate_directions(m, HARMFUL, HARMLESS)
     score = directions.Scorer(m, HARMFUL, HARMLESS, TOKENS)
     assert (score.all.shared.shape[1] >= prefix.WORTH) == (
@@ -31,7 +37,8 @@ def test_scores_equal_plain_hooks(m, hooks):
         assert (c.bypass, c.induce, c.kl) == pytest.approx(hooked_scores(m, hooks, vectors[layer, -1], layer), abs=1e-4)
 
 
-def test_batches_of_other_lengths_keep_their_order(m):
+def test_batches_of_other_lengths_keep_their_order(m, spoken):
+    m = spoken(m.name)
     edit, prompts = ablation(torch.randn(m.width)), [*HARMFUL, *HARMLESS]
     for size in (2, 64):
         runs = prefix.PromptRuns(m, prompts, size)
@@ -40,8 +47,8 @@ def test_batches_of_other_lengths_keep_their_order(m):
         )
 
 
-def test_what_is_shared_is_the_whole_common_beginning_and_no_more(make):
-    m = wrap(make.hf("llama"), make.tokenizer(template=SYSTEM + TEMPLATE))
+def test_what_is_shared_is_the_whole_common_beginning_and_no_more(spoken):
+    m = spoken("llama")
     shared = prefix.shared_tokens(m, HARMFUL)
     assert m.tokenizer.decode(shared[0]).startswith(SYSTEM)
     assert all(shared.shape[1] < row.sum() for row in encode(m, HARMFUL)["attention_mask"])
