@@ -50,17 +50,17 @@ REPAIRS = ("untie", "positions", "biases", "gain")  # what the textbook edit lea
 
 
 @torch.no_grad()
-def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str] = ()) -> Model:
+def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str] = (), sharing: bool = False) -> Model:
     """A copy of m in which nothing writes r: embeddings, attention outputs, MLP outputs and their biases.
 
-    All other weights are shared with m, not copied.
 
     A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind a post-norm
     y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never receives r; the
     norm then rescales the rest, so equality with hooks is not promised there. In the end a prompt is run to see
     that no block reads anything along r. Raises RefusalLabError with the block if one does.
 
-    `skip` leaves out some of REPAIRS, to see what each is for. Without all four this is the textbook edit.
+    `skip` leaves out some of REPAIRS, to see what each is for. Without all four this is the textbook edit. `sharing`
+    copies only what is edited, which saves memory; change no weight of such a copy, because m may have the same.
     """
     if m.remote is True:
         raise RefusalLabError("A remote model has no weights here: use ablation(r) instead, or load it locally.")
@@ -69,7 +69,7 @@ def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str]
     r = unit(r).to(m.device)
     if r.shape != (m.width,):
         raise RefusalLabError(f"The direction has shape {list(r.shape)} but {m.name} needs [{m.width}].")
-    hf = _with_own_writers(m.hf)
+    hf = _with_own_writers(m.hf) if sharing else copy.deepcopy(m.hf)
     biases = "biases" not in skip
     if "untie" not in skip:
         _untie(hf)

@@ -258,7 +258,7 @@ def _edits(s: Study) -> None:
     for k, other in enumerate(norm_matched(r, s.sizes.replied, seed=1)):
         s.refused(f"random {k} ablated", "harmful_test", ablation(other))
         s.refused(f"random {k} added", "harmless_test", addition(other, layer))
-    edited = orthogonalize(s.m, r)
+    edited = orthogonalize(s.m, r, sharing=True)
     s.refused("weights edited", "harmful_test", m=edited)
     harmless = s.prompts("harmless_test")
     s.once("distance from hooks", lambda: _short(distance_from_hooks(s.m, edited, r, s.prompts("harmful_test")[:8])))

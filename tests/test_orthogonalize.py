@@ -102,6 +102,18 @@ def test_the_original_is_untouched_and_its_hooks_still_work(m, prompts, r):
 
 
 @pytest.mark.slow
+def test_a_copy_that_shares_is_the_same_model_and_holds_less(m, prompts, r):
+    weights = copy.deepcopy(m.hf.state_dict())
+    whole, sharing = orthogonalize(m, r), orthogonalize(m, r, sharing=True)
+    assert torch.equal(logits(sharing, prompts), logits(whole, prompts))
+    assert all(torch.equal(value, weights[key]) for key, value in m.hf.state_dict().items())
+    places = {p.data_ptr() for p in m.hf.parameters()}
+    own = [name for name, p in sharing.hf.named_parameters() if p.data_ptr() not in places]
+    assert 0 < len(own) < len(list(m.hf.parameters()))
+    assert not any(p.data_ptr() in places for p in whole.hf.parameters())
+
+
+@pytest.mark.slow
 def test_twice_is_once(m, prompts, r):
     once = orthogonalize(m, r)
     again = orthogonalize(once, 2 * r)
