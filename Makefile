@@ -64,8 +64,9 @@ NOTEBOOKS := JUPYTER_PATH=$(CURDIR)/refusallab/sandbox $(PYTEST) $(NBVAL)
 
 test: test-fast test-slow test-notebooks
 
+# One worker: a second one would import everything once more, which takes a third of the time.
 test-fast: develop
-	$(PYTEST) $(PARALLEL) -m "not (slow or $(SPECIAL))" $(TESTS)
+	$(PYTEST) -m "not (slow or $(SPECIAL))" $(TESTS)
 
 test-slow: develop
 	$(PYTEST) $(PARALLEL) -m "slow and not ($(SPECIAL))" $(TESTS)

@@ -66,6 +66,8 @@ ARCHITECTURES = {
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
 }
 
+QUICK = ("llama", "gpt2", "gemma2")  # plain; learned positions, biases, a tied head; post-norms
+
 
 def make_tokenizer(template=TEMPLATE, special=("<|start|>", "<|end|>"), eos="<|end|>", bos=None):
     """A byte-level BPE tokenizer, trained here. Special tokens: padding, then `special`."""
@@ -150,9 +152,9 @@ def save(model_of, tmp_path_factory):
     return to_disk
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
 def m(request, model_of):
-    """A Model; the test runs once for each architecture."""
+    """A Model; the test runs once for each architecture, the fast tier on QUICK alone."""
     return model_of(request.param)
 
 

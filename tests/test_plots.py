@@ -144,6 +144,7 @@ def test_one_legend_names_every_series_once_and_covers_no_panel(figure):
     assert all(box.y0 >= axis.get_window_extent().y1 - 1 for axis in drawn(figure))
 
 
+@pytest.mark.slow
 def test_colours_are_those_of_the_palette_or_greys(figure):
     palette = {colors.to_rgb(colour) for colour in style.PALETTE}
     for axis in drawn(figure):
@@ -157,6 +158,7 @@ def test_colours_are_those_of_the_palette_or_greys(figure):
         assert {image.get_cmap().name.removesuffix("_r") for image in axis.images} <= {"viridis", "PuOr", "Blues"}
 
 
+@pytest.mark.slow
 def test_text_is_legible(figure):
     """No text is smaller than 7.5 points, and what is written on a colour has a contrast of at least 4.5."""
 
@@ -177,6 +179,7 @@ def test_text_is_legible(figure):
                 assert max(ratio, 1 / ratio) >= 4.5, text.get_text()
 
 
+@pytest.mark.slow
 def test_texts_of_cells_stay_in_their_cells(figure):
     for axis in (axis for axis in drawn(figure) if axis.images):
         (x0, y0), (x1, y1) = axis.transData.transform([(0, 0), (1, 1)])

@@ -155,6 +155,13 @@ def test_each_claim_holds_or_fails_by_its_own_numbers():
         assert len(failed) <= 2, name
 
 
+def test_a_model_that_answers_everything_cannot_be_broken():
+    changed = {"answered, direct, own system prompt": "1" * 20}
+    found = findings.findings(MADE_UP | {"measured": MADE_UP["measured"] | changed})
+    assert {f.what: f.holds for f in found}["begin: no refusal phrase"] is None
+    assert "not measurable" in str(next(f for f in found if f.holds is None))
+
+
 def test_ablation_that_changes_little_fails():
     flags = {f"refused, harmful_test, {how}": "1" * 10 + "0" * 10 for how in ("ablated", "weights edited")}
     record = MADE_UP | {"measured": MADE_UP["measured"] | flags}
@@ -169,7 +176,7 @@ def test_the_page_has_every_claim_of_every_model():
     text = findings.page([MADE_UP, MADE_UP | {"model": "other", "measured": fewer | none}])
     assert "| lab | claim | made up | other |" in text
     assert "| 04 | ablation: harmful refused | holds | not measurable |" in text
-    assert "| 01 | a few tokens open refusals | holds | **fails** |" in text
+    assert "| 01 | a few tokens open refusals | holds | FAILS |" in text
     assert "No token opens refusals." in text and "2 processor minutes" in text
 
 
