@@ -10,7 +10,6 @@ from refusallab.measure import Rate, rate
 from refusallab.records import WITHOUT_INDUCE
 from smallmodels import HERE
 
-
 HOLDS = {True: "holds", False: "FAILS", None: "not measurable"}
 NO_ROOM = 0.9  # a model that answers so many requests anyway cannot be broken
 
