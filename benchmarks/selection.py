@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from large import large_model
@@ -57,31 +58,36 @@ def plain_logits(m: Model, prompts: list[Prompt]) -> Tensor:
 
 
 def plain_scores(
-    m: Model, vectors: Tensor, harmful: list[Prompt], harmless: list[Prompt], tokens: list[int]
+    m: Model,
+    vectors: Tensor,
+    harmful: list[Prompt],
+    harmless: list[Prompt],
+    tokens: list[int],
+    sites: list[tuple[int, int]],
 ) -> list[Candidate]:
     base, candidates = plain_logits(m, harmless), []
-    for layer in range(m.n_layers):
-        for index, position in enumerate(m.positions):
-            r = vectors[layer, index]
-            unit = r / (r.norm() + 1e-8)
+    for layer, position in sites:
+        r = vectors[layer, position]
+        unit = r / (r.norm() + 1e-8)
 
-            def ablate(x: Tensor, unit: Tensor = unit) -> Tensor:
-                return x - (x @ unit).unsqueeze(-1) * unit
+        def ablate(x: Tensor, unit: Tensor = unit) -> Tensor:
+            return x - (x @ unit).unsqueeze(-1) * unit
 
-            with hooked(m, dict.fromkeys(range(m.n_layers), ablate), ablate):
-                bypass = refusal_metric(plain_logits(m, harmful), tokens).mean().item()
-                kl = kl_divergence(base, plain_logits(m, harmless)).mean().item()
-            with hooked(m, {layer: lambda x, r=r: x + r}):
-                induce = refusal_metric(plain_logits(m, harmless), tokens).mean().item()
-            candidates.append(Candidate(position, layer, bypass, induce, kl))
+        with hooked(m, dict.fromkeys(range(m.n_layers), ablate), ablate):
+            bypass = refusal_metric(plain_logits(m, harmful), tokens).mean().item()
+            kl = kl_divergence(base, plain_logits(m, harmless)).mean().item()
+        with hooked(m, {layer: lambda x, r=r: x + r}):
+            induce = refusal_metric(plain_logits(m, harmless), tokens).mean().item()
+        candidates.append(Candidate(position, layer, bypass, induce, kl))
     return candidates
 
 
 def compare(m: Model, harmful: list[Prompt], harmless: list[Prompt], tokens: list[int], n_positions: int) -> None:
     m = replace(m, positions=m.positions[-n_positions:])
     vectors = candidate_directions(m, harmful, harmless)
+    sites = [(layer, position) for layer in range(m.n_layers) for position in m.positions]
     sweeps, seconds = {}, {}
-    for name, sweep in {"refusallab": score_candidates, "plain hooks": plain_scores}.items():
+    for name, sweep in {"refusallab": score_candidates, "plain hooks": partial(plain_scores, sites=sites)}.items():
         start = (time.perf_counter(), time.process_time())
         sweeps[name] = sweep(m, vectors, harmful, harmless, tokens)
         seconds[name] = (time.perf_counter() - start[0], time.process_time() - start[1])
