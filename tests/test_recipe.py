@@ -99,8 +99,14 @@ def small(monkeypatch):
     monkeypatch.setattr(recipe, "CHECKPOINT_EVERY", 2)
 
 
-@pytest.mark.parametrize("name", ["charter-chat", "charter-chat-gpt2", "charter-chat-postnorm"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("charter-chat", marks=pytest.mark.slow),
+        pytest.param("charter-chat-gpt2", marks=pytest.mark.nightly),
+        pytest.param("charter-chat-postnorm", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_path, monkeypatch):
     recipe.train_variant(name, tmp_path / "a", tmp_path / "work-a")
 

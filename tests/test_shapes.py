@@ -41,6 +41,7 @@ def test_every_function_with_a_shape_is_called_and_keeps_it():
     assert result.stdout.splitlines()[-1] == "not called: []"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("file", "right", "wrong", "function"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_shape_is_found(file, right, wrong, function, tmp_path):
     shutil.copytree(ROOT / "refusallab", tmp_path / "refusallab", ignore=shutil.ignore_patterns("__pycache__"))
