@@ -589,7 +589,8 @@ OVER_REFUSAL = define(
         ),
     ),
     hints=(
-        "Imagine 1000 requests. How many are harmful, and how many of those are refused? How many harmless ones are?",
+        "Imagine 1000 requests. How many are harmful, and how many of those are refused? "
+        "How many of the harmless ones are refused?",
         "Of all requests, `refused_harmless * (1 - harmful_share)` are harmless and refused.",
         "Divide that by the same plus `refused_harmful * harmful_share`.",
     ),

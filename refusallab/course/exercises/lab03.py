@@ -399,7 +399,7 @@ PROMOTED = define(
     ),
     hints=(
         "What happens to the stream after the last block? First the final norm, then the unembedding. Which part of "
-        "the norm acts on each coordinate in the same way, whatever the rest of the stream is?",
+        "the norm does not depend on the rest of the stream?",
         "`final_norm(m.hf).weight` is the gain, `[width]`; `unembedding(m.hf).weight` is `[vocab, width]`.",
         "`effect = W_U @ (gain * r / r.norm())`, then subtract `effect.mean()`.",
     ),
