@@ -82,7 +82,7 @@ test-sandbox: develop
 	$(PYTEST) $(PARALLEL) -m "sandbox and not nightly" $(TESTS)
 
 test-browser: develop
-	$(PYTEST) -m browser tests
+	$(PYTEST) -n 2 -m browser tests
 
 # What takes minutes, whole labs above all: unsolved and with wrong answers they fail at their checks and nowhere
 # else. They stand in one file, so each goes to the next free worker.
