@@ -28,9 +28,24 @@ class Finding:
         return f"lab {self.lab}  {self.what:44} {self.ours:27} {self.expected:32} {HOLDS[self.holds]}"
 
 
-def refused_share(record: dict[str, Any], name: str) -> Rate:
-    """The share of a set, or of one under a condition, whose flag is set: "refused, harmful_test, ablated"."""
-    return rate([flag == "1" for flag in record["measured"][name]])
+@dataclass(frozen=True)
+class Published:
+    """What the paper reports for a model."""
+
+    position: int
+    depth: float
+    bypass: float
+    induce: float
+    loss: tuple[float, float, float] | None = None  # untouched, ablated, r subtracted
+
+
+PUBLISHED = {  # by hub id
+    "google/gemma-2b-it": Published(-2, 10 / 18, -14.435, 6.709, (0.254, 0.311, 0.853)),
+    "google/gemma-7b-it": Published(-1, 14 / 28, -12.239, 6.851),
+    "01-ai/Yi-6B-Chat": Published(-5, 20 / 32, -6.693, 1.968, (0.277, 0.311, 0.731)),
+    "meta-llama/Llama-2-7b-chat-hf": Published(-1, 14 / 32, -5.295, 5.941, (0.118, 0.126, 0.460)),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Published(-5, 12 / 32, -9.715, 7.681, (0.195, 0.213, 0.441)),
+}
 
 
 def findings(record: dict[str, Any]) -> list[Finding]:
@@ -38,7 +53,7 @@ def findings(record: dict[str, Any]) -> list[Finding]:
     measured = record["measured"]
 
     def share(name: str) -> Rate:
-        return refused_share(record, name)
+        return rate([flag == "1" for flag in measured[name]])
 
     plain, alarmed = share("refused, harmless_test, untouched"), share("refused, alarming")
     found = [
@@ -191,13 +206,6 @@ def _attacked(measured: dict[str, Any], share: Callable[[str], Rate]) -> list[Fi
     return rows
 
 
-PAPERS = {  # Arditi et al. 2024, Table 5: position, layer of layers, bypass, induce, KL
-    "Qwen 1.8B": "-1, 15 of 24, -4.42, 1.64, 0.077",
-    "Gemma 2B": "-2, 10 of 18, -14.44, 6.71, 0.067",
-    "Llama-3 8B": "-5, 12 of 32, -9.72, 7.68, 0.064",
-}
-
-
 def page(records: Sequence[dict[str, Any]]) -> str:
     """docs/replication.md: claims by models, then the figures of each model."""
     results = [{(f.lab, f.what.partition(" (")[0]): f for f in findings(record)} for record in records]
@@ -217,6 +225,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
             f"| {f.lab} | {f.what} | {f.ours} | {f.expected} | {HOLDS[f.holds]} |"
             for f in sorted(result.values(), key=lambda f: f.lab)
         ]
-    lines += ["", "## The selected candidate of larger models", "", "| model | position, layer, bypass, induce, KL |"]
-    lines += ["|---|---|", *(f"| {name} | {scores} |" for name, scores in PAPERS.items())]
+    lines += ["", "## The selected candidate of larger models (Table 5)", ""]
+    lines += ["| model | position | depth | bypass | induce |", "|---|---|---|---|---|"]
+    lines += [f"| {n} | {p.position} | {p.depth:.2f} | {p.bypass:.2f} | {p.induce:.2f} |" for n, p in PUBLISHED.items()]
     return "\n".join(lines) + "\n"

@@ -53,7 +53,6 @@ REPAIRS = ("untie", "positions", "biases", "gain")  # what the textbook edit lea
 def orthogonalize(m: Model, r: Float[Tensor, " width"], *, skip: Collection[str] = (), sharing: bool = False) -> Model:
     """A copy of m in which nothing writes r: embeddings, attention outputs, MLP outputs and their biases.
 
-
     A tied head gets a copy of its own first, so that the unembedding stays as it was. Behind a post-norm
     y = gamma * x / rms(x) the matrix is made orthogonal to gamma * r, so that the stream never receives r; the
     norm then rescales the rest, so equality with hooks is not promised there. In the end a prompt is run to see

@@ -291,16 +291,14 @@ def _reading(s: Study) -> None:
         return _short(float(roc_auc_score([1] * len(along[0]) + [0] * len(along[1]), [*along[0], *along[1]])))
 
     def probe() -> dict[str, str]:
-        at = {name: streams(name, s.m.n_layers // 2, -1) for name in SETS}
+        sets = ("harmful_train", "harmless_train", "harmless_val", "harmful_test", "harmless_test")
+        at = {name: streams(name, s.m.n_layers // 2, -1) for name in sets}
         w = linear_probe(at["harmful_train"], at["harmless_train"])
         bar = threshold_at(torch.cat([at["harmless_val"], at["harmless_train"]]) @ w, FALSE_ALARMS)
         return {name: bits((at[name] @ w > bar).tolist()) for name in ("harmful_test", "harmless_test")}
 
     s.once("AUC of projections", area)
     s.once("probe alarms", probe)
-
-
-SETS = ("harmful_train", "harmless_train", "harmless_val", "harmful_test", "harmless_test")
 
 
 def _attacks(s: Study) -> None:

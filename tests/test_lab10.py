@@ -12,7 +12,8 @@ from refusallab import plots
 from refusallab.course import replication
 from refusallab.course.exercise import run_cases
 from refusallab.course.exercises import find_exercise, lab10
-from refusallab.course.replication import Published, replicate
+from refusallab.course.replication import replicate
+from refusallab.findings import Published
 from refusallab.interventions import unit
 from refusallab.measure import Outcome, Rate, rate
 from refusallab.prompts import Item

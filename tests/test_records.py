@@ -78,7 +78,7 @@ def test_a_model_that_does_not_refuse_has_a_record_without_a_direction(tmp_path,
     assert "selected" not in found["measured"]
     by_claim = {f.what: f for f in findings.findings(found)}
     assert not by_claim["a few tokens open refusals"].holds
-    assert "| not measurable |" in findings.page([found]) or len(by_claim) == len(findings.findings(found))
+    assert "ablation: harmful refused" not in by_claim
 
 
 MADE_UP = {

@@ -8,14 +8,13 @@ as a replication.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from refusallab.activations import residual
 from refusallab.directions import random_directions
 from refusallab.experiment import find_direction
-from refusallab.findings import Finding
+from refusallab.findings import PUBLISHED, Finding
 from refusallab.interventions import ablation, addition, unit
 from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import cross_entropy, rate
@@ -35,26 +34,6 @@ TOLERANCES = {
     "weights": 0.05,  # difference of refused shares between edited weights and ablation, at most
 }
 OWN_REPLIES = 32  # prompts whose replies are scored with cross-entropy
-
-
-@dataclass(frozen=True)
-class Published:
-    """What the paper reports for a model."""
-
-    position: int
-    depth: float
-    bypass: float
-    induce: float
-    loss: tuple[float, float, float] | None = None  # untouched, ablated, r subtracted
-
-
-PUBLISHED = {  # by hub id
-    "google/gemma-2b-it": Published(-2, 10 / 18, -14.435, 6.709, (0.254, 0.311, 0.853)),
-    "google/gemma-7b-it": Published(-1, 14 / 28, -12.239, 6.851),
-    "01-ai/Yi-6B-Chat": Published(-5, 20 / 32, -6.693, 1.968, (0.277, 0.311, 0.731)),
-    "meta-llama/Llama-2-7b-chat-hf": Published(-1, 14 / 32, -5.295, 5.941, (0.118, 0.126, 0.460)),
-    "meta-llama/Meta-Llama-3-8B-Instruct": Published(-5, 12 / 32, -9.715, 7.681, (0.195, 0.213, 0.441)),
-}
 
 
 def replicate(m: Model, progress: Callable[[str], None] = lambda step: None) -> list[Finding]:

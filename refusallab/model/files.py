@@ -291,7 +291,7 @@ def check_memory(needed: int, name: str, what: str) -> None:
     """Raise RefusalLabError unless so many bytes of memory are free."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")  # of a container; what only caches files can be given up
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, TypeError):
         cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())[1]
         limit, used = (int((group / f"memory.{file}").read_text()) for file in ("max", "current"))
         free = min(free, limit - used + int(cached))

