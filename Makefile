@@ -1,6 +1,7 @@
 # Every target works alone on a fresh clone: Python >= 3.11, make and git are enough.
 #   make setup      what students need, in .venv      make lab     JupyterLab on labs/
 #   make develop    what teachers and authors need    make demo    the headline experiment
+#   make play       the play page, in build/
 #   make check      lint, format, types               make test    every test that needs no special part
 #   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
 #   make test-sandbox, test-browser, test-nightly, test-real, test-cpu      make test-all
@@ -18,7 +19,7 @@ DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname))
 LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: setup develop lab demo check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
+.PHONY: setup develop lab demo play check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
 	test-nightly test-real test-cpu test-colab test-all check-links
 
 setup: $(VENV)/.students
@@ -44,6 +45,9 @@ lab: setup
 
 demo: setup
 	$(VENV)/bin/refusallab demo
+
+play: setup
+	$(VENV)/bin/python docs/play/build.py
 
 check: develop
 	$(RUN) ruff check
