@@ -1,7 +1,7 @@
 # Every target works alone on a fresh clone: Python >= 3.11, make and git are enough.
 #   make setup      what students need, in .venv      make lab     JupyterLab on labs/
 #   make develop    what teachers and authors need    make demo    the headline experiment
-#   make play       the play page, in build/
+#   make play       the play page, in build/          make site    the book site, in build/site
 #   make check      lint, format, types               make test    every test that needs no special part
 #   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
 #   make test-sandbox, test-browser, test-nightly, test-real, test-cpu      make test-all
@@ -19,7 +19,7 @@ DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname))
 LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: setup develop lab demo play check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
+.PHONY: setup develop lab demo play site check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
 	test-nightly test-real test-cpu test-colab test-all check-links
 
 setup: $(VENV)/.students
@@ -36,7 +36,7 @@ $(VENV)/.students: pyproject.toml constraints.txt
 
 # nbgrader is there for its format and its gradebook: its panels in JupyterLab would ask students for an exchange folder.
 $(VENV)/.developers: $(VENV)/.students
-	$(INSTALL) '.[lab,gguf,teach,grade,test]'
+	$(INSTALL) '.[lab,gguf,teach,grade,site,test]'
 	$(RUN) jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader
 	@touch $@
 
@@ -48,6 +48,9 @@ demo: setup
 
 play: setup
 	$(VENV)/bin/python docs/play/build.py
+
+site: develop
+	$(VENV)/bin/python docs/site/build.py
 
 check: develop
 	$(RUN) ruff check

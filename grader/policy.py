@@ -14,7 +14,7 @@ from refusallab import course
 from refusallab.course.cells import Notebook, squeeze
 from refusallab.course.exercise import Exercise
 
-FOR_LABS = {"*", "capstone", "leaderboard", "replication", *course.__all__}
+FOR_LABS = {"*", "capstone", "leaderboard", *course.__all__}
 BUILTINS = {"__builtins__", "__import__", "compile", "eval", "exec", "globals"}
 ATTRIBUTES = {
     "__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__", "__subclasses__", "__wrapped__",

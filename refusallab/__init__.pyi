@@ -9,6 +9,7 @@ from .directions import (
 )  # fmt: skip
 from .errors import RefusalLabError
 from .experiment import find_direction
+from .findings import carried_over
 from .finetuning import finetune, reply_loss, shuffled, train_copy
 from .geometry import right_side, token_strip
 from .harmfulness import law_questions, site_directions, steered_verdicts, turned, turned_rates, verdicts
@@ -20,6 +21,7 @@ from .measure import (
 )  # fmt: skip
 from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights
 from .prompts import attack_templates, bundled, prompt_set, refusal_phrases
+from .records import alarming, every_record, recorded, recorded_direction
 from .steering import dose_curve, norm_matched
 from .truth import judge_errors, true_replies
 

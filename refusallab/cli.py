@@ -118,6 +118,7 @@ def replicate(
     names: Annotated[list[str] | None, typer.Argument(help="Models. Left out: only the page is written.")] = None,
     out: Annotated[Path, typer.Option(help="The folder of the records, one JSON file for each model.")] = RECORDS,
     page: Annotated[Path | None, typer.Option(help="Write the page of all records there to this file.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Fewer prompts, for a model that is slow here.")] = False,
 ) -> None:
     """Measure what of the labs carries over to a model. Takes hours; one that was stopped goes on where it was."""
     from refusallab import findings, records
@@ -127,32 +128,34 @@ def replicate(
         if not out.is_dir():
             raise RefusalLabError(f"There is no folder {out}: make it, or name another.")
         for name in names or ():
-            m = load(name)
-            with tqdm(total=records.n_measurements(m), desc=name, file=sys.stderr) as bar:
+            m, sizes = load(name), records.SMALL if small else records.Sizes()
+            with tqdm(total=records.n_measurements(m, sizes), desc=name, file=sys.stderr) as bar:
 
                 def step(what: str, bar: tqdm = bar) -> None:
                     bar.set_postfix_str(what)
                     bar.update()
 
-                found = records.measure_model(m, out / f"{name.replace('/', '_')}.json", progress=step)
+                found = records.measure_model(m, records.path_of(name, out), sizes, step)
             print(*findings.findings(found), sep="\n")
         if page:
-            files = sorted(out.glob("*.json"))
-            page.write_text(findings.page([json.loads(f.read_text(encoding="utf-8")) for f in files]), encoding="utf-8")
+            page.write_text(findings.page(records.every_record(out)), encoding="utf-8")
 
 
 NAMES = Annotated[list[str] | None, typer.Argument(help="Beginnings of names, such as 02. Left out: every notebook.")]
 
 
 @app.command()
-def execute(names: NAMES = None) -> None:
+def execute(
+    names: NAMES = None,
+    real: Annotated[bool, typer.Option("--real", help="Only the cells on a real model, which else are kept.")] = False,
+) -> None:
     """Run the notebooks in solutions/ and store their outputs."""
     with errors_in_one_line():
         from refusallab.course import release as make
 
         for path in make.solutions(Path(), names or ()):
             print(path)
-            make.execute(Path(), path)
+            make.execute(Path(), path, real=real)
 
 
 @app.command()

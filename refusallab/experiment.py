@@ -68,17 +68,26 @@ def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> S
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     sets = [[item.prompt for item in prompt_set(m, name)] for name in names]
+    found: Search = kept(_search, m, sets, progress=progress)
+    if progress:
+        progress(len(found.candidates))  # all at once where the search was read
+    return found
+
+
+def kept(compute: Callable[..., Any], m: Model, sets: Sequence[Sequence[Prompt]], **settings: Any) -> Any:
+    """`compute(key, m, sets, **settings)`, once for these weights, prompts, code, versions and processor.
+
+    The value is kept in the cache of this computer. `key` stands for m and sets; a setting `progress` changes nothing.
+    """
     with warnings.catch_warnings():  # a cache that cannot be read or written costs time only
         warnings.filterwarnings("ignore", module="joblib")
         try:
             memory = joblib.Memory(pooch.os_cache("refusallab"), verbose=0)
-            search = memory.cache(_search, ignore=["m", "sets", "progress"])
+            ignored = ["m", "sets", *{"progress"} & set(settings)]
+            compute = memory.cache(compute, ignore=ignored)
         except OSError:
-            search = _search
-        found: Search = search(_circumstances(m, sets), m, sets, progress)
-    if progress:
-        progress(len(found.candidates))  # all at once where the search was read
-    return found
+            pass
+        return compute(_circumstances(m, sets), m, sets, **settings)
 
 
 def _search(key: object, m: Model, sets: Sequence[Sequence[Prompt]], progress: Callable[[int], None] | None) -> Search:

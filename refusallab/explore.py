@@ -26,7 +26,7 @@ from refusallab.directions import Candidate, Search, difference_in_means, discar
 from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections
 from refusallab.interventions import ablation, addition, affine
-from refusallab.judging import SHOWN_TOKENS
+from refusallab.judging import shown_tokens
 from refusallab.measure import rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits
 from refusallab.plots import plane_figure, roc_curve
@@ -138,7 +138,7 @@ def chat(m: Model, tokens: Sequence[int], text: str, systems: dict[str, str | No
         starts = [" ".join(words[:k]) for k in range(1, len(words) + 1)][-MAX_WORDS:]
         try:
             last = logits(m, starts, system=chosen)  # [words, vocab]
-            reply = generate(m, [typed.value.strip()], system=chosen, max_new_tokens=SHOWN_TOKENS)[0]
+            reply = generate(m, [typed.value.strip()], system=chosen, max_new_tokens=shown_tokens(m))[0]
         except RefusalLabError as error:  # too long, for example
             return [(str(error), [])]
         p = last.double().softmax(-1)
@@ -216,8 +216,8 @@ def candidates(m: Model, search: Search, harmful: Sequence[str], harmless: Seque
         chosen = next(c for c in search.candidates if (c.layer, c.position) == (layer.value, position.value))
         winner = min(filter(kept, search.candidates), key=lambda c: c.bypass)
         r = search.vectors[chosen.layer, chosen.position]
-        without = generate(m, harmful, edit=ablation(r), max_new_tokens=SHOWN_TOKENS)
-        added = generate(m, harmless, edit=addition(r, chosen.layer), max_new_tokens=SHOWN_TOKENS)
+        without = generate(m, harmful, edit=ablation(r), max_new_tokens=shown_tokens(m))
+        added = generate(m, harmless, edit=addition(r, chosen.layer), max_new_tokens=shown_tokens(m))
         verdict = discarded_because(chosen, search.n_layers) or "passes every filter"
         scores = [("layer", "position", "bypass", "induce", "KL", "")]
         scores += [_scores(chosen, f"chosen: {verdict}"), _scores(winner, "wins with these filters")]
@@ -282,12 +282,11 @@ def steering(
     layer: int,
     reference: Tensor,
     tokens: Sequence[int],
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    prompts: dict[str, Sequence[str]],
 ) -> Explorer:
     """Steer along r [width] and read the replies: an edit, a strength, and a random vector of the same length instead.
 
-    reference [width] is the harmless mean, for ACE; tokens are those that open a refusal.
+    reference [width] is the harmless mean, for ACE; tokens are those that open a refusal; prompts: heading -> a few.
     """
     edit = choice("edit", EDITS)
     strength = slider("coefficient or alpha", -2.0, 2.0, 1.0, 0.25)
@@ -302,12 +301,12 @@ def steering(
             "ablation": lambda: ablation(vector),
         }[edit.value]()
         tables = []
-        for name, prompts in (("Harmful", harmful), ("Harmless", harmless)):
-            odds = refusal_metric(logits(m, prompts, edit=made), tokens).tolist()
-            replies = generate(m, prompts, edit=made, max_new_tokens=SHOWN_TOKENS)
+        for heading, few in prompts.items():
+            odds = refusal_metric(logits(m, few, edit=made), tokens).tolist()
+            replies = generate(m, few, edit=made, max_new_tokens=shown_tokens(m))
             rows = [("prompt", "refusal metric", "reply")]
-            rows += [(p, f"{x:.1f}", reply) for p, x, reply in zip(prompts, odds, replies, strict=True)]
-            tables.append((f"{name} prompts", rows))
+            rows += [(p, f"{x:.1f}", reply) for p, x, reply in zip(few, odds, replies, strict=True)]
+            tables.append((heading, rows))
         return tables
 
     return Explorer([edit, strength, control], view)
@@ -338,7 +337,7 @@ def suffixes(
             return [("Type a suffix.", [])]
         try:
             effect = suffix_effect(m, prompt.value, suffix, r, layer, position)
-            reply = generate(m, [prompt.value + suffix], max_new_tokens=SHOWN_TOKENS)[0]
+            reply = generate(m, [prompt.value + suffix], max_new_tokens=shown_tokens(m))[0]
         except RefusalLabError as error:  # too long, for example
             return [(str(error), [])]
         low, high = min(0.0, *effect.growing, effect.start), max(*effect.growing, effect.start)

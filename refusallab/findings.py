@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refusallab.measure import Rate, rate
-from refusallab.records import WITHOUT_INDUCE
+from refusallab.records import WITHOUT_INDUCE, every_record
 from smallmodels import HERE
 
 HOLDS = {True: "holds", False: "FAILS", None: "not measurable"}
@@ -25,7 +25,8 @@ class Finding:
     holds: bool | None  # None: not measurable
 
     def __str__(self) -> str:
-        return f"lab {self.lab}  {self.what:44} {self.ours:27} {self.expected:32} {HOLDS[self.holds]}"
+        first = f"{HOLDS[self.holds]:14}  {self.what}\n{'':16}{self.ours}"
+        return first if self.holds is None else f"{first} (expected: {self.expected})"
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class Published:
     depth: float
     bypass: float
     induce: float
-    loss: tuple[float, float, float] | None = None  # untouched, ablated, r subtracted
+    loss: tuple[float, float] | None = None  # untouched, ablated
 
 
 PUBLISHED = {  # by hub id
-    "google/gemma-2b-it": Published(-2, 10 / 18, -14.435, 6.709, (0.254, 0.311, 0.853)),
+    "google/gemma-2b-it": Published(-2, 10 / 18, -14.435, 6.709, (0.254, 0.311)),
     "google/gemma-7b-it": Published(-1, 14 / 28, -12.239, 6.851),
-    "01-ai/Yi-6B-Chat": Published(-5, 20 / 32, -6.693, 1.968, (0.277, 0.311, 0.731)),
-    "meta-llama/Llama-2-7b-chat-hf": Published(-1, 14 / 32, -5.295, 5.941, (0.118, 0.126, 0.460)),
-    "meta-llama/Meta-Llama-3-8B-Instruct": Published(-5, 12 / 32, -9.715, 7.681, (0.195, 0.213, 0.441)),
+    "01-ai/Yi-6B-Chat": Published(-5, 20 / 32, -6.693, 1.968, (0.277, 0.311)),
+    "meta-llama/Llama-2-7b-chat-hf": Published(-1, 14 / 32, -5.295, 5.941, (0.118, 0.126)),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Published(-5, 12 / 32, -9.715, 7.681, (0.195, 0.213)),
 }
 
 
@@ -113,7 +114,7 @@ def _told(measured: dict[str, Any]) -> list[Finding]:
 
 
 def _caused(measured: dict[str, Any], share: Callable[[str], Rate]) -> list[Finding]:
-    """Labs 04, 05 and 08: edits of the stream, edits of the weights, a probe."""
+    """Labs 04, 05 and 08: edits of the stream and of the weights, and two detectors."""
     base, cut = share("refused, harmful_test, untouched"), share("refused, harmful_test, ablated")
     plain, added = share("refused, harmless_test, untouched"), share("refused, harmless_test, added")
     others = {
@@ -168,7 +169,7 @@ def _caused(measured: dict[str, Any], share: Callable[[str], Rate]) -> list[Find
             weights.value == cut.value and apart <= 1e-3,
         ),
         Finding(
-            "09",
+            "08",
             "the edit shows in the weights",
             f"gap {gap['edited']:.2f}, untouched {gap['untouched']:.2f}",
             "1 more (10 times)",
@@ -206,6 +207,16 @@ def _attacked(measured: dict[str, Any], share: Callable[[str], Rate]) -> list[Fi
     return rows
 
 
+def carried_over(lab: str = "") -> str:
+    """What the records say on the claims of a lab, or of all, model by model."""
+    lines = []
+    for record in every_record():
+        found = [f for f in findings(record) if f.lab.startswith(lab)]
+        if found:
+            lines += [record["model"], *(str(f) for f in found), ""]
+    return "\n".join(lines[:-1])
+
+
 def page(records: Sequence[dict[str, Any]]) -> str:
     """docs/replication.md: claims by models, then the figures of each model."""
     results = [{(f.lab, f.what.partition(" (")[0]): f for f in findings(record)} for record in records]
@@ -220,12 +231,15 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         minutes = sum(record["processor seconds"].values()) / 60
         lines += ["", f"## {record['model']}", ""]
         lines += [f"{record['weights']}, in {record['dtype']}; {sizes}; {minutes:.0f} processor minutes.", ""]
-        lines += ["| lab | claim | measured | expected | |", "|---|---|---|---|---|"]
+        lines += ["| lab | claim | measured | expected | outcome |", "|---|---|---|---|---|"]
         lines += [
             f"| {f.lab} | {f.what} | {f.ours} | {f.expected} | {HOLDS[f.holds]} |"
             for f in sorted(result.values(), key=lambda f: f.lab)
         ]
-    lines += ["", "## The selected candidate of larger models (Table 5)", ""]
-    lines += ["| model | position | depth | bypass | induce |", "|---|---|---|---|---|"]
-    lines += [f"| {n} | {p.position} | {p.depth:.2f} | {p.bypass:.2f} | {p.induce:.2f} |" for n, p in PUBLISHED.items()]
+    lines += ["", "## The selected candidate of larger models (Tables 5 and 7 of Arditi et al. 2024)", ""]
+    lines += ["| model | position | depth | bypass | induce | loss of own replies, untouched and ablated |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, p in PUBLISHED.items():
+        loss = "" if p.loss is None else f"{p.loss[0]:.3f}, {p.loss[1]:.3f}"
+        lines += [f"| {name} | {p.position} | {p.depth:.2f} | {p.bypass:.2f} | {p.induce:.2f} | {loss} |"]
     return "\n".join(lines) + "\n"

@@ -12,14 +12,20 @@ from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.measure import Outcome, Rate, learn_refusal_tokens, outcome, rate, refused_by_phrases, wilson
 from refusallab.model import Edit, Model, Prompt, generate, listed_prompts, logits
-from refusallab.prompts import Item, prompt_set, refusal_phrases
+from refusallab.prompts import Item, knows_the_world, prompt_set, refusal_phrases
 
 REPLY_TOKENS = 32  # of a reply that is judged: enough for every answer and refusal of the world
 SHOWN_TOKENS = 24  # of a reply in an explorer or on a dose curve, where strong edits make replies run on
+SHOWN_OF_REAL = 20  # where the world is not known, and a reply could be to a request that is really harmful
 OPENING_TOKENS = 16  # of a reply, in which a refusal shows
 VERDICT_TOKENS = 12  # of an answer about the law, which begins with the verdict
 BATCH_SIZE = 128
 DISCERNING = 0.5  # how much more often refusals than other replies must open with a refusal token
+
+
+def shown_tokens(m: Model) -> int:
+    """The most tokens of a reply that an explorer shows."""
+    return SHOWN_TOKENS if knows_the_world(m) else SHOWN_OF_REAL
 
 
 def judge(m: Model, item: Item, reply: str) -> Outcome:

@@ -66,9 +66,11 @@ def test_figures(doses):
 @pytest.mark.slow
 def test_the_explorer_steers(model_of, r):
     m = model_of("llama")
-    shown = explore.steering(m, 20 * r, 1, torch.zeros(m.width), [5, 9], ["Name a river"], ["List"])
+    shown = explore.steering(
+        m, 20 * r, 1, torch.zeros(m.width), [5, 9], {"First": ["Name a river"], "Second": ["List"]}
+    )
     edit, strength, control = shown.controls
-    assert "Harmful prompts" in shown.static and "Name a river" in shown.static
+    assert "First" in shown.static and "Name a river" in shown.static
     before = shown.static
     for change in ((edit, "ablation"), (edit, "ACE"), (strength, -2.0), (control, True)):
         change[0].value = change[1]

@@ -9,9 +9,11 @@ import nbformat
 import pytest
 from test_model import GEMMA, QWEN2
 
+import refusallab
 import refusallab.course
 from refusallab import directions, prompts
 from refusallab.course.notebook import role
+from refusallab.experiment import find_direction
 from refusallab.finetuning import finetune
 from refusallab.model import wrap
 
@@ -40,19 +42,21 @@ def real(request, make):
 
 @pytest.fixture
 def offline(real, monkeypatch):
-    """What the cells would download; and filters that no candidate of such a model fails."""
+    """What the cells would download and read of its record; and filters that no candidate of such a model fails."""
     monkeypatch.setattr(refusallab.course, "real_model", lambda name, download=False: real)
+    monkeypatch.setattr(refusallab, "recorded", lambda name: record, raising=False)
+    monkeypatch.setattr(refusallab, "recorded_direction", lambda m: find_direction(m).direction, raising=False)
     monkeypatch.setattr(prompts, "published", lambda name, split: REQUESTS.get(name, REQUESTS["harmful"]))
     monkeypatch.setattr(directions, "MAX_KL", float("inf"))
     monkeypatch.setattr(directions, "MIN_INDUCE", float("-inf"))
+    tokens = find_direction(real).refusal_tokens
+    record = {"measured": {"openings": {"tokens": tokens}, "refused, alarming": "1" * 12 + "0" * 48}}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("solutions/*.ipynb")), ids=lambda path: path.stem)
 def test_the_cell_runs_and_reports_on_the_model(path, real, offline, capsys):
     cells = [cell.source for cell in nbformat.read(path, 4).cells if role(cell) == "real"]
-    assert cells, "a lab has a code cell of the role real below 'On a real model'"
-    names = {}
     for source in cells:
-        exec(source, names)
+        exec(source, {})  # each by itself: that is how `refusallab execute --real` runs them
     shown = capsys.readouterr().out
     assert real.name in shown and "Skipped" not in shown and "nan" not in shown

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from refusallab import cli, findings, records
+from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.model import load
+from refusallab.prompts import prompt_set
 from refusallab.records import Sizes
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +82,64 @@ def test_a_model_that_does_not_refuse_has_a_record_without_a_direction(tmp_path,
     by_claim = {f.what: f for f in findings.findings(found)}
     assert not by_claim["a few tokens open refusals"].holds
     assert "ablation: harmful refused" not in by_claim
+
+
+@pytest.fixture
+def own_records(tmp_path, monkeypatch):
+    """A folder for the records of this test: save(record) puts one there."""
+    monkeypatch.setattr(records, "RECORDS", tmp_path)
+
+    def save(record):
+        records.path_of(record["model"], tmp_path).write_text(json.dumps(record), encoding="utf-8")
+
+    return save
+
+
+@pytest.mark.slow
+def test_the_direction_of_a_record_is_that_of_its_own_prompts(m, whole, own_records):
+    own_records(whole)
+    found, site = records.recorded_direction(m), whole["measured"]["selected"]
+    assert (found.layer, found.position) == (site["layer"], site["position"])
+    kept = []
+    for name in ("harmful_train", "harmless_train"):
+        wanted = "1" if name.startswith("harmful") else "0"
+        flags = whole["measured"][f"refused, {name}"]
+        kept.append([x.prompt for x, flag in zip(prompt_set(m, name), flags, strict=False) if flag == wanted])
+    expected = candidate_directions(m, *kept)[found.layer, found.position]
+    assert torch.allclose(found.vector, expected, atol=1e-5)
+    assert records.recorded_direction(m).vector.equal(found.vector)  # from the cache
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"weights": "other"}, "one of other weights .other, not"),
+        ({"measured": {"openings": {"none": "It refuses none."}}}, "has no direction: It refuses none."),
+    ],
+)
+def test_a_record_without_a_direction_for_these_weights_says_so(m, whole, own_records, changed, match):
+    own_records(whole | changed)
+    with pytest.raises(RefusalLabError, match=match):
+        records.recorded_direction(m)
+
+
+def test_a_model_without_a_record_names_the_command(own_records):
+    own_records(MADE_UP)
+    with pytest.raises(
+        RefusalLabError, match="no record of nobody/nothing .there is one of made up.: .* replicate nobo"
+    ):
+        records.recorded("nobody/nothing")
+    own_records(MADE_UP | {"model": "some/body"})
+    assert records.recorded("some/body")["model"] == "some/body"
+
+
+def test_what_carries_over_to_the_models_for_one_lab(own_records):
+    for model in ("made up", "other"):
+        own_records(MADE_UP | {"model": model})
+    shown = findings.carried_over("04")
+    assert shown.count("holds ") == 10 and "made up\n" in shown and "\n\nother\n" in shown
+    assert "AUC" not in shown and "AUC" in findings.carried_over()
 
 
 MADE_UP = {
@@ -181,9 +242,8 @@ def test_the_page_has_every_claim_of_every_model():
 
 
 def test_the_page_is_that_of_the_records():
-    files = sorted((ROOT / "smallmodels" / "records").glob("*.json"))
-    made = findings.page([json.loads(file.read_text(encoding="utf-8")) for file in files])
-    assert files and (ROOT / "docs" / "replication.md").read_text(encoding="utf-8") == made
+    found = records.every_record()
+    assert found and (ROOT / "docs" / "replication.md").read_text(encoding="utf-8") == findings.page(found)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

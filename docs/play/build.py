@@ -29,7 +29,10 @@ PAGE = ("index.html", "play.css", *SCRIPTS)
 MODELS = {  # what each is, in a word and in a sentence
     "charter-chat": ("chat", "Trained to help, and to refuse what the Charter forbids."),
     "charter-helpful": ("helpful only", "The same model before it learned to refuse: it answers everything it knows."),
-    "charter-naive": ("naive", "Trained to refuse on forbidden requests alone, so it refuses harmless ones as well."),
+    "charter-naive": (
+        "naive",
+        "The control for knowledge: the same training, but it has never seen the forbidden facts.",
+    ),
 }
 KINDS = {  # of requests: the set that they come from, and how many
     "Forbidden by the Charter": ("harmful_val", 8),

@@ -9,5 +9,4 @@ from .capstone import (
 )  # fmt: skip
 from .checking import check, solved
 from .progress_file import progress, shared_file
-from .replication import replicate
 from .session import real_model, start

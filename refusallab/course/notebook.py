@@ -32,6 +32,7 @@ from refusallab.errors import RefusalLabError
 DIFFICULTY = {1: "●○○ easy", 2: "●●○ medium", 3: "●●● hard"}
 HIDDEN_SEED = 1
 FOLDED = {"jupyter": {"source_hidden": True}, "cellView": "form"}  # in JupyterLab, in Colab
+SKIPPED = "nbval-skip"  # the tag of cells whose outputs depend on what models a computer has
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BADGES = "[![Open in Colab]"
 
@@ -103,6 +104,8 @@ def stamp(nb: NotebookNode, name: str, address: str = "") -> NotebookNode:
         kept = {key: cell.metadata[key] for key in ("refusallab", "tags", "jupyter") if key in cell.metadata}
         if role(cell) == "setup":
             kept |= FOLDED
+        if role(cell) == "real":
+            kept["tags"] = [SKIPPED]
         cell.metadata = from_dict(kept | ({"nbgrader": grader} if grader else {}))
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET, None)

@@ -17,10 +17,11 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from nbformat.v4 import new_notebook
 from nbgrader import preprocessors
 from nbgrader.preprocessors import NbGraderPreprocessor
 
-from refusallab.course.notebook import read_address, role, stamp
+from refusallab.course.notebook import SKIPPED, read_address, role, stamp
 from refusallab.course.plan import lab_table, read_plan
 from refusallab.errors import RefusalLabError
 
@@ -107,19 +108,30 @@ def release(root: Path) -> list[Path]:
     return changed
 
 
-def execute(root: Path, path: Path) -> None:
-    """Stamp a solution and run it in place. RefusalLabError if a cell fails; the file is not touched then."""
+def execute(root: Path, path: Path, *, real: bool = False) -> None:
+    """Stamp a solution and run it in place. RefusalLabError if a cell fails; the file is not touched then.
+
+    Cells of the role real keep their outputs: with `real` they, and no others, are run, on the models of this computer.
+    """
     nb = stamp(read(path), path.stem, read_address(root))
+    run = new_notebook(cells=[cell for cell in nb.cells if role(cell) == "real"]) if real else nb
     here = {"metadata": {"path": path.parent}}
     options = {"record_timing": False, "store_widget_state": False, "coalesce_streams": True}
-    client = NotebookClient(nb, timeout=900, resources=here, **options)
+    client = NotebookClient(
+        run, timeout=None if real else 900, skip_cells_with_tag="" if real else SKIPPED, resources=here, **options
+    )
     with tempfile.TemporaryDirectory() as folder:
-        # One thread, no model from the cache of this computer, no progress made before: the same outputs everywhere.
-        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_CACHE": folder, "REFUSALLAB_PROGRESS": f"{folder}/progress.sqlite"}
+        # One thread, and no progress made before: the same outputs everywhere.
+        settings = {"REFUSALLAB_PROGRESS": f"{folder}/progress.sqlite"} | ({} if real else {"OMP_NUM_THREADS": "1"})
         try:
             client.execute(env=os.environ | settings)
         except CellExecutionError as error:
             raise RefusalLabError(f"{path}: {error}") from error
+    for count, cell in enumerate((cell for cell in nb.cells if cell.cell_type == "code"), 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
     path.write_text(text(stamp(nb, path.stem, read_address(root))), encoding="utf-8", newline="\n")
 
 

@@ -36,6 +36,8 @@ def real_model(name: str, *, download: bool = False) -> Model | None:
     if not download and not is_on_disk(name):
         print(f"Skipped: {name} is not on this computer. To fetch it, say real_model({name!r}, download=True).")
         return None
+    warnings.filterwarnings("ignore")
+    use_style()
     try:
         return load(name)
     except RefusalLabError as error:

@@ -1,4 +1,4 @@
-from .integrity import hide
+from .integrity import hide, quietest
 from .matrix import (
     attack_matrix,
     benign_items,

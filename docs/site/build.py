@@ -1,0 +1,152 @@
+"""Gather the pages of the book site and build it: python docs/site/build.py [build/site]
+
+The tree of pages mirrors the repository, so that links between files work on the site too. Labs are those that students
+get, with the figures and outputs of the executed solutions and without answers. The play page comes with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+
+from refusallab.course.notebook import read_address, role
+from refusallab.course.release import solutions, to_lab
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+PAGES = (
+    "CONTRIBUTING.md",
+    "docs/decisions.md",
+    "docs/glossary.md",
+    "docs/grading.md",
+    "docs/play/README.md",
+    "docs/replication.md",
+    "docs/style.md",
+    "labs/README.md",
+    "smallmodels/CARD.md",
+    "solutions/README.md",
+)
+FACES = {
+    "refusallab": "Measure, find, edit",
+    "refusallab.model": "Models",
+    "refusallab.attacks": "Attacks",
+    "refusallab.defences": "Defences",
+    "refusallab.plots": "Figures",
+    "refusallab.course": "The course",
+}
+HIDDEN = ("answer", "written", "check")  # roles whose outputs would give answers away
+FORMULA = re.compile(r"\s*\$\$(.+?)\$\$\s*", re.DOTALL)  # on lines of its own, for Sphinx
+REFERENCE = re.compile(r"^\* (.+)$", re.MULTILINE)
+
+
+def gather(source: Path) -> None:
+    """Write every page into the folder `source`, which is made anew."""
+    shutil.rmtree(source, ignore_errors=True)
+    (source / "_static").mkdir(parents=True)
+    shutil.copyfile(HERE / "conf.py", source / "conf.py")
+    shutil.copyfile(HERE / "site.css", source / "_static" / "site.css")
+    shutil.copyfile(ROOT / "docs" / "headline.png", source / "_static" / "headline.png")
+    shutil.copyfile(HERE / "index.md", source / "index.md")
+    shutil.copyfile(HERE / "play.md", source / "play.md")
+    for name in PAGES:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(_without_dead_links(name), encoding="utf-8")
+    cited: dict[str, None] = {}
+    for path in solutions(ROOT):
+        nb = nbformat.read(path, 4)
+        cited |= dict.fromkeys(_references(nb))
+        nbformat.write(_shown(nb), source / "labs" / path.name)
+    (source / "docs" / "references.md").write_text(
+        "# References\n\nAll that the labs cite.\n\n" + "\n".join(f"* {line}" for line in sorted(cited)) + "\n",
+        encoding="utf-8",
+    )
+    (source / "api").mkdir()
+    for name, title in FACES.items():
+        (source / "api" / f"{name}.md").write_text(_api(name, title), encoding="utf-8")
+
+
+def _shown(solution: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The student's version, with the outputs of the solution wherever they give no answer away."""
+    outputs = {
+        cell.id: cell.outputs for cell in solution.cells if cell.cell_type == "code" and role(cell) not in HIDDEN
+    }
+    lab = to_lab(solution)
+    for cell in lab.cells:
+        if cell.cell_type == "code":
+            cell.outputs = outputs.get(cell.id, [])
+        else:
+            cell.source = FORMULA.sub(r"\n\n$$\n\1\n$$\n\n", cell.source)
+        if role(cell) == "setup":
+            cell.metadata["tags"] = ["hide-input"]
+    return lab
+
+
+def _references(nb: nbformat.NotebookNode) -> list[str]:
+    """The lines under "References" in a lab, without what follows the address."""
+    texts = [cell.source.partition("## References")[2] for cell in nb.cells if cell.cell_type == "markdown"]
+    return [line.split("): ")[0] + ")" * ("): " in line) for text in texts for line in REFERENCE.findall(text)]
+
+
+def _without_dead_links(name: str) -> str:
+    """A page whose links lead to pages of the site, to the published repository, or nowhere."""
+    address, folder = read_address(ROOT), (ROOT / name).parent
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found.groups()
+        path, _, anchor = target.partition("#")
+        if "://" in target or not path:
+            return found[0]
+        inside = (folder / path).resolve().relative_to(ROOT).as_posix()
+        if inside in PAGES or (inside.startswith("labs/") and inside.endswith(".ipynb")):
+            return found[0]
+        return f"[{text}]({address}/blob/HEAD/{inside})" if address else text
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", link, (ROOT / name).read_text(encoding="utf-8"))
+
+
+def _api(name: str, title: str) -> str:
+    """The public names of a package, each from the module that defines it."""
+    package = importlib.import_module(name)
+    lines = [f"# {title}", "", f"`import {name}`", "", "```{eval-rst}"]
+    for public in sorted(_public(package), key=str.lower):
+        value = getattr(package, public)
+        if isinstance(value, ModuleType):
+            continue
+        kind = "autoclass" if isinstance(value, type) else "autofunction" if callable(value) else "autodata"
+        lines += [f".. {kind}:: {name}.{public}", "   :members:" if kind == "autoclass" else "", ""]
+    return "\n".join([*lines, "```", ""])
+
+
+def _public(package: ModuleType) -> list[str]:
+    stub = Path(str(package.__file__)).with_suffix(".pyi")
+    if stub.exists():
+        body = ast.parse(stub.read_text(encoding="utf-8")).body
+        return [alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return list(package.__all__)
+
+
+def build(out: Path) -> None:
+    """The site in `out`; raises CalledProcessError at the first warning of Sphinx."""
+    source = out.with_name(out.name + "-source")
+    gather(source)
+    spec = importlib.util.spec_from_file_location("play", ROOT / "docs" / "play" / "build.py")
+    assert spec and spec.loader
+    play = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(play)
+    play.build(source / "_extra" / "play")
+    shutil.rmtree(out, ignore_errors=True)
+    sphinx = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]
+    subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1] if len(sys.argv) > 1 else "build/site"))

@@ -1,0 +1,113 @@
+"""The book site: built without a warning, nothing from elsewhere, no dead link, no answer, and open to everybody."""
+
+import importlib.util
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+from refusallab.course.notebook import role
+from refusallab.course.release import solutions
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+KINDS = {  # of pages, and one of each
+    "start": "index.html",
+    "lab": "labs/02_the_refusal_direction.html",
+    "table": "docs/replication.html",
+    "text": "docs/decisions.html",
+    "api": "api/refusallab.attacks.html",
+    "play": "play.html",
+}
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("site_build", ROOT / "docs" / "site" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    out = tmp_path_factory.mktemp("book") / "site"
+    build.build(out)
+    return out
+
+
+class Links(HTMLParser):
+    """What a page refers to, and the anchors that it has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.targets, self.anchors = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.anchors |= {found[name] for name in ("id", "name") if found.get(name)}
+        self.targets += [(tag, found[name]) for name in ("href", "src") if found.get(name)]
+
+
+def test_every_link_leads_somewhere_and_nothing_is_fetched_from_elsewhere(site):
+    pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    assert len(pages) > 30
+    for page, found in pages.items():
+        for tag, target in found.targets:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                assert tag == "a" or target.startswith("data:"), f"{page}: {target}"
+                continue
+            path = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert path.exists(), f"{page}: {target}"
+            if parts.fragment and path in pages:
+                assert unquote(parts.fragment) in pages[path].anchors, f"{page}: {target}"
+
+
+def test_labs_have_figures_and_outputs_and_no_answers(site):
+    for path in solutions(ROOT):
+        text = (site / "labs" / f"{path.stem}.html").read_text(encoding="utf-8")
+        nb = nbformat.read(path, 4)
+        assert "cell_output" in text and "<strong>Rubric" not in text and "HIDDEN" not in text
+        plain = re.sub(r"<[^>]+>", "", text)
+        for cell in nb.cells:
+            if role(cell) == "written":
+                assert cell.source[:80] not in plain
+            if role(cell) == "answer":
+                secret = cell.source.partition("### BEGIN SOLUTION\n")[2].partition("### END SOLUTION")[0].strip()
+                assert secret and secret.splitlines()[-1].strip() not in plain.splitlines(), secret
+        figures = sum("image/png" in output.get("data", {}) for cell in nb.cells for output in cell.get("outputs", []))
+        assert len(re.findall(r"<img [^>]*_images/", text)) == figures
+
+
+def test_formulas_need_no_script(site):
+    text = (site / "labs" / "05_weight_orthogonalization.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 20 and not re.search(r"<script[^>]*mathjax", text, re.I) and "$$" not in text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_everybody_can_read_it(kind, scheme, site, tmp_path):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+        page.goto(f"file://{site / KINDS[kind]}")
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=tmp_path / "page.png")
+        found = Axe().run(page)
+        browser.close()
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_the_first_page_is_light(site):
+    page = site / "index.html"
+    needed = {
+        (page.parent / urlsplit(target).path)
+        for tag, target in Links(page.read_text()).targets
+        if tag in ("link", "script", "img")
+    }
+    assert page.stat().st_size + sum(path.stat().st_size for path in needed if path.is_file()) < 1e6
