@@ -11,6 +11,7 @@ from refusallab import explore, plots
 from refusallab.activations import logit_lens, residual, stream
 from refusallab.course.exercises import lab00
 from refusallab.course.exercises.lab00 import tokenizer_like
+from refusallab.judging import shown_tokens
 from refusallab.model import encode, generate, logits
 from smallmodels.world.facts import world
 
@@ -101,7 +102,7 @@ def test_each_word_has_a_refusal_probability(chat, model_of):
     assert [row[0] for row in words] == ["How", "do", "I", "bake", "bread?"] and len(openers) == 5
     p = logits(m, ["How do I"]).double().softmax(-1)[0, [5, 9]].sum().item()
     assert words[2][1] == f"{p:.2f}"
-    assert reply == [(generate(m, ["How do I bake bread?"], max_new_tokens=explore.SHOWN_TOKENS)[0],)]
+    assert reply == [(generate(m, ["How do I bake bread?"], max_new_tokens=shown_tokens(m))[0],)]
 
 
 def test_typing_and_a_system_prompt_change_the_view(chat):

@@ -38,7 +38,7 @@ def pins(lines):
     return found
 
 
-def requirements(pyproject, extras=("lab", "gguf", "teach", "grade", "test")):
+def requirements(pyproject, extras=("lab", "gguf", "teach", "grade", "site", "test")):
     project = tomllib.loads(pyproject)["project"]
     lines = project["dependencies"] + [line for e in extras for line in project["optional-dependencies"][e]]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
@@ -320,7 +320,7 @@ class TestMake:
     def test_develop_adds_the_rest_once(self, make):
         make("setup")
         install, panels = make("develop")
-        assert install.endswith(" --constraint constraints.txt --editable .[lab,gguf,teach,grade,test]")
+        assert install.endswith(" --constraint constraints.txt --editable .[lab,gguf,teach,grade,site,test]")
         assert panels == "python -m jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader"
         assert make("develop") == make("setup") == []
 

@@ -13,6 +13,7 @@ import refusallab
 import refusallab.course
 from refusallab import directions, prompts
 from refusallab.course.notebook import role
+from refusallab.errors import RefusalLabError
 from refusallab.experiment import find_direction
 from refusallab.finetuning import finetune
 from refusallab.model import wrap
@@ -53,10 +54,21 @@ def offline(real, monkeypatch):
     record = {"measured": {"openings": {"tokens": tokens}, "refused, alarming": "1" * 12 + "0" * 48}}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("solutions/*.ipynb")), ids=lambda path: path.stem)
-def test_the_cell_runs_and_reports_on_the_model(path, real, offline, capsys):
-    cells = [cell.source for cell in nbformat.read(path, 4).cells if role(cell) == "real"]
-    for source in cells:
-        exec(source, {})  # each by itself: that is how `refusallab execute --real` runs them
-    shown = capsys.readouterr().out
-    assert real.name in shown and "Skipped" not in shown and "nan" not in shown
+def cells(path):
+    return [cell.source for cell in nbformat.read(path, 4).cells if role(cell) == "real"]
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(ROOT.glob("solutions/*.ipynb")) if cells(p)], ids=lambda p: p.stem)
+def test_the_cells_run_and_report_on_the_model(path, real, offline, capsys):
+    if path.stem.startswith("07") and real.name.startswith("gemma2"):
+        with pytest.raises(RefusalLabError, match="heads have no share of their own"):
+            exec(cells(path)[0], {})
+        return
+    for source in cells(path):
+        exec(source, {"display": print})  # each by itself: that is how `refusallab execute --real` runs them
+        shown = capsys.readouterr().out
+        assert shown and "Skipped" not in shown and "nan" not in shown
+
+
+def test_every_lab_but_two_shows_something_live():
+    assert [p.stem[:2] for p in sorted(ROOT.glob("solutions/*.ipynb")) if not cells(p)] == ["09", "10"]
