@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -138,11 +138,7 @@ def build(out: Path) -> None:
     """The site in `out`; raises CalledProcessError at the first warning of Sphinx."""
     source = out.with_name(out.name + "-source")
     gather(source)
-    spec = importlib.util.spec_from_file_location("play", ROOT / "docs" / "play" / "build.py")
-    assert spec and spec.loader
-    play = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(play)
-    play.build(source / "_extra" / "play")
+    runpy.run_path(str(ROOT / "docs" / "play" / "build.py"))["build"](source / "_extra" / "play")
     shutil.rmtree(out, ignore_errors=True)
     sphinx = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]
     subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
