@@ -2,6 +2,7 @@
 #   make setup      what students need, in .venv      make lab     JupyterLab on labs/
 #   make develop    what teachers and authors need    make demo    the headline experiment
 #   make play       the play page, in build/          make site    the book site, in build/site
+#   make teach      slides, question exports: what teachers hand out, in build/teach
 #   make check      lint, format, types               make test    every test that needs no special part
 #   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
 #   make test-sandbox, test-browser, test-nightly, test-real, test-cpu      make test-all
@@ -19,8 +20,8 @@ DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname))
 LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: setup develop lab demo play site check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
-	test-nightly test-real test-cpu test-colab test-all check-links
+.PHONY: setup develop lab demo play site teach check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
+	test-nightly test-real test-cpu test-colab test-all colab-check package check-links
 
 setup: $(VENV)/.students
 develop: $(VENV)/.developers
@@ -50,7 +51,10 @@ play: setup
 	$(VENV)/bin/python docs/play/build.py
 
 site: develop
-	$(VENV)/bin/python docs/site/build.py
+	PYTHONPATH=. $(VENV)/bin/python docs/site/build.py
+
+teach: develop
+	$(RUN) teach
 
 check: develop
 	$(RUN) ruff check
@@ -106,6 +110,17 @@ test-cpu: develop
 # The archive on a machine that has Python and torch, and not the course.
 test-colab: develop
 	$(PYTEST) tests/test_colab.py
+
+# The released labs on Debian 13, in Colab's way of doing things. Needs root and debootstrap.
+colab-check: setup
+	PYTHONPATH=. $(VENV)/bin/python tests/colab_check.py
+
+# What a package index takes, in dist/.
+package: develop
+	$(INSTALL) '.[release]'
+	rm -rf dist
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
 
 # Addresses in texts and notebooks, over the network.
 check-links: develop

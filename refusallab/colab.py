@@ -42,12 +42,28 @@ def install(root: Path = ROOT) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hold = Path(folder) / "hold.txt"
         hold.write_text("".join(f"{name}=={version}\n" for name, version in held.items()), encoding="utf-8")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        result = subprocess.run([*pip, "--constraint", str(hold), *wanted], capture_output=True, text=True)
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        raise SetUpError(f"pip could not install what the course needs. {' '.join(errors[:1])}")
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+        problems = _run_pip([*pip, "--constraint", str(hold), *wanted])
+    if problems:
+        raise SetUpError(f"pip could not install what the course needs. {problems[0]}")
     importlib.invalidate_caches()
+
+
+def _run_pip(command: list[str]) -> list[str]:
+    """Run pip, show how far it is, and return its errors: at least one if it failed."""
+    print("The course installs what this machine lacks: about a minute, up to two where everything is missing.")
+    errors, read = [], 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            errors += [line.strip()] if line.startswith("ERROR") else []
+            if line.startswith(("Collecting", "Installing")):
+                read += 1
+                step = "installing" if line.startswith("Installing") else f"{read} packages found"
+                print(f"\r{step:<30}", end="", flush=True)
+    if read:
+        print(f"\r{'done' if not process.returncode else 'stopped':<30}")
+    return errors or ["pip gave no reason."] if process.returncode else []
 
 
 def _installed(name: str) -> str:

@@ -1,12 +1,14 @@
 """The set-up files agree with each other, the code and the README; `make` does what the README says."""
 
 import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
+from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -21,6 +24,7 @@ import refusallab
 
 ROOT = Path(__file__).parent.parent
 CONDA_NAMES = {"pytorch": "torch"}
+HADOLINT = Path(sys.executable).with_name("hadolint")
 
 
 def read(name):
@@ -116,9 +120,11 @@ def undeclared_imports(folder, pyproject):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.split(".")[0])
-    own = {"grader", "refusallab", "smallmodels", "conftest"} | {path.stem for path in (ROOT / folder).glob("*.py")}
+    own = {"conftest", "grader", "refusallab", "smallmodels", "teach"}
+    own |= {path.stem for path in (ROOT / folder).glob("*.py")}
     distributions = packages_distributions()
-    extras = ("lab", "gguf", "teach", "grade", *(["test"] if folder.endswith("tests") else []))
+    special = {"teach": ["site"], "tests": ["site", "test"], "grader/tests": ["test"]}
+    extras = ("lab", "gguf", "teach", "grade", *special.get(folder, []))
     declared = requirements(pyproject, extras)
     return {
         name
@@ -128,7 +134,7 @@ def undeclared_imports(folder, pyproject):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["grader", "grader/tests", "refusallab", "smallmodels", "tests"])
+@pytest.mark.parametrize("folder", ["grader", "grader/tests", "refusallab", "smallmodels", "teach", "tests"])
 def test_every_import_is_a_declared_dependency(folder):
     assert undeclared_imports(folder, read("pyproject.toml")) == set()
 
@@ -406,3 +412,30 @@ class TestMake:
         assert "needs Python 3.11 or newer" in message
         assert "make setup PYTHON=" in message
         assert not (make.folder / ".venv").exists()
+
+
+def test_the_image_is_built_by_the_rules_and_from_what_is_there():
+    """Hadolint finds nothing, every copied file exists, and the devcontainer builds this image."""
+    lint = subprocess.run([HADOLINT, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (lint.returncode, lint.stdout) == (0, "")
+    copied = re.findall(r"^COPY (?:--chown=\w+ )?(.+) \S+$", read("Dockerfile"), re.M)
+    assert copied and all((ROOT / name).exists() for line in copied for name in line.split())
+    container = json.loads(read(".devcontainer/devcontainer.json"))["build"]
+    assert (ROOT / ".devcontainer" / container["dockerfile"]).resolve() == ROOT / "Dockerfile"
+
+
+def test_a_fault_in_the_image_is_found(tmp_path):
+    (tmp_path / "Dockerfile").write_text(read("Dockerfile").replace("USER 1000\n", "USER root\n"))
+    assert subprocess.run([HADOLINT, tmp_path / "Dockerfile"], capture_output=True).returncode == 1
+
+
+@pytest.mark.nightly
+def test_the_wheel_has_valid_metadata_and_is_small_enough_for_an_index(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as package:
+        (name,) = (n for n in package.namelist() if n.endswith(".dist-info/METADATA"))
+        found = Metadata.from_email(package.read(name), validate=True)
+        assert any(n.startswith("smallmodels/weights/charter-chat/") for n in package.namelist())
+    assert found.name == "refusal-mechanics-labs" and wheel.stat().st_size < 95e6

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from contrast import faint_texts
 from matplotlib import colors
 
 from refusallab import plots
@@ -298,3 +299,24 @@ def test_every_file_of_a_schematic_is_described():
 def test_an_unknown_schematic_names_the_choices(name):
     with pytest.raises(RefusalLabError, match="choose from sites, template, interface"):
         plots.schematic(name)
+
+
+@pytest.mark.slow
+def test_every_text_stands_out_from_what_is_behind_it(figure):
+    assert faint_texts(figure) == []
+
+
+@pytest.mark.parametrize(("ink", "paper", "found"), [("#777777", "white", True), ("#767676", "white", False)])
+def test_faint_text_is_found(ink, paper, found):
+    """The greys on both sides of 4.5 on white."""
+    made = plt.figure(facecolor=paper)
+    made.text(0.5, 0.5, "word", color=ink)
+    assert bool(faint_texts(made)) == found
+
+
+def test_faint_text_on_a_dark_cell_is_found():
+    made, axis = plt.subplots()
+    axis.imshow([[0.0, 1.0]], cmap="gray", aspect="auto")
+    axis.text(0, 0, "dark on dark", color="#222222")
+    axis.text(1, 0, "dark on light", color="#222222")
+    assert [line.split(":")[0] for line in faint_texts(made)] == ["'dark on dark'"]

@@ -10,6 +10,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import nbformat
 import pytest
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from refusallab.cli import app
 from refusallab.course import release
 from refusallab.course.catalogue import HEADERS, QUESTIONS
-from refusallab.course.notebook import exercise_number, role, stamp
+from refusallab.course.notebook import exercise_number, launch_addresses, role, stamp
 from refusallab.errors import RefusalLabError
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,8 @@ SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
 ROLES = ("setup", "header", "hints", "answer", "check", "question", "written", "rubric")
 STUB = "    # YOUR CODE HERE\n    raise NotImplementedError()"
 
+MOST_MEMORY = 1000  # MB resident
+PEAK = "import resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
 QUICK = "00"  # runs as a whole in `make test`, the others in `make test-nightly`
 each_solution = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 each_whole_lab = pytest.mark.parametrize(
@@ -132,14 +135,21 @@ class TestLabs:
 
     @each_whole_lab
     def test_unsolved_and_wrong_a_whole_lab_fails_at_its_checks_and_nowhere_else(self, path, tmp_path):
-        """Every second answer is wrong, the others are not written: `solved` gives the library's version for both."""
+        """Every second answer is wrong, the others are not written: `solved` gives the library's version for both.
+
+        It also fits into the memory of a small hub, without the cells on pretrained models.
+        """
         lab = release.to_lab(read(path))
         for cell in cells(lab, "answer")[1::2]:
             cell.source = cell.source.replace(STUB, "    return None")
+        lab.cells = [cell for cell in lab.cells if role(cell) != "real"] + [new_code_cell(PEAK)]
         settings = {"OMP_NUM_THREADS": "1", "REFUSALLAB_PROGRESS": str(tmp_path / "progress.sqlite")}
         NotebookClient(lab, timeout=600, allow_errors=True).execute(env=os.environ | settings)
         assert [c.id for c in lab.cells if failure(c)] == [c.id for c in cells(lab, "check")]
         assert {failure(c).ename for c in cells(lab, "check")} == {"CheckFailed"}
+        megabytes = int(lab.cells[-1].outputs[0].text)
+        print(f"{path.stem}: {megabytes} MB at most")  # pytest -rP shows it
+        assert megabytes <= MOST_MEMORY
 
 
 def failure(cell):
@@ -237,6 +247,11 @@ class TestStamp:
         assert "https://colab.research.google.com/github/ann/labs/blob/HEAD/labs/02_x.ipynb" in badges
         assert "https://mybinder.org/v2/gh/ann/labs/HEAD?labpath=labs%2F02_x.ipynb" in badges
         assert stamp(published, "02_x").cells[0].source == "# Lab\n\nText."
+
+    def test_the_link_for_a_hub_names_repository_and_lab(self):
+        place = launch_addresses("02_x", "https://github.com/ann/labs")["a JupyterHub"]
+        asked = parse_qs(urlsplit(place).query)
+        assert asked == {"repo": ["https://github.com/ann/labs"], "urlpath": ["lab/tree/labs/labs/02_x.ipynb"]}
 
     def test_an_unknown_exercise_is_named(self):
         nb = core(*SOLUTIONS[:1])

@@ -1,12 +1,13 @@
-"""Gather the pages of the book site and build it: python docs/site/build.py [build/site]
+"""Gather the pages of the book site and build it: `make site`, in build/site.
 
 The tree of pages mirrors the repository, so that links between files work on the site too. Labs are those that students
-get, with the figures and outputs of the executed solutions and without answers. The play page comes with it.
+get, with the figures and outputs of the executed solutions and without answers. Play page and slides come with it.
 """
 
 from __future__ import annotations
 
 import ast
+import html
 import importlib
 import re
 import runpy
@@ -18,8 +19,9 @@ from types import ModuleType
 
 import nbformat
 
-from refusallab.course.notebook import read_address, role
+from refusallab.course.notebook import BADGES, launch_addresses, read_address, role
 from refusallab.course.release import solutions, to_lab
+from teach import decks
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -34,6 +36,7 @@ PAGES = (
     "labs/README.md",
     "smallmodels/CARD.md",
     "solutions/README.md",
+    *(f"teach/{name}.md" for name in ("README", "accessibility", "ai_policy", "ethics", "mini_project", "routes")),
 )
 FACES = {
     "refusallab": "Measure, find, edit",
@@ -64,22 +67,31 @@ def gather(source: Path) -> None:
     for path in solutions(ROOT):
         nb = nbformat.read(path, 4)
         cited |= dict.fromkeys(_references(nb))
-        nbformat.write(_shown(nb), source / "labs" / path.name)
+        nbformat.write(_shown(nb, path.stem), source / "labs" / path.name)
+        (source / "_extra" / "download").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "labs" / path.name, source / "_extra" / "download" / path.name)
     (source / "docs" / "references.md").write_text(
         "# References\n\nAll that the labs cite.\n\n" + "\n".join(f"* {line}" for line in sorted(cited)) + "\n",
         encoding="utf-8",
     )
+    (source / "slides.md").write_text(_slides(), encoding="utf-8")
     (source / "api").mkdir()
     for name, title in FACES.items():
         (source / "api" / f"{name}.md").write_text(_api(name, title), encoding="utf-8")
 
 
-def _shown(solution: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def _shown(solution: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
     """The student's version, with the outputs of the solution wherever they give no answer away."""
     outputs = {
         cell.id: cell.outputs for cell in solution.cells if cell.cell_type == "code" and role(cell) not in HIDDEN
     }
     lab = to_lab(solution)
+    places = {"Download": f"../download/{name}.ipynb"}
+    if address := read_address(ROOT):
+        places |= launch_addresses(name, address)
+    links = " · ".join(f'<a href="{html.escape(place)}">{label}</a>' for label, place in places.items())
+    parts = [part for part in lab.cells[0].source.split("\n\n") if not part.startswith(BADGES)]  # pictures from elsewhere
+    lab.cells[0].source = "\n\n".join([parts[0], f'<p class="launch">Open this lab: {links}</p>', *parts[1:]])
     for cell in lab.cells:
         if cell.cell_type == "code":
             cell.outputs = outputs.get(cell.id, [])
@@ -94,6 +106,15 @@ def _references(nb: nbformat.NotebookNode) -> list[str]:
     """The lines under "References" in a lab, without what follows the address."""
     texts = [cell.source.partition("## References")[2] for cell in nb.cells if cell.cell_type == "markdown"]
     return [line.split("): ")[0] + ")" * ("): " in line) for text in texts for line in REFERENCE.findall(text)]
+
+
+def _slides() -> str:
+    """The page that leads to the decks."""
+    lines = ["# Slides", "", "Press S in a deck for the speaker notes, and ? for all keys.", ""]
+    for name in decks.names():
+        title = (decks.SLIDES / f"{name}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        lines.append(f'* <a href="slides/{name}.html">{title}</a>')
+    return "\n".join([*lines, ""])
 
 
 def _without_dead_links(name: str) -> str:
@@ -139,6 +160,7 @@ def build(out: Path) -> None:
     source = out.with_name(out.name + "-source")
     gather(source)
     runpy.run_path(str(ROOT / "docs" / "play" / "build.py"))["build"](source / "_extra" / "play")
+    decks.build(source / "_extra" / "slides")
     shutil.rmtree(out, ignore_errors=True)
     sphinx = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]
     subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)

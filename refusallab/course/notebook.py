@@ -19,6 +19,7 @@ import copy
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from nbformat import NotebookNode
 from nbformat.notebooknode import from_dict
@@ -203,18 +204,27 @@ def _grader(cell: NotebookNode) -> dict[str, Any]:
     return fields | ({"points": _definition(cell).points} if grade else {})
 
 
+def launch_addresses(name: str, address: str) -> dict[str, str]:
+    """Where the lab `name` of the repository at `address` opens; for a hub, where its address is put into a link."""
+    owner_and_repository, path = "/".join(address.split("/")[-2:]), f"labs/{name}.ipynb"
+    on_hub = urlencode({"repo": address, "urlpath": f"lab/tree/{address.split('/')[-1]}/{path}"})
+    return {
+        "Colab": f"https://colab.research.google.com/github/{owner_and_repository}/blob/HEAD/{path}",
+        "Binder": f"https://mybinder.org/v2/gh/{owner_and_repository}/HEAD?labpath={quote(path, safe='')}",
+        "a JupyterHub": f"https://nbgitpuller.readthedocs.io/en/latest/link.html?{on_hub}",
+    }
+
+
 def _put_badges(cells: list[NotebookNode], name: str, address: str) -> None:
     first = next((cell for cell in cells if cell.cell_type == "markdown"), None)
     if first is None:
         return
     lines = [line for line in first.source.split("\n\n") if not line.startswith(BADGES)]
     if address:
-        owner_and_repository, path = "/".join(address.split("/")[-2:]), f"labs/{name}.ipynb"
-        colab = f"https://colab.research.google.com/github/{owner_and_repository}/blob/HEAD/{path}"
-        binder = f"https://mybinder.org/v2/gh/{owner_and_repository}/HEAD?labpath={path.replace('/', '%2F')}"
+        places = launch_addresses(name, address)
         lines.insert(
             1,
-            f"{BADGES}(https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
-            f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})",
+            f"{BADGES}(https://colab.research.google.com/assets/colab-badge.svg)]({places['Colab']}) "
+            f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({places['Binder']})",
         )
     first.source = "\n\n".join(lines)

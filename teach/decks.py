@@ -1,0 +1,59 @@
+"""Slide decks: Markdown in slides/, figures from the notebooks, built with Sphinx for reveal.js; and PDF of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from refusallab.errors import RefusalLabError
+from teach import HERE
+from teach.figures import figure
+
+SLIDES = HERE / "slides"
+IMAGE = re.compile(r"!\[\]\((lab\d\d/\d+)\)")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+def names() -> list[str]:
+    """The decks: "lab02" for each lab that has one."""
+    return sorted(path.stem for path in SLIDES.glob("lab*.md"))
+
+
+def gather(source: Path) -> None:
+    """Write the decks into the folder `source`, which is made anew, with their figures and alt texts."""
+    shutil.rmtree(source, ignore_errors=True)
+    (source / "_static").mkdir(parents=True)
+    shutil.copyfile(SLIDES / "conf.py", source / "conf.py")
+    shutil.copyfile(SLIDES / "slides.css", source / "_static" / "slides.css")
+
+    def placed(found: re.Match[str]) -> str:
+        shown, file = figure(found[1]), found[1].replace("/", "-") + ".png"
+        (source / file).write_bytes(shown.png)
+        alt = re.sub(r"([\[\]\\*_`])", r"\\\1", shown.alt)
+        return f"![{alt}]({file})"
+
+    for name in names():
+        text = (SLIDES / f"{name}.md").read_text(encoding="utf-8")
+        (source / f"{name}.md").write_text(IMAGE.sub(placed, text), encoding="utf-8")
+
+
+def build(out: Path) -> None:
+    """The decks as pages in `out`, one HTML file each; CalledProcessError at the first warning of Sphinx."""
+    source = out.with_name(out.name + "-source")
+    gather(source)
+    shutil.rmtree(out, ignore_errors=True)
+    sphinx = [sys.executable, "-m", "sphinx", "--builder", "revealjs", "--fail-on-warning", "--keep-going", "--quiet"]
+    subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
+
+
+def print_pdf(page: Path, pdf: Path) -> None:
+    """Print a deck with a browser, one slide on each page. RefusalLabError without one."""
+    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if browser is None:
+        raise RefusalLabError("PDF needs Chromium: install it, or print the decks from a browser (add ?print-pdf).")
+    address = f"{page.resolve().as_uri()}?print-pdf"
+    options = ["--headless", "--no-sandbox", "--no-pdf-header-footer", "--virtual-time-budget=20000"]
+    subprocess.run([browser, *options, f"--print-to-pdf={pdf}", address], check=True, capture_output=True)

@@ -1,0 +1,48 @@
+"""Sphinx settings of the slide decks. `teach/decks.py` gathers them and runs Sphinx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
+project = "Refusal Mechanics Labs"
+extensions = ["myst_parser", "sphinx_revealjs"]
+root_doc = "lab00"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+suppress_warnings = ["toc.not_included"]
+pygments_style = "a11y-high-contrast-light"
+revealjs_style_theme = "white"
+revealjs_static_path = ["_static"]
+revealjs_css_files = ["slides.css"]
+revealjs_script_conf = {
+    "center": False,
+    "controls": True,
+    "hash": True,
+    "slideNumber": "c/t",
+    "transition": "none",
+    "width": 1280,
+    "height": 720,
+    "margin": 0.06,
+}
+revealjs_script_plugins = [{"src": "revealjs/plugin/notes/notes.js", "name": "RevealNotes"}]
+
+
+def formula(translator: Any, node: nodes.Element) -> None:
+    """MathML, which browsers draw and screen readers read by themselves."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    translator.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def without_mathjax(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Sphinx adds a script from elsewhere to each page with a formula."""
+    context["script_files"] = [file for file in context.get("script_files", []) if "mathjax" not in str(file).lower()]
+
+
+def setup(app: Sphinx) -> None:
+    for node in (nodes.math, nodes.math_block):
+        app.add_node(node, override=True, html=(formula, None), revealjs=(formula, None))
+    app.connect("html-page-context", without_mathjax, priority=999)
