@@ -90,7 +90,8 @@ def _shown(solution: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
     if address := read_address(ROOT):
         places |= launch_addresses(name, address)
     links = " · ".join(f'<a href="{html.escape(place)}">{label}</a>' for label, place in places.items())
-    parts = [part for part in lab.cells[0].source.split("\n\n") if not part.startswith(BADGES)]  # pictures from elsewhere
+    # The pictures of badges come from elsewhere.
+    parts = [part for part in lab.cells[0].source.split("\n\n") if not part.startswith(BADGES)]
     lab.cells[0].source = "\n\n".join([parts[0], f'<p class="launch">Open this lab: {links}</p>', *parts[1:]])
     for cell in lab.cells:
         if cell.cell_type == "code":
