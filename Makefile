@@ -20,7 +20,7 @@ DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname))
 LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: setup develop lab demo play site teach check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
+.PHONY: setup develop lab demo play site book teach check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
 	test-nightly test-real test-cpu test-colab test-all colab-check package check-links
 
 setup: $(VENV)/.students
@@ -52,6 +52,9 @@ play: setup
 
 site: develop
 	PYTHONPATH=. $(VENV)/bin/python docs/site/build.py
+
+book: develop
+	PYTHONPATH=. $(VENV)/bin/python docs/site/build.py book
 
 teach: develop
 	$(RUN) teach

@@ -57,9 +57,9 @@ def _run_pip(command: list[str]) -> list[str]:
         assert process.stdout is not None
         for line in process.stdout:
             errors += [line.strip()] if line.startswith("ERROR") else []
-            if line.startswith(("Collecting", "Installing")):
+            if line.startswith(("Collecting", "Processing", "Installing")):
                 read += 1
-                step = "installing" if line.startswith("Installing") else f"{read} packages found"
+                step = "installing" if line.startswith("Installing") else f"packages found: {read}"
                 print(f"\r{step:<30}", end="", flush=True)
     if read:
         print(f"\r{'done' if not process.returncode else 'stopped':<30}")

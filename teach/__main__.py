@@ -28,18 +28,16 @@ def pages() -> dict[Path, str | bytes]:
     return made
 
 
-def build(out: Path, *, pdf: bool = True) -> None:
+def build(out: Path) -> None:
     """Slides as HTML and PDF, the bank and the exams for Moodle and as QTI."""
     decks.build(out / "slides")
-    if pdf:
-        for name in decks.names():
-            decks.print_pdf(out / "slides" / f"{name}.html", out / "slides" / f"{name}.pdf")
     sets = {f"Lab {lab}": list(asked) for lab, asked in groupby(questions.bank().values(), key=lambda q: q.lab)}
     sets |= questions.exams()
     (out / "moodle.xml").write_text(questions.moodle(sets), encoding="utf-8")
     (out / "qti").mkdir(exist_ok=True)
     for title, asked in sets.items():
         questions.save_qti(title, asked, out / "qti" / f"{title.lower().replace(' ', '_')}.zip")
+    decks.print_pdf(out / "slides")
 
 
 def main(

@@ -6,7 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
 
 from refusallab.errors import RefusalLabError
 from teach import HERE
@@ -49,11 +53,24 @@ def build(out: Path) -> None:
     subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
 
 
-def print_pdf(page: Path, pdf: Path) -> None:
-    """Print a deck with a browser, one slide on each page. RefusalLabError without one."""
-    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if browser is None:
-        raise RefusalLabError("PDF needs Chromium: install it, or print the decks from a browser (add ?print-pdf).")
-    address = f"{page.resolve().as_uri()}?print-pdf"
-    options = ["--headless", "--no-sandbox", "--no-pdf-header-footer", "--virtual-time-budget=20000"]
-    subprocess.run([browser, *options, f"--print-to-pdf={pdf}", address], check=True, capture_output=True)
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser without a window. RefusalLabError where none is installed."""
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        raise RefusalLabError("PDF needs Chromium: install it, or print the pages from a browser (decks: ?view=print).")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def print_pdf(folder: Path) -> None:
+    """Print the decks in a folder as PDF beside them, one slide on each page."""
+    with chromium() as browser:
+        for deck in names():
+            page = browser.new_page(viewport={"width": 1280, "height": 720})
+            page.goto(f"{(folder / deck).resolve().as_uri()}.html?view=print")
+            page.wait_for_selector(".pdf-page")
+            page.pdf(path=folder / f"{deck}.pdf", prefer_css_page_size=True, tagged=True, outline=True)
+            page.close()

@@ -70,7 +70,7 @@ def build_system() -> None:
 
 def inside(*command: str) -> str:
     """What a command says in the new system."""
-    settings = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "2"}
+    settings = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     passed = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "http_", "https_"))}
     call = [shutil.which("chroot") or "chroot", SYSTEM, *command]
     return subprocess.run(call, env=settings | passed, stdout=subprocess.PIPE, text=True, check=True).stdout

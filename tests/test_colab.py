@@ -89,6 +89,8 @@ def test_an_archive_beside_the_notebook_is_enough(run, labs_zip, tmp_path):
     assert result.returncode == 0, result.stderr
     *said, library, installed, untouched = result.stdout.splitlines()
     assert "charter-chat" in said[-1]
+    assert said[0].startswith("The course installs what this machine lacks: about a minute")
+    assert [step.strip() for step in said[1:] if step][:3] == ["packages found: 1", "installing", "done"]
     assert Path(library) == tmp_path / "refusal-mechanics-labs" / "refusallab" / "__init__.py"
     assert "/venv/lib/" in installed and "/packages/torch/" in untouched
 
@@ -170,7 +172,7 @@ def test_an_archive_that_was_packed_again_is_fine(run, labs_zip, tmp_path):
     find, _ = CELL.split("\nfrom refusallab.course import")
     result = run(f"{find}\nimport refusallab\nprint(refusallab.__file__)")
     assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()).is_relative_to(tmp_path / "Downloads" / "refusal-mechanics-labs")
+    assert Path(result.stdout.splitlines()[-1]).is_relative_to(tmp_path / "Downloads" / "refusal-mechanics-labs")
 
 
 @pytest.mark.slow
@@ -184,7 +186,7 @@ def test_with_an_address_it_fetches_the_course(run, labs_zip, tmp_path):
     )
     result = run(f"{find}\nimport pooch, refusallab\nprint(refusallab.__file__)")
     assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()).is_relative_to(tmp_path / "refusal-mechanics-labs")
+    assert Path(result.stdout.splitlines()[-1]).is_relative_to(tmp_path / "refusal-mechanics-labs")
 
 
 class TestInstall:
@@ -193,13 +195,15 @@ class TestInstall:
         """Stand-in for pip: notes its requirements and constraints."""
         calls = []
 
-        def stand_in(command, **_):
+        def stand_in(command, **settings):
             constraints = Path(command[command.index("--constraint") + 1]).read_text()
             calls.append((command[command.index("--constraint") + 2 :], constraints))
-            return subprocess.CompletedProcess(command, stand_in.code, "", stand_in.stderr)
+            code = f"import sys; print({stand_in.said!r}); sys.exit({stand_in.code})"
+            return started([sys.executable, "-c", code], **settings)
 
-        stand_in.calls, stand_in.code, stand_in.stderr = calls, 0, ""
-        monkeypatch.setattr(colab.subprocess, "run", stand_in)
+        started = subprocess.Popen
+        stand_in.calls, stand_in.code, stand_in.said = calls, 0, ""
+        monkeypatch.setattr(colab.subprocess, "Popen", stand_in)
         return stand_in
 
     def test_torch_and_numpy_are_held_and_never_asked_for(self, pip):
@@ -232,7 +236,7 @@ class TestInstall:
         assert pip.calls == []
 
     def test_a_failing_pip_gives_its_reason(self, pip):
-        pip.code, pip.stderr = 1, "WARNING: slow\nERROR: No matching distribution found for nnsight==0.8.1\nERROR: x\n"
+        pip.code, pip.said = 1, "WARNING: slow\nERROR: No matching distribution found for nnsight==0.8.1\nERROR: x\n"
         with pytest.raises(colab.SetUpError, match=r"needs\. ERROR: No matching distribution.*0\.8\.1$"):
             colab.install(ROOT)
 

@@ -123,7 +123,7 @@ def undeclared_imports(folder, pyproject):
     own = {"conftest", "grader", "refusallab", "smallmodels", "teach"}
     own |= {path.stem for path in (ROOT / folder).glob("*.py")}
     distributions = packages_distributions()
-    special = {"teach": ["site"], "tests": ["site", "test"], "grader/tests": ["test"]}
+    special = {"teach": ["site", "test"], "tests": ["site", "test"], "grader/tests": ["test"]}
     extras = ("lab", "gguf", "teach", "grade", *special.get(folder, []))
     declared = requirements(pyproject, extras)
     return {

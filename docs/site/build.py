@@ -1,4 +1,4 @@
-"""Gather the pages of the book site and build it: `make site`, in build/site.
+"""Gather the pages of the book site and build it: `make site`, in build/site, or as a PDF with `make book`.
 
 The tree of pages mirrors the repository, so that links between files work on the site too. Labs are those that students
 get, with the figures and outputs of the executed solutions and without answers. Play page and slides come with it.
@@ -167,5 +167,30 @@ def build(out: Path) -> None:
     subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
 
 
+def book(pdf: Path) -> None:
+    """The labs as one PDF, from the same pages. RefusalLabError without Chromium, which prints it."""
+    source, out = pdf.with_name("book-source"), pdf.with_name("book")
+    gather(source)
+    for path in source.rglob("*.md"):
+        if path.parent != source / "labs":
+            path.unlink()
+    labs = "\n".join(f"labs/{path.stem}" for path in solutions(ROOT))
+    (source / "book.md").write_text(f"# Refusal Mechanics Labs\n\n```{{toctree}}\n:maxdepth: 2\n{labs}\n```\n", "utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    settings = ["-D", "root_doc=book", "-D", "suppress_warnings=toc.not_included,myst.xref_missing"]
+    sphinx = [sys.executable, "-m", "sphinx", "--builder", "singlehtml", "--fail-on-warning", "--keep-going", "--quiet"]
+    subprocess.run([*sphinx, *settings, "-d", source / "_doctrees", source, out], check=True)
+    with decks.chromium() as browser:
+        page = browser.new_page()
+        page.goto(f"{(out / 'book.html').resolve().as_uri()}")
+        page.pdf(
+            path=pdf,
+            format="A4",
+            margin=dict.fromkeys(("top", "right", "bottom", "left"), "18mm"),
+            tagged=True,
+            outline=True,
+        )
+
+
 if __name__ == "__main__":
-    build(Path(sys.argv[1] if len(sys.argv) > 1 else "build/site"))
+    book(Path("build/book.pdf")) if sys.argv[1:] == ["book"] else build(Path("build/site"))

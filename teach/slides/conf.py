@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -42,7 +43,25 @@ def without_mathjax(app: Sphinx, name: str, template: str, context: dict[str, An
     context["script_files"] = [file for file in context.get("script_files", []) if "mathjax" not in str(file).lower()]
 
 
+BETTER = {  # than the template, for those who enlarge the page or hear it
+    ", maximum-scale=1.0, user-scalable=no": "",
+    '<div class="slides" role="main">': '<div class="slides">',
+    '<div class="reveal">': '<main><div class="reveal">',
+    '<script src="_static/revealjs/dist/reveal.js">': '</main>\n<script src="_static/revealjs/dist/reveal.js">',
+}
+
+
+def mend(app: Sphinx, problem: Exception | None) -> None:
+    for path in Path(app.outdir).glob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        for before, after in BETTER.items():
+            assert text.count(before) == 1, (path, before)
+            text = text.replace(before, after)
+        path.write_text(text, encoding="utf-8")
+
+
 def setup(app: Sphinx) -> None:
     for node in (nodes.math, nodes.math_block):
         app.add_node(node, override=True, html=(formula, None), revealjs=(formula, None))
     app.connect("html-page-context", without_mathjax, priority=999)
+    app.connect("build-finished", mend)
