@@ -213,7 +213,8 @@ def _plain(number: int, q: Question, folder: Path) -> str:
 
 def _part(mark: str, text: str) -> str:
     first, *others = text.splitlines()
-    return "\n".join([f"{mark:<4}{first}", *(f"    {line}" if line else "" for line in others)])
+    indent = max(4, len(mark) + 1)
+    return "\n".join([f"{mark:<{indent}}{first}", *(" " * indent + line if line else "" for line in others)])
 
 
 # --- on paper ----------------------------------------------------------------------------------------------------
