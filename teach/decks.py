@@ -22,8 +22,8 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def names() -> list[str]:
-    """The decks: "lab02" for each lab that has one."""
-    return sorted(path.stem for path in SLIDES.glob("lab*.md"))
+    """The decks: "lab02" for each lab that has one, and "workshop"."""
+    return sorted(path.stem for path in SLIDES.glob("*.md") if path.stem != "outlines")
 
 
 def gather(source: Path) -> None:

@@ -32,14 +32,23 @@ async function model(name) {
 /** The prompt as the chat template writes it. */
 const prompt = (text) => tokenizer.encode(data.template[0] + text + data.template[1]);
 
+/** The difference in means at a site. */
+function means(layer, position) {
+  const { shape: [, positions, width], data: all } = vectors.means;
+  const at = (layer * positions + positions + position) * width;
+  return all.slice(at, at + width);
+}
+
+const LARGEST = norm(means(data.selected.layer, data.selected.position)); // of a projection, for the colours
+
 /** The direction of the controls, and its site. */
 function direction() {
   const [layer, position] = [Number($("layer").value), Number($("position").value)];
-  const { shape: [, positions, width], data: all } = vectors.means;
-  const at = (layer * positions + positions + position) * width;
-  let vector = all.slice(at, at + width);
+  let vector = means(layer, position);
+  const width = vector.length;
   if (chosen("which") === "random") {
-    const unit = vectors.random.data.slice((Number($("seed").value) - 1) * width, Number($("seed").value) * width);
+    const row = Math.min(20, Math.max(1, Math.round(Number($("seed").value)) || 1)) - 1;
+    const unit = vectors.random.data.slice(row * width, (row + 1) * width);
     vector = unit.map((value) => value * norm(vector));
   }
   return { vector, layer, position };
@@ -125,7 +134,7 @@ function wordRow([word, metric, along]) {
   const row = document.createElement("tr");
   const p = 1 / (1 + Math.exp(-metric));
   for (const value of [word, metric.toFixed(1), p.toFixed(2), along.toFixed(1)]) {
-    row.insertCell().textContent = value;
+    row.insertCell().textContent = value === "-0.0" ? "0.0" : value;
   }
   const bar = document.createElement("span");
   bar.className = "bar";
@@ -144,9 +153,9 @@ function colour(share) {
   return { background: `rgb(${rgb})`, color: light > 0.18 ? "#000000" : "#ffffff" };
 }
 
+/** One scale of colours for all edits and directions, so that what is gone looks gone. */
 function strip(tokens, streams, vector) {
   const along = streams.map((layers) => layers.map((x) => (norm(vector) ? dot(x, vector) / norm(vector) : 0)));
-  const largest = Math.max(1e-9, ...along.flat().map(Math.abs));
   const table = $("strip");
   table.tHead?.remove();
   [...table.tBodies].forEach((body) => body.remove());
@@ -159,8 +168,8 @@ function strip(tokens, streams, vector) {
     row.append(cell(layer === along[0].length - 1 ? "end" : String(layer), "row"));
     along.forEach((layers) => {
       const td = row.insertCell();
-      td.textContent = layers[layer].toFixed(1);
-      Object.assign(td.style, colour(layers[layer] / largest));
+      td.textContent = layers[layer].toFixed(1).replace("-0.0", "0.0");
+      Object.assign(td.style, colour(layers[layer] / LARGEST));
     });
   }
 }
@@ -175,6 +184,7 @@ function cell(text, scope = "col") {
 /** Everything that depends on the controls. */
 async function refresh() {
   run += 1;
+  $("explained").textContent = "";
   const adds = chosen("edit") === "add";
   Object.assign($("strength"), adds ? { min: -2, max: 2 } : { min: 0, max: 1 });
   const strength = Number($("strength").value);
@@ -184,9 +194,12 @@ async function refresh() {
   $("about").textContent = data.models[$("model").value].about;
   const site = direction();
   const best = site.layer === data.selected.layer && site.position === data.selected.position;
+  const length = norm(site.vector).toFixed(1);
   $("site").textContent = norm(site.vector) === 0
     ? "At layer 0 every prompt has the same vector there, so this direction is zero and does nothing."
-    : `Length ${norm(site.vector).toFixed(1)}, found on charter-chat. ${best ? "The selection rule of the paper takes this one." : ""}`;
+    : chosen("which") === "random"
+      ? `A random direction of length ${length}. When it is removed, only its axis counts; when it is added, its length and layer, too.`
+      : `Length ${length}, found on charter-chat. ${best ? "The selection rule of the paper takes this one." : ""}`;
   const asked = ask();
   await words();
   await asked;
@@ -195,9 +208,10 @@ async function refresh() {
 const steps = {
   refuses: [{ edit: "none", which: "means" }, "The untouched model refuses."],
   removed: [{ edit: "ablate", which: "means" },
-    "Without its component along one direction the model answers. Nothing was trained, and no weight changed."],
+    "Without its component along one direction the model answers. Nothing was trained, and no weight changed. " +
+    "Is the answer right? Choose \"helpful only\" as the model, which never refuses, and compare."],
   random: [{ edit: "ablate", which: "random" },
-    "Without a random direction of the same length it refuses as before. So it is not the removing that does it."],
+    "Without a random direction it refuses as before. One random direction is one example: try other seeds."],
 };
 
 async function guide(name) {
@@ -236,7 +250,12 @@ if (new URLSearchParams(location.search).has("embed")) document.body.classList.a
 
 $("chat").addEventListener("submit", (event) => { event.preventDefault(); refresh(); });
 $("prompts").addEventListener("change", () => { $("text").value = $("prompts").value; refresh(); });
-$("text").addEventListener("input", () => { run += 1; words(); });
+$("text").addEventListener("input", () => {
+  run += 1;
+  $("explained").textContent = "";
+  $("reply").textContent = "(press Ask)";
+  words();
+});
 for (const id of ["model", "seed", "strength", "layer", "position"]) $(id).addEventListener("input", refresh);
 document.querySelectorAll('input[type="radio"]').forEach((radio) => radio.addEventListener("change", refresh));
 document.querySelectorAll("[data-step]").forEach((button) => button.addEventListener("click", () => guide(button.dataset.step)));
