@@ -2,6 +2,7 @@
 
 import numpy as np
 from matplotlib import colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 LEAST, LEAST_LARGE, LARGE = 4.5, 3.0, 18  # ratios; points from which text counts as large
@@ -21,13 +22,14 @@ def ratio(first, second):
 
 def faint_texts(figure):
     """A line for each text of the figure with too little contrast, with its ratio."""
-    figure.canvas.draw()
+    canvas = FigureCanvasAgg(figure)  # a figure that was closed has lost its own
+    canvas.draw()
     texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
     alphas = [text.get_alpha() for text in texts]
     for text in texts:
         text.set_alpha(0)  # and not invisible: the layout makes no room for what is invisible
-    figure.canvas.draw()
-    page = np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255  # [height, width, 3], the first row on top
+    canvas.draw()
+    page = np.asarray(canvas.buffer_rgba())[..., :3] / 255  # [height, width, 3], the first row on top
     for text, alpha in zip(texts, alphas, strict=True):
         text.set_alpha(alpha)
     found = []
