@@ -2,7 +2,7 @@
 #   make setup      what students need, in .venv      make lab     JupyterLab on labs/
 #   make develop    what teachers and authors need    make demo    the headline experiment
 #   make play       the play page, in build/          make site    the book site, in build/site
-#   make teach      slides, question exports: what teachers hand out, in build/teach
+#   make teach      slides, question exports: in build/teach    make book    the labs as a PDF, in build/
 #   make check      lint, format, types               make test    every test that needs no special part
 #   make test-fast  no notebooks, nothing slow        make test-lab LAB=02
 #   make test-sandbox, test-browser, test-nightly, test-real, test-cpu      make test-all
@@ -20,8 +20,8 @@ DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname))
 LAB_FLAGS := $(if $(CI),--no-browser,$(if $(DISPLAYS),,--no-browser))
 LAB_FLAGS += $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: setup develop lab demo play site book teach check test test-fast test-slow test-notebooks test-lab test-sandbox test-browser \
-	test-nightly test-real test-cpu test-colab test-all colab-check package check-links
+.PHONY: setup develop lab demo play site book teach check test test-fast test-slow test-notebooks test-lab test-sandbox \
+	test-browser test-nightly test-real test-cpu test-colab test-all colab-check package check-links
 
 setup: $(VENV)/.students
 develop: $(VENV)/.developers
@@ -115,8 +115,8 @@ test-colab: develop
 	$(PYTEST) tests/test_colab.py
 
 # The released labs on Debian 13, in Colab's way of doing things. Needs root and debootstrap.
-colab-check: setup
-	PYTHONPATH=. $(VENV)/bin/python tests/colab_check.py
+colab-check: develop
+	$(VENV)/bin/python tests/colab_check.py
 
 # What a package index takes, in dist/.
 package: develop

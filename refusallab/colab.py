@@ -51,7 +51,7 @@ def install(root: Path = ROOT) -> None:
 
 def _run_pip(command: list[str]) -> list[str]:
     """Run pip, show how far it is, and return its errors: at least one if it failed."""
-    print("The course installs what this machine lacks: about a minute, up to two where everything is missing.")
+    print("The course installs what this machine lacks: about a minute.")
     errors, read = [], 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None

@@ -36,8 +36,12 @@ def build(out: Path) -> None:
     (out / "moodle.xml").write_text(questions.moodle(sets), encoding="utf-8")
     (out / "qti").mkdir(exist_ok=True)
     for title, asked in sets.items():
-        questions.save_qti(title, asked, out / "qti" / f"{title.lower().replace(' ', '_')}.zip")
-    decks.print_pdf(out / "slides")
+        name = title.partition(".")[0].lower().replace(" ", "_")
+        questions.save_qti(title, asked, out / "qti" / f"{name}.zip")
+    try:
+        decks.print_pdf(out / "slides")
+    except RefusalLabError as error:  # everything else is there
+        print(error, file=sys.stderr)
 
 
 def main(

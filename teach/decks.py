@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, sync_playwright
-
-from refusallab.errors import RefusalLabError
 from teach import HERE
 from teach.figures import figure
+from teach.rendering import chromium, sphinx
 
 SLIDES = HERE / "slides"
 IMAGE = re.compile(r"!\[\]\((lab\d\d/\d+)\)")
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def names() -> list[str]:
@@ -48,25 +41,11 @@ def build(out: Path) -> None:
     """The decks as pages in `out`, one HTML file each; CalledProcessError at the first warning of Sphinx."""
     source = out.with_name(out.name + "-source")
     gather(source)
-    shutil.rmtree(out, ignore_errors=True)
-    sphinx = [sys.executable, "-m", "sphinx", "--builder", "revealjs", "--fail-on-warning", "--keep-going", "--quiet"]
-    subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
-
-
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """A browser without a window. RefusalLabError where none is installed."""
-    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if path is None:
-        raise RefusalLabError("PDF needs Chromium: install it, or print the pages from a browser (decks: ?view=print).")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    sphinx("revealjs", source, out)
 
 
 def print_pdf(folder: Path) -> None:
-    """Print the decks in a folder as PDF beside them, one slide on each page."""
+    """Print the decks in a folder as PDF beside them, one slide on each page. RefusalLabError without Chromium."""
     with chromium() as browser:
         for deck in names():
             page = browser.new_page(viewport={"width": 1280, "height": 720})

@@ -71,10 +71,10 @@ def read(path: Path) -> list[Question]:
     """The questions of a file. RefusalLabError, with the question's id, for one that cannot be asked or graded."""
     found = []
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["question"]:
-        entry["option"] = tuple(Option(**option) for option in entry.get("option", ()))
-        slip = entry.pop("slip", "")
-        entry |= {"slip": slip} if isinstance(slip, str) else {"slips": tuple(Slip(**s) for s in slip)}
         try:
+            entry["option"] = tuple(Option(**option) for option in entry.get("option", ()))
+            slip = entry.pop("slip", "")
+            entry |= {"slip": slip} if isinstance(slip, str) else {"slips": tuple(Slip(**s) for s in slip)}
             question = Question(**{k: v.strip() if isinstance(v, str) else v for k, v in entry.items()})
         except TypeError as error:
             raise RefusalLabError(f"{path.name}, {entry.get('id')}: {error}") from None

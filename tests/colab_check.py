@@ -1,7 +1,7 @@
 """The released labs on a machine like Colab: Debian 13 with Python 3.13, no virtual environment, torch and numpy there.
 
-    make colab-check                  as root, on Linux with debootstrap and a network; takes about an hour
-    python tests/colab_check.py 00    only lab 00
+    make colab-check                  as root, on Linux with debootstrap and a network; takes about half an hour
+    python tests/colab_check.py 00    only lab 00, in the environment of `make develop`
 
 What it is like Colab in: the version of Python, packages installed for the whole system by pip, a kernel that already
 runs and has torch and numpy loaded, `google.colab` importable, labs.zip in the working folder and nothing else of the
@@ -64,7 +64,8 @@ def build_system() -> None:
         subprocess.run(["debootstrap", "--variant=minbase", include, "trixie", SYSTEM], check=True)
         for file in SYSTEM.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
             file.unlink()  # Colab's Python takes pip's packages for the whole system
-    shutil.copy("/etc/resolv.conf", SYSTEM / "etc" / "resolv.conf")
+    for file in ("/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt"):  # as this network has them
+        shutil.copy(file, SYSTEM / file[1:])
     inside("pip", "install", "--quiet", "--root-user-action=ignore", *THERE)
 
 

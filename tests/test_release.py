@@ -142,14 +142,16 @@ class TestLabs:
         lab = release.to_lab(read(path))
         for cell in cells(lab, "answer")[1::2]:
             cell.source = cell.source.replace(STUB, "    return None")
-        lab.cells = [cell for cell in lab.cells if role(cell) != "real"] + [new_code_cell(PEAK)]
+        lab.cells = [cell for cell in lab.cells if role(cell) != "real"]
+        lab.cells += [new_code_cell(PEAK)] if sys.platform == "linux" else []
         settings = {"OMP_NUM_THREADS": "1", "REFUSALLAB_PROGRESS": str(tmp_path / "progress.sqlite")}
         NotebookClient(lab, timeout=600, allow_errors=True).execute(env=os.environ | settings)
         assert [c.id for c in lab.cells if failure(c)] == [c.id for c in cells(lab, "check")]
         assert {failure(c).ename for c in cells(lab, "check")} == {"CheckFailed"}
-        megabytes = int(lab.cells[-1].outputs[0].text)
-        print(f"{path.stem}: {megabytes} MB at most")  # pytest -rP shows it
-        assert megabytes <= MOST_MEMORY
+        if sys.platform == "linux":
+            megabytes = int(lab.cells[-1].outputs[0].text)
+            print(f"{path.stem}: {megabytes} MB at most")  # pytest -rP shows it
+            assert megabytes <= MOST_MEMORY
 
 
 def failure(cell):

@@ -19,13 +19,13 @@ from refusallab.course.catalogue import QUESTIONS as WRITTEN
 from refusallab.course.plan import read_plan
 from refusallab.course.release import solutions
 from refusallab.errors import RefusalLabError
-from teach import HERE, ROOT, decks, questions
+from teach import HERE, ROOT, decks, questions, rendering
 from teach.__main__ import pages
 from teach.figures import figure, figures
 
 SCHEMAS = Path(__file__).parent / "schemas"
 QTI = "{http://www.imsglobal.org/xsd/ims_qtiasiv1p2}"
-CHROMIUM = next(filter(None, map(shutil.which, decks.CHROMIUM)), None)
+CHROMIUM = next(filter(None, map(shutil.which, rendering.CHROMIUM)), None)
 MINUTES = {"Workshop of 90 minutes": 90, "Workshop of 3 hours on Colab": 180}
 
 
@@ -145,6 +145,7 @@ option = [{text = "a", why = "w", right = true}, {text = "b", why = "w"}, {text 
         ('{text = "b", why = "w"}', '{text = "b", why = "w", right = true}', "exactly one option"),
         ('why = "w"}', 'why = ""}', "say why"),
         ('"recall"', '"riddle"', "no kind 'riddle'"),
+        ('why = "w"}]', 'because = "w"}]', "unexpected keyword argument 'because'"),
         ('"recall"', '"figure"', "a figure belongs to"),
         ('"recall"', '"numerical"', "needs answer, tolerance"),
         ('"recall"', '"design"', "a key and a slip"),

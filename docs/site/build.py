@@ -12,7 +12,6 @@ import importlib
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ import nbformat
 from refusallab.course.notebook import BADGES, launch_addresses, read_address, role
 from refusallab.course.release import solutions, to_lab
 from teach import decks
+from teach.rendering import chromium, sphinx
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -162,9 +162,7 @@ def build(out: Path) -> None:
     gather(source)
     runpy.run_path(str(ROOT / "docs" / "play" / "build.py"))["build"](source / "_extra" / "play")
     decks.build(source / "_extra" / "slides")
-    shutil.rmtree(out, ignore_errors=True)
-    sphinx = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]
-    subprocess.run([*sphinx, "-d", source / "_doctrees", source, out], check=True)
+    sphinx("html", source, out)
 
 
 def book(pdf: Path) -> None:
@@ -176,20 +174,13 @@ def book(pdf: Path) -> None:
             path.unlink()
     labs = "\n".join(f"labs/{path.stem}" for path in solutions(ROOT))
     (source / "book.md").write_text(f"# Refusal Mechanics Labs\n\n```{{toctree}}\n:maxdepth: 2\n{labs}\n```\n", "utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    settings = ["-D", "root_doc=book", "-D", "suppress_warnings=toc.not_included,myst.xref_missing"]
-    sphinx = [sys.executable, "-m", "sphinx", "--builder", "singlehtml", "--fail-on-warning", "--keep-going", "--quiet"]
-    subprocess.run([*sphinx, *settings, "-d", source / "_doctrees", source, out], check=True)
-    with decks.chromium() as browser:
+    settings = ("-D", "root_doc=book", "-D", "suppress_warnings=toc.not_included,myst.xref_missing")
+    sphinx("singlehtml", source, out, *settings)
+    margin = dict.fromkeys(("top", "right", "bottom", "left"), "18mm")
+    with chromium() as browser:
         page = browser.new_page()
-        page.goto(f"{(out / 'book.html').resolve().as_uri()}")
-        page.pdf(
-            path=pdf,
-            format="A4",
-            margin=dict.fromkeys(("top", "right", "bottom", "left"), "18mm"),
-            tagged=True,
-            outline=True,
-        )
+        page.goto((out / "book.html").resolve().as_uri())
+        page.pdf(path=pdf, format="A4", margin=margin, tagged=True, outline=True)
 
 
 if __name__ == "__main__":

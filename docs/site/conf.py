@@ -7,15 +7,13 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from docutils import nodes
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
 project = "Refusal Mechanics Labs"
 author = "the authors of Refusal Mechanics Labs"
 copyright = f"{author}. Code under MIT, text under CC BY 4.0"
 version = release = version_of("refusal-mechanics-labs")
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "teach.rendering"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the stored outputs are shown; nbval holds them against fresh runs
@@ -32,13 +30,6 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 python_display_short_literal_types = True
 toc_object_entries = False
-
-
-def formula(translator: Any, node: nodes.Element) -> None:
-    """MathML, which browsers draw and screen readers read by themselves: no script, no font to fetch."""
-    display = "block" if isinstance(node, nodes.math_block) else "inline"
-    translator.body.append(convert(node.astext(), display=display))
-    raise nodes.SkipNode
 
 
 def plain(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -66,6 +57,4 @@ def name_landmarks(app: Sphinx, problem: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("build-finished", name_landmarks)
-    for node in (nodes.math, nodes.math_block):
-        app.add_node(node, override=True, html=(formula, None))
     app.connect("autodoc-process-docstring", plain)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from docutils import nodes
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
 project = "Refusal Mechanics Labs"
-extensions = ["myst_parser", "sphinx_revealjs"]
+extensions = ["myst_parser", "sphinx_revealjs", "teach.rendering"]
 root_doc = "lab00"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 suppress_warnings = ["toc.not_included"]
@@ -29,13 +27,6 @@ revealjs_script_conf = {
     "margin": 0.06,
 }
 revealjs_script_plugins = [{"src": "revealjs/plugin/notes/notes.js", "name": "RevealNotes"}]
-
-
-def formula(translator: Any, node: nodes.Element) -> None:
-    """MathML, which browsers draw and screen readers read by themselves."""
-    display = "block" if isinstance(node, nodes.math_block) else "inline"
-    translator.body.append(convert(node.astext(), display=display))
-    raise nodes.SkipNode
 
 
 def without_mathjax(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -61,7 +52,5 @@ def mend(app: Sphinx, problem: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    for node in (nodes.math, nodes.math_block):
-        app.add_node(node, override=True, html=(formula, None), revealjs=(formula, None))
     app.connect("html-page-context", without_mathjax, priority=999)
     app.connect("build-finished", mend)
