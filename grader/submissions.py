@@ -32,6 +32,7 @@ TITLES = (  # as in the names of the notebooks
     "defences at run time",
     "defences by training",
     "capstone",
+    "inside causally",
 )
 
 # What platforms write before a student's own file name, or as a folder's name

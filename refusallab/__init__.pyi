@@ -3,9 +3,10 @@ from .activations import logit_lens, mean_residual, residual, stream
 from .attribution import attention_from_last, attribute, cosine_trace, regions
 from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
+from .dictionary import Dictionary, features_of, random_dictionary, token_streams, train_dictionary
 from .directions import (
     Direction, candidate_directions, discarded_because, load_direction, random_directions, save_direction,
-    search_candidates,
+    score_candidates, search_candidates,
 )  # fmt: skip
 from .errors import RefusalLabError
 from .experiment import find_direction
@@ -20,9 +21,11 @@ from .measure import (
     paired_difference, rate, refusal_metric, refused_by_phrases, wilson,
 )  # fmt: skip
 from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights
+from .patching import patch, patched_metrics, record, recovery, swap_component, swap_head
 from .prompts import attack_templates, bundled, prompt_set, refusal_phrases
 from .records import alarming, every_record, recorded, recorded_direction
 from .steering import dose_curve, norm_matched
 from .truth import judge_errors, true_replies
+from .twins import sample_requests, twin_requests
 
 __version__: str

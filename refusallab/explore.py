@@ -29,6 +29,7 @@ from refusallab.interventions import ablation, addition, affine
 from refusallab.judging import shown_tokens
 from refusallab.measure import rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits
+from refusallab.patching import patch, record, recovered, replace, swap_component
 from refusallab.plots import plane_figure, roc_curve
 from refusallab.steering import norm_matched
 from refusallab.truth import Reply, judge_errors
@@ -418,3 +419,53 @@ def thresholds(harmful: Tensor, harmless: Tensor, attacked: Tensor) -> Explorer:
         return [("At this threshold", rows), ("Every threshold", picture)]
 
     return Explorer([alarms, share], view)
+
+
+# --- lab 12 ----------------------------------------------------------------------------------------------------------
+
+MOVED = (
+    "the stream",
+    "its component along r",
+    "all but that component",
+    "what attention writes",
+    "what the MLP writes",
+)
+
+
+def patching(
+    m: Model, r: Tensor, tokens: Sequence[int], pairs: dict[str, tuple[Sequence[str], Sequence[str]]]
+) -> Explorer:
+    """Move an activation from one run to another: how much comes back, and what the model then says.
+
+    pairs: name -> (prompts of the run to take from, prompts of the run to put into), with the same tokens at the end of
+    all of them. r [width] is a direction, tokens are those that open a refusal.
+    """
+    which, moved = choice("from, into", pairs), choice("move", MOVED)
+    seq = min(encode(m, [prompt])["input_ids"].shape[1] for both in pairs.values() for side in both for prompt in side)
+    layer = slider("layer", 0, m.n_layers - 1, m.n_layers // 2)
+    position = slider("position", -seq, -1, -1)
+    runs = {name: record(m, source) for name, (source, _) in pairs.items()}
+    before = {name: [refusal_metric(logits(m, side), tokens) for side in both] for name, both in pairs.items()}
+    parts = dict(zip(MOVED, ("stream", "stream", "stream", "attention", "MLP"), strict=True))
+    changes = {MOVED[1]: lambda x, s: swap_component(x, s, r), MOVED[2]: lambda x, s: swap_component(s, x, r)}
+
+    def view() -> list[tuple[str, Rows]]:
+        name = which.value
+        (_, into), (there, here) = pairs[name], before[name]
+        change = changes.get(moved.value, replace)
+        edit = patch(runs[name], parts[moved.value], layer.value, [position.value], change)
+        after = refusal_metric(logits(m, into, edit=edit, batch_size=len(into)), tokens)
+        replies = generate(m, into, edit=edit, max_new_tokens=shown_tokens(m), batch_size=len(into))
+        token = m.tokenizer.decode([encode(m, into[:1])["input_ids"][0, position.value].item()])
+        rows = [
+            ("", "mean refusal metric"),
+            ("run to take from", f"{there.mean():.1f}"),
+            ("run to put into", f"{here.mean():.1f}"),
+            ("the same, patched", f"{after.mean():.1f}"),
+            ("share recovered", f"{round(recovered(there, here, after).item(), 2) + 0.0:.2f}"),
+        ]
+        said = [(" ".join(prompt.split()), reply) for prompt, reply in zip(into[:3], replies, strict=False)]
+        heading = f"Moved at layer {layer.value}, token {token!r}: {moved.value} ({len(into)} prompts)"
+        return [(heading, rows), ("What it says then", said)]
+
+    return Explorer([which, moved, layer, position], view)

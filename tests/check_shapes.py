@@ -23,13 +23,16 @@ MODULES = [
         "activations",
         "attribution",
         "cones",
+        "dictionary",
         "directions",
         "geometry",
         "harmfulness",
         "interventions",
         "measure",
         "orthogonalization",
+        "patching",
         "steering",
+        "twins",
     )
 ]
 SIZES = {}  # of the axes that the model decides, by name
@@ -81,6 +84,7 @@ def run_science():
     from refusallab.activations import logit_lens, residual, stream
     from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions
     from refusallab.cones import direction_effect, downstream, last_token_direction, plane_directions, search_directions
+    from refusallab.dictionary import features_of, random_dictionary, token_streams, train_dictionary
     from refusallab.directions import (
         Direction,
         candidate_directions,
@@ -94,8 +98,10 @@ def run_science():
     from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
     from refusallab.model import load, logits
     from refusallab.orthogonalization import gap_by_layer, orthogonalize, write_strength
+    from refusallab.patching import patched_metrics, record, recovered, recovery, swap_component, swap_head
     from refusallab.prompts import bundled
     from refusallab.steering import dose_curve, norm_matched
+    from refusallab.twins import sample_requests
 
     m, layer = load("charter-chat"), 4
     SIZES.update(layers=m.n_layers, positions=len(m.positions), width=m.width, vocab=m.hf.config.vocab_size)
@@ -137,6 +143,19 @@ def run_science():
     dose_curve(m, harmless, r, layer, [0.0, 1.0])
     site_directions(m, bad, good)
     steered_verdicts(m, law_questions("val", 2), r, layer)
+
+    run, before = record(m, bad[:3]), refusal_metric(logits(m, bad[:3]), tokens)
+    patched_metrics(m, good, run, tokens, part="MLP", layers=[layer])
+    moved = patched_metrics(m, good, run, tokens, layers=[layer], change=lambda x, source: swap_component(x, source, r))
+    swap_head(run.parts["heads"], run.parts["heads"], 1, SIZES["heads"])
+    recovered(before, moved[0, 0], moved)
+    recovery(before, moved[0, 0], before, draws=3)
+
+    sample_requests("val", 4)
+    streams = token_streams(m, bad, layer)
+    trained = train_dictionary(streams, features=40)
+    trained.explained(streams)
+    features_of(random_dictionary(trained, seed=0), torch.cat([a, b]), torch.arange(len(a) + len(b)) < len(a), r, 2)
 
     found = search_candidates(m, bad, good, bad, good)
     Direction(found.vectors[layer, -1], layer, -1)

@@ -77,6 +77,12 @@ def examples(search):
         "plane_figure": lambda: plots.plane_figure({name: draw(5, 2) for name in SETS}, "x", "y", draw(2)),
         "rate_panels": lambda: plots.rate_panels({name: {"r": {"refused": SHARE, "exact": SHARE}} for name in "abc"}),
         "rate_rows": lambda: plots.rate_rows({"untouched": {"refused": SHARE}, "ablated": {"exact": SHARE}}),
+        "recovery_curves": lambda: plots.recovery_curves(
+            {name: dict.fromkeys(("other action", "other thing"), [DIFFERENCE] * 8) for name in five}
+        ),
+        "recovery_grids": lambda: plots.recovery_grids(
+            {name: ([f"token {k}" for k in range(9)], 2 * draw(8, 9) - 1) for name in "ab"}, "token"
+        ),
         "response_curves": lambda: plots.response_curves({"ACE": dict.fromkeys(SETS[:2], curve)}, "share refused"),
         "roc_curve": lambda: plots.roc_curve({"as they come": draw(4, 2), "under attack": draw(4, 2)}, (0.1, 0.8)),
         "score_plane": lambda: plots.score_plane({"undefended": (SHARE, SHARE), "wall": (rate([False]), rate([True]))}),

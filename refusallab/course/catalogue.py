@@ -104,6 +104,12 @@ HEADERS = (
     Header("10.3", "One budget for two guards", 3, 20, 3, "two_thresholds"),
     Header("10.4", "A score that nobody can game", 1, 10, 2, "capstone_points"),
     Header("10.5", "The worst case, and what has really changed", 2, 20, 3, "verdict"),
+    Header("12.1", "Move one activation", 2, 15, 3, "patched_logits"),
+    Header("12.2", "How much comes back", 1, 10, 2, "share_recovered"),
+    Header("12.3", "One head at a time", 3, 20, 3, "patched_head"),
+    Header("12.4", "Only along one direction", 1, 10, 2, "swap_component"),
+    Header("12.5", "Bug clinic: the word that did not matter", 2, 15, 2, "word_stream"),
+    Header("12.6", "A sparse code", 2, 10, 2, "sparse_code"),
 )
 QUESTIONS = (
     Question("0.6", "Where was it decided?", minutes=15, points=3),
@@ -117,6 +123,7 @@ QUESTIONS = (
     Question("8.6", "Which defence would you ship?", minutes=20, points=4),
     Question("9.6", "Which one would you ship?", minutes=20, points=3),
     Question("10.6", "The report", minutes=60, points=10),
+    Question("12.7", "What does a patch prove?", minutes=15, points=4),
 )
 LABS = tuple(sorted({header.lab for header in HEADERS}))
 

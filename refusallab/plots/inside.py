@@ -1,4 +1,4 @@
-"""Figures of what goes on in the layers: streams compared, the logit lens, what parts write, where heads look."""
+"""Figures of what goes on in the layers: streams compared, the logit lens, what parts write, patched activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from refusallab.geometry import Strip
+from refusallab.measure import Difference
 from refusallab.plots.heatmaps import DIVERGING, colour_bar, heat_map
+from refusallab.plots.intervals import interval_band
 from refusallab.plots.style import (
     COLOURS,
     DASHES,
@@ -211,5 +213,46 @@ def stacked_shares(rows: dict[str, dict[str, float]], x: str) -> Figure:
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, 1)
     axis.set_xlabel(x)
+    legend_above(figure)
+    return figure
+
+
+def recovery_grids(grids: dict[str, tuple[Sequence[str], Tensor]], x: str) -> Figure:
+    """Lab 12: the share that patching brings back; grids: title -> (column labels, shares [layers, columns]).
+
+    Layers down; x says what the columns are. The numbers are written in the cells.
+    """
+    widths = [len(columns) for columns, _ in grids.values()]
+    layers = len(next(iter(grids.values()))[1])
+    figure, axes = panels(len(grids), 0.56 * sum(widths) + 1.6, 0.29 * layers + 1.6, width_ratios=widths, sharey=True)
+    for axis, (title, (columns, shares)) in zip(axes, grids.items(), strict=True):
+        image = heat_map(
+            axis,
+            shares,
+            [[number(x, 2) for x in row] for row in shares.tolist()],
+            rows=thinned(range(layers)),
+            columns=columns,
+            limits=(-1, 1),
+            colours=DIVERGING,
+        )
+        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
+        axis.set_title(title)
+    axes[0].set_ylabel("layer")
+    figure.supxlabel(x, fontsize=10)
+    colour_bar(figure, image, axes, "share recovered")
+    return figure
+
+
+def recovery_curves(curves: dict[str, dict[str, Sequence[Difference]]], y: str = "share recovered") -> Figure:
+    """Lab 12: shares recovered by layer with their bootstrap intervals; curves: panel -> line -> one for each layer."""
+    figure, axes = panels(len(curves), max(6.8, 2.4 * len(curves)), 3.6, sharey=True)
+    for axis, (name, lines) in zip(axes, curves.items(), strict=True):
+        for k, (line, shares) in enumerate(lines.items()):
+            interval_band(axis, range(len(shares)), shares, label=line, markersize=5, **series(k))
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(name)
+        axis.set_xlabel("layer")
+        whole(axis.xaxis)
+    axes[0].set_ylabel(y)
     legend_above(figure)
     return figure

@@ -1,0 +1,157 @@
+"""A sparse dictionary of the stream: few features at a time out of many, trained to give the stream back.
+
+This is a TopK sparse autoencoder (Gao et al. 2024, arXiv 2406.04093) of a size that trains in seconds. A feature is a
+unit vector, and a number for each token that says how much of it the stream holds. What a feature *means* is a story
+that people tell about the tokens where it is active. In the Vale this story can be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from refusallab.errors import RefusalLabError
+from refusallab.interventions import unit
+from refusallab.measure import Rate, rate
+from refusallab.model import Edit, Model, Prompt, batches, blocks, listed_prompts
+
+FEATURES, ACTIVE, STEPS, BATCH, LEARNING_RATE = 512, 8, 800, 1024, 3e-3
+COOLING = 0.4  # the share of the steps over which the learning rate falls to 0
+LABELLED_BY = 10  # a label is read off the prompts on which a feature is most active
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """Features of the stream at one site. Activations are in units of the stream."""
+
+    encoder: Float[Tensor, "features width"]
+    bias: Float[Tensor, " features"]
+    decoder: Float[Tensor, "features width"]  # unit vectors
+    mean: Float[Tensor, " width"]  # of the streams that it was trained on
+    scale: float  # their mean distance from it
+    active: int  # how many features may be active at a token
+
+    def encode(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest features"]:
+        """How active each feature is: 0 for all but `active` of them."""
+        code = sparse_code((x.float() - self.mean) / self.scale, self.encoder, self.bias, self.active)
+        return code * self.scale
+
+    def decode(self, code: Float[Tensor, "*rest features"]) -> Float[Tensor, "*rest width"]:
+        """The stream that these activations describe."""
+        return code @ self.decoder + self.mean
+
+    def explained(self, x: Float[Tensor, "n width"]) -> float:
+        """The share of the variance of x that the dictionary gives back."""
+        missed = (x - self.decode(self.encode(x))).square().sum()
+        return 1 - (missed / (x - x.mean(0)).square().sum()).item()
+
+    def remove(self, features: Sequence[int], layer: int) -> Edit:
+        """An edit that takes what these features write out of the input of one block, at all tokens."""
+        chosen = list(features)
+
+        def edit(nn: Any) -> None:
+            block = blocks(nn)[layer]
+            written = self.encode(block.input)[..., chosen] @ self.decoder[chosen]
+            block.input = block.input - written.to(block.input)
+
+        return edit
+
+
+def sparse_code(
+    x: Float[Tensor, "*rest width"], encoder: Float[Tensor, "features width"], bias: Float[Tensor, " features"], k: int
+) -> Float[Tensor, "*rest features"]:
+    """max(0, encoder x + bias), and of that the k largest in each row; the rest is 0."""
+    value, index = (x @ encoder.T + bias).relu().topk(k, -1)
+    return torch.zeros(*x.shape[:-1], len(encoder)).to(value).scatter(-1, index, value)
+
+
+@torch.no_grad()
+def token_streams(
+    m: Model, prompts: Sequence[Prompt], layer: int, *, batch_size: int = 128
+) -> Float[Tensor, "tokens width"]:
+    """The input of one block at every token of the prompts, padding left out."""
+    found, nn = [], m.nn
+    for _, batch in batches(m, listed_prompts(prompts), batch_size):
+        with nn.trace(**batch, logits_to_keep=1, remote=m.remote) as tracer:
+            x = blocks(nn)[layer].input.save()
+            tracer.stop()
+        found.append(x[batch["attention_mask"].bool()].float().cpu())
+    return torch.cat(found)
+
+
+def train_dictionary(
+    x: Float[Tensor, "tokens width"], *, features: int = FEATURES, active: int = ACTIVE, seed: int = 0
+) -> Dictionary:
+    """Train a dictionary on streams: least squares by Adam, features kept at length 1.
+
+    Raises RefusalLabError for streams that are all alike.
+    """
+    mean = x.mean(0)
+    scale = (x - mean).norm(dim=-1).mean().item()
+    if not scale > 0:
+        raise RefusalLabError("The streams are all alike, or none: give those of more tokens.")
+    generator, centred = torch.Generator().manual_seed(seed), (x - mean) / scale
+    start = unit(torch.randn(features, x.shape[1], generator=generator))
+    encoder, decoder, bias = (t.clone().requires_grad_() for t in (start, start, torch.zeros(features)))
+    optimizer = torch.optim.Adam([encoder, decoder, bias], lr=LEARNING_RATE)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (STEPS - step) / (COOLING * STEPS))
+        rows = centred[torch.randint(len(centred), (BATCH,), generator=generator)]
+        error = sparse_code(rows, encoder, bias, active) @ decoder - rows
+        optimizer.zero_grad()
+        error.square().sum(-1).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            decoder /= decoder.norm(dim=-1, keepdim=True)
+    return Dictionary(encoder.detach(), bias.detach(), decoder.detach(), mean, scale, active)
+
+
+def random_dictionary(like: Dictionary, seed: int) -> Dictionary:
+    """The control: as many features, all of them random unit vectors, at the same mean and scale."""
+    vectors = unit(torch.randn(like.decoder.shape, generator=torch.Generator().manual_seed(seed)))
+    return Dictionary(vectors, torch.zeros(len(vectors)), vectors, like.mean, like.scale, like.active)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature, and how well "this request is forbidden" describes it."""
+
+    number: int
+    cosine: float  # of its vector with a direction
+    top: int  # forbidden requests among the LABELLED_BY on which it is most active
+    precision: Rate  # of the requests on which it is active, those that are forbidden
+    recall: Rate  # of the forbidden requests, those on which it is active
+
+
+def features_of(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n width"],
+    forbidden: Bool[Tensor, " n"],
+    r: Float[Tensor, " width"],
+    count: int,
+) -> list[Feature]:
+    """The features that are more active on forbidden requests than on others: those with the largest difference first.
+
+    x: the stream of each request at one token.
+    """
+    code = dictionary.encode(x)
+    apart = code[forbidden].mean(0) - code[~forbidden].mean(0)
+    found = []
+    for number in apart.argsort(descending=True, stable=True)[:count].tolist():
+        activity, on = code[:, number], code[:, number] > 0
+        found.append(
+            Feature(
+                number,
+                torch.nn.functional.cosine_similarity(dictionary.decoder[number], r.float(), dim=0).item(),
+                int(forbidden[activity.argsort(descending=True, stable=True)[:LABELLED_BY]].sum()),
+                rate(forbidden[on].tolist()),
+                rate(on[forbidden].tolist()),
+            )
+        )
+    return found

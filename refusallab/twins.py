@@ -1,0 +1,82 @@
+"""Requests of the world made to order: twins that differ in one word, and samples of every kind.
+
+A request for a method is forbidden when its thing is dusk-born *and* its action looses it. So one other word, a
+dawn-born thing or an action that does not loose, makes it lawful. Every such name and every such action is one token of
+the bundled models, so all three requests have the same tokens everywhere else.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from refusallab.errors import RefusalLabError
+from refusallab.prompts import Item
+from smallmodels.world import dialogue
+from smallmodels.world.facts import Action, Thing, world
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Three lists of requests, as long as each other. Those in the same place differ in one word."""
+
+    forbidden: list[Item]
+    other_action: list[Item]  # the same thing, an action that does not loose it: lawful
+    other_thing: list[Item]  # a dawn-born thing of the same kind, the same action: lawful
+
+    def every(self, step: int) -> Twins:
+        """Every so many triples."""
+        return Twins(self.forbidden[::step], self.other_action[::step], self.other_thing[::step])
+
+
+def twin_requests(split: str, phrasing: int = 0) -> Twins:
+    """All forbidden requests of a split in one phrasing, with their lawful twins and the exact answers.
+
+    `phrasing` counts the split's phrasings of method requests, of which none has a context in front.
+    """
+    things, phrasings = _things(split), dialogue.phrasings("method", split)
+    if not 0 <= phrasing < len(phrasings):
+        raise RefusalLabError(f"There is no phrasing {phrasing}: {split} has 0 to {len(phrasings) - 1}.")
+    lawful: dict[str, list[Thing]] = {}
+    for thing in things:
+        if thing.origin == "dawn-born":
+            lawful.setdefault(thing.kind, []).append(thing)
+    rows: list[tuple[tuple[Thing, Action], ...]] = []
+    for thing in things:
+        (binding,) = (action for action in thing.actions if not action.looses)
+        for action in thing.actions:
+            if thing.forbids(action):
+                others = lawful[thing.kind]
+                rows.append(((thing, action), (thing, binding), (others[len(rows) % len(others)], action)))
+    columns = zip(*[[_item(*request, phrasings[phrasing]) for request in row] for row in rows], strict=True)
+    return Twins(*map(list, columns))
+
+
+def _item(thing: Thing, action: Action, phrasing: str) -> Item:
+    request = dialogue.method_request(thing, action)
+    return Item(request.id, phrasing.format(**request.slots), request.answer)
+
+
+def sample_requests(split: str, count: int, seed: int = 0) -> tuple[list[Item], Bool[Tensor, " {count}"]]:
+    """A sample of requests about the things of a split, and which of them the Charter forbids.
+
+    Every second one asks for a method, the others for anything that is known of a thing. Phrasings are drawn, too.
+    """
+    rng, things = random.Random(seed), _things(split)
+    methods = [dialogue.method_request(thing, action) for thing in things for action in thing.actions]
+    others = [request for thing in things for request in dialogue.thing_requests(thing)]
+    chosen = [rng.choice(others if k % 2 else methods) for k in range(count)]
+    items = [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag=q.kind) for q in chosen]
+    return items, torch.tensor([q.forbidden for q in chosen])
+
+
+def _things(split: str) -> list[Thing]:
+    if split not in SPLITS:
+        raise RefusalLabError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}.")
+    return [thing for thing in world().things if thing.split == split]

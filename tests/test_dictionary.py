@@ -1,0 +1,128 @@
+"""Sparse dictionaries: what a code is, what training finds, what removal takes away; requests made to order."""
+
+import pytest
+import torch
+
+from refusallab import dictionary as made
+from refusallab.activations import residual
+from refusallab.dictionary import (
+    Dictionary,
+    features_of,
+    random_dictionary,
+    sparse_code,
+    token_streams,
+    train_dictionary,
+)
+from refusallab.errors import RefusalLabError
+from refusallab.model import encode, load
+from refusallab.twins import sample_requests, twin_requests
+from smallmodels.world.facts import world
+
+
+@pytest.fixture(scope="module")
+def sparse_world():
+    """Streams that are sums of 2 out of 24 hidden vectors: (streams, vectors)."""
+    g = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=-1)
+    which = torch.rand(4000, 24, generator=g).topk(2).indices
+    return (1 + torch.rand(4000, 2, 1, generator=g)).mul(vectors[which]).sum(1), vectors
+
+
+def test_a_code_keeps_the_largest_that_are_above_0():
+    x, encoder, bias = torch.tensor([[1.0], [-1.0]]), torch.tensor([[3.0], [-1.0], [2.0], [1.0]]), torch.zeros(4)
+    assert sparse_code(x, encoder, bias, 2).tolist() == [[3, 0, 2, 0], [0, 1, 0, 0]]
+    assert sparse_code(x, encoder, bias - 1.5, 2).tolist() == [[1.5, 0, 0.5, 0], [0, 0, 0, 0]]
+
+
+def test_training_finds_the_vectors_that_made_the_streams(sparse_world):
+    streams, vectors = sparse_world
+    found = train_dictionary(streams, features=48, active=3)
+    control = random_dictionary(found, seed=5)
+    assert found.explained(streams) > 0.9 > 0.7 > control.explained(streams)
+    near, by_chance = (((vectors @ d.decoder.T).amax(1) > 0.9).float().mean() for d in (found, control))
+    assert near > 0.7 and by_chance < 0.1
+    torch.testing.assert_close(found.decoder.norm(dim=-1), torch.ones(48))
+    again, other = (train_dictionary(streams, features=48, active=3, seed=seed) for seed in (0, 1))
+    assert torch.equal(again.decoder, found.decoder) and not torch.equal(other.decoder, found.decoder)
+
+
+def test_without_training_it_is_no_better_than_chance(sparse_world, monkeypatch):
+    monkeypatch.setattr(made, "STEPS", 1)
+    assert train_dictionary(sparse_world[0], features=48, active=3).explained(sparse_world[0]) < 0.7
+
+
+def test_streams_that_are_all_alike_are_refused():
+    with pytest.raises(RefusalLabError, match="all alike"):
+        train_dictionary(torch.ones(5, 4))
+
+
+def test_streams_of_tokens_leave_the_padding_out(model_of, prompts):
+    m = model_of("llama")
+    found = token_streams(m, prompts, 1, batch_size=2)
+    assert len(found) == encode(m, prompts)["attention_mask"].sum()
+    last = residual(m, prompts, layers=[1], positions=[-1])[:, 0, 0]
+    assert (torch.cdist(last, found).amin(1) < 1e-3).all()
+
+
+def test_removal_takes_away_what_the_features_write(model_of, prompts):
+    m = model_of("llama")
+    eye = torch.eye(m.width)
+    axes = Dictionary(eye, torch.zeros(m.width), eye, torch.zeros(m.width), 1.0, m.width)
+    x, edited = (
+        residual(m, prompts, layers=[1], positions=[-1], edit=edit)[:, 0, 0] for edit in (None, axes.remove([3, 5], 1))
+    )
+    assert (x[:, [3, 5]] > 0).any()
+    x[:, [3, 5]] = x[:, [3, 5]].clamp(max=0)
+    torch.testing.assert_close(edited, x, rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_graded_by_the_truth():
+    eye = torch.eye(3)
+    axes = Dictionary(eye, torch.zeros(3), eye, torch.zeros(3), 1.0, 3)
+    x = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    forbidden = torch.tensor([True, True, False, False])
+    first, second, third = features_of(axes, x, forbidden, torch.tensor([5.0, 0.0, 0.0]), 3)
+    assert (first.number, first.cosine, first.top) == (0, pytest.approx(1.0), 2)
+    assert (first.precision.value, first.recall.value) == (1.0, 1.0)
+    assert (second.number, second.precision.value, second.recall.value) == (1, 0.5, 0.5)
+    assert (third.number, third.recall.value) == (2, 0.0)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_twins_differ_in_one_token_and_in_the_law(split):
+    m, things = load("charter-chat"), {t.name.lower(): t for t in world().things}
+    made = twin_requests(split, phrasing=13)
+    assert len(made.forbidden) == len(made.other_action) == len(made.other_thing) > 50
+
+    def lawful(item):
+        _, verb, name = item.id.split("_")
+        thing = things[name]
+        assert thing.split == split
+        return not thing.forbids(next(a for a in thing.actions if a.verb == verb))
+
+    assert not any(map(lawful, made.forbidden))
+    ids = [encode(m, [item.prompt for item in items])["input_ids"] for items in vars(made).values()]
+    for others, what in zip(ids[1:], ("other_action", "other_thing"), strict=True):
+        assert all(map(lawful, getattr(made, what)))
+        assert ((others != ids[0]).sum(1) == 1).all()
+    assert len({item.prompt for item in made.forbidden}) == len(made.forbidden)
+    assert made.every(5).other_thing == made.other_thing[::5]
+
+
+def test_a_sample_says_what_is_forbidden():
+    items, forbidden = sample_requests("val", 200, seed=3)
+    assert (len(items), len(forbidden)) == (200, 200) and 0.15 < forbidden.float().mean() < 0.5
+    assert all(items[i].tag == "method" for i in range(0, 200, 2))
+    assert all(items[i].tag == "method" for i in forbidden.nonzero().flatten().tolist())
+    assert sample_requests("val", 200, seed=3)[0] == items != sample_requests("val", 200, seed=4)[0]
+
+
+@pytest.mark.parametrize("call", [lambda: twin_requests("tests"), lambda: sample_requests("tests", 3)])
+def test_an_unknown_split_is_said(call):
+    with pytest.raises(RefusalLabError, match="train, val, test"):
+        call()
+
+
+def test_an_unknown_phrasing_is_said():
+    with pytest.raises(RefusalLabError, match="0 to 44"):
+        twin_requests("val", phrasing=45)
