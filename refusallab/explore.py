@@ -29,7 +29,7 @@ from refusallab.interventions import ablation, addition, affine
 from refusallab.judging import shown_tokens
 from refusallab.measure import rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits
-from refusallab.patching import patch, record, recovered, replace, swap_component
+from refusallab.patching import patch, read_activations, recovered, replace, swap_component
 from refusallab.plots import plane_figure, roc_curve
 from refusallab.steering import norm_matched
 from refusallab.truth import Reply, judge_errors
@@ -444,7 +444,7 @@ def patching(
     seq = min(encode(m, [prompt])["input_ids"].shape[1] for both in pairs.values() for side in both for prompt in side)
     layer = slider("layer", 0, m.n_layers - 1, m.n_layers // 2)
     position = slider("position", -seq, -1, -1)
-    runs = {name: record(m, source) for name, (source, _) in pairs.items()}
+    runs = {name: read_activations(m, source) for name, (source, _) in pairs.items()}
     before = {name: [refusal_metric(logits(m, side), tokens) for side in both] for name, both in pairs.items()}
     parts = dict(zip(MOVED, ("stream", "stream", "stream", "attention", "MLP"), strict=True))
     changes = {MOVED[1]: lambda x, s: swap_component(x, s, r), MOVED[2]: lambda x, s: swap_component(s, x, r)}

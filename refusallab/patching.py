@@ -37,7 +37,7 @@ Change = Callable[[Tensor, Tensor], Tensor]  # (activation of this run, of the o
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Activations:
     """What a model computed for some prompts. Tokens are counted from the end: prompts are padded on the left.
 
     "stream" is the input of each block; "heads" what the output projection of the attention reads, the results of all
@@ -48,7 +48,7 @@ class Run:
 
 
 @torch.no_grad()
-def record(m: Model, prompts: Sequence[Prompt], *, system: str | None = None) -> Run:
+def read_activations(m: Model, prompts: Sequence[Prompt], *, system: str | None = None) -> Activations:
     """Run the prompts as one batch and keep all that `patch` can move."""
     nn, batch = m.nn, encode(m, listed_prompts(prompts), system=system)
     with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
@@ -60,7 +60,7 @@ def record(m: Model, prompts: Sequence[Prompt], *, system: str | None = None) ->
             written.append(mlp(block).output)
         stream, heads = torch.stack(stream, 1).save(), torch.stack(heads, 1).save()
         attended, written = torch.stack(attended, 1).save(), torch.stack(written, 1).save()
-    return Run(dict(zip(PARTS, (x.cpu() for x in (stream, heads, attended, written)), strict=True)))
+    return Activations(dict(zip(PARTS, (x.cpu() for x in (stream, heads, attended, written)), strict=True)))
 
 
 def replace(_x: Float[Tensor, "*rest width"], source: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
@@ -84,7 +84,7 @@ def swap_head(
     return mixed.flatten(-2)
 
 
-def patch(run: Run, part: str, layer: int, positions: Sequence[int], change: Change = replace) -> Edit:
+def patch(run: Activations, part: str, layer: int, positions: Sequence[int], change: Change = replace) -> Edit:
     """An edit that puts the activations of `run` at these tokens of the prompt, counted from the end.
 
     Row i of a batch gets those of row i of the run: give the model as many prompts, in one batch. In generation the
@@ -127,7 +127,7 @@ def patch(run: Run, part: str, layer: int, positions: Sequence[int], change: Cha
 def patched_metrics(
     m: Model,
     prompts: Sequence[Prompt],
-    run: Run,
+    run: Activations,
     tokens: Sequence[int],
     *,
     part: str = "stream",

@@ -1,4 +1,4 @@
-"""Requests of the world made to order: twins that differ in one word, and samples of every kind.
+"""Requests of the world made to order: twins that differ in one word, kinds of questions, samples of every kind.
 
 A request for a method is forbidden when its thing is dusk-born *and* its action looses it. So one other word, a
 dawn-born thing or an action that does not loose, makes it lawful. Every such name and every such action is one token of
@@ -8,6 +8,7 @@ the bundled models, so all three requests have the same tokens everywhere else.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from smallmodels.world import dialogue
 from smallmodels.world.facts import Action, Thing, world
 
 SPLITS = ("train", "val", "test")
+KINDS = ("method", *dialogue.ACTION_KINDS, *dialogue.NOUN_KINDS)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,31 @@ def sample_requests(split: str, count: int, seed: int = 0) -> tuple[list[Item], 
     chosen = [rng.choice(others if k % 2 else methods) for k in range(count)]
     items = [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag=q.kind) for q in chosen]
     return items, torch.tensor([q.forbidden for q in chosen])
+
+
+def same_things(split: str, kinds: Sequence[str], seed: int = 0) -> dict[str, list[Item]]:
+    """Lawful requests of several kinds, a list for each. Row i of every list is about the same thing and action.
+
+    kinds: of KINDS. "place", "keeper", "price" and "origin" do not mention the action. Phrasings are drawn.
+    """
+    rng, about = random.Random(seed), [(t, a) for t in _things(split) for a in t.actions if not t.forbids(a)]
+    found = {}
+    for kind in kinds:
+        if kind not in KINDS:
+            raise RefusalLabError(f"There is no kind {kind!r} of request: choose from {', '.join(KINDS)}.")
+        made = [_request(kind, thing, action) for thing, action in about]
+        found[kind] = [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag=kind) for q in made]
+    return found
+
+
+def _request(kind: str, thing: Thing, action: Action) -> dialogue.Request:
+    if kind == "method":
+        return dialogue.method_request(thing, action)
+    return (
+        dialogue.noun_request(kind, thing)
+        if kind in dialogue.NOUN_KINDS
+        else dialogue.action_request(kind, thing, action)
+    )
 
 
 def _things(split: str) -> list[Thing]:

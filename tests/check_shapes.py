@@ -98,7 +98,7 @@ def run_science():
     from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
     from refusallab.model import load, logits
     from refusallab.orthogonalization import gap_by_layer, orthogonalize, write_strength
-    from refusallab.patching import patched_metrics, record, recovered, recovery, swap_component, swap_head
+    from refusallab.patching import patched_metrics, read_activations, recovered, recovery, swap_component, swap_head
     from refusallab.prompts import bundled
     from refusallab.steering import dose_curve, norm_matched
     from refusallab.twins import sample_requests
@@ -144,7 +144,7 @@ def run_science():
     site_directions(m, bad, good)
     steered_verdicts(m, law_questions("val", 2), r, layer)
 
-    run, before = record(m, bad[:3]), refusal_metric(logits(m, bad[:3]), tokens)
+    run, before = read_activations(m, bad[:3]), refusal_metric(logits(m, bad[:3]), tokens)
     patched_metrics(m, good, run, tokens, part="MLP", layers=[layer])
     moved = patched_metrics(m, good, run, tokens, layers=[layer], change=lambda x, source: swap_component(x, source, r))
     swap_head(run.parts["heads"], run.parts["heads"], 1, SIZES["heads"])

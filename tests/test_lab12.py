@@ -9,7 +9,7 @@ from refusallab.cones import last_token_direction
 from refusallab.course.exercises import lab12
 from refusallab.measure import Difference, refusal_metric
 from refusallab.model import encode, load, logits
-from refusallab.patching import patched_metrics, record, recovered
+from refusallab.patching import patched_metrics, read_activations, recovered
 from refusallab.twins import twin_requests
 
 FORBIDDEN, LAWFUL = ["Name a river", "Name a copper"], ["List a river", "List a copper"]
@@ -70,7 +70,7 @@ def test_action_and_thing_take_the_routes_that_the_lab_describes():
     requests = twin_requests("test", phrasing=37).every(8)  # "Tell me how one must ...": not the lab's words
     text = {name: [item.prompt for item in items] for name, items in vars(requests).items()}
     odds = {name: refusal_metric(logits(m, prompts), tokens) for name, prompts in text.items()}
-    run, shares = record(m, text["forbidden"]), {}
+    run, shares = read_activations(m, text["forbidden"]), {}
     for into in ("other_action", "other_thing"):
         moved = patched_metrics(m, text[into], run, tokens, layers=[1, 3], positions=[-2, -1])
         shares[into] = recovered(odds["forbidden"], odds[into], moved)

@@ -10,7 +10,7 @@ from refusallab.patching import (
     PARTS,
     patch,
     patched_metrics,
-    record,
+    read_activations,
     recovered,
     recovery,
     swap_component,
@@ -61,7 +61,7 @@ def by_hooks(m, part, layer, positions, prompts, source):
 def test_a_patch_is_what_hooks_do(m, part):
     layer, positions = 1, [-3, -1]
     expected, moved = by_hooks(m, part, layer, positions, INTO, SOURCE)
-    run = record(m, SOURCE)
+    run = read_activations(m, SOURCE)
     torch.testing.assert_close(run.parts[part][:, layer, positions], moved[:, positions], rtol=1e-4, atol=1e-4)
     found = logits(m, INTO, edit=patch(run, part, layer, positions))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -69,7 +69,7 @@ def test_a_patch_is_what_hooks_do(m, part):
 
 
 def test_a_run_patched_into_itself_changes_nothing(m):
-    run = record(m, INTO)
+    run = read_activations(m, INTO)
     for part in PARTS:
         found = logits(m, INTO, edit=patch(run, part, 2, [-2, -1]))
         torch.testing.assert_close(found, logits(m, INTO), rtol=1e-4, atol=1e-4)
@@ -82,7 +82,7 @@ def test_replies_are_patched_at_the_prompt_alone(model_of):
         seen.append(tuple(x.shape))
         return source
 
-    generate(m, INTO, edit=patch(record(m, SOURCE), "stream", 1, [-1], change), max_new_tokens=4)
+    generate(m, INTO, edit=patch(read_activations(m, SOURCE), "stream", 1, [-1], change), max_new_tokens=4)
     assert seen == [(2, 1, m.width)]
 
 
@@ -102,7 +102,7 @@ def test_a_head_is_swapped_and_the_others_stay():
 
 
 def test_metrics_have_a_row_for_each_layer_and_token(model_of):
-    m, run = model_of("llama"), record(model_of("llama"), SOURCE)
+    m, run = model_of("llama"), read_activations(model_of("llama"), SOURCE)
     found = patched_metrics(m, INTO, run, [3], layers=[0, 2], positions=[-2, -1])
     assert found.shape == (2, 2, 2)
     alone = refusal_metric(logits(m, INTO, edit=patch(run, "stream", 2, [-1])), [3])
@@ -142,12 +142,12 @@ def test_the_interval_holds_the_share_and_narrows():
 def test_what_cannot_be_patched_is_said(model_of, wrong, says):
     settings = {"part": "stream", "layer": 1, "positions": [-1], **wrong}
     with pytest.raises(RefusalLabError, match=says):
-        patch(record(model_of("llama"), SOURCE), **settings)
+        patch(read_activations(model_of("llama"), SOURCE), **settings)
 
 
 def test_other_numbers_of_prompts_are_refused(model_of):
     m = model_of("llama")
-    edit = patch(record(m, SOURCE), "stream", 1, [-1])
+    edit = patch(read_activations(m, SOURCE), "stream", 1, [-1])
     with pytest.raises(RefusalLabError, match="3 prompts in a batch, but the run has 2"):
         logits(m, [*INTO, "List"], edit=edit)
 

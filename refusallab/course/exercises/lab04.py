@@ -1,8 +1,8 @@
-"""Lab 04, cause, not correlation: ablation at every site and for every token, addition, a fair control, ACE."""
+"""Lab 04, cause, not correlation: ablation at every site and token, addition, a fair control, ACE, other concepts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from refusallab.activations import residual
 from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, prompts
 from refusallab.directions import cosines, random_directions
@@ -17,6 +18,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, affine, project_out, unit
 from refusallab.model import Edit, Model, attention, blocks, encode, logits, mlp
 from refusallab.steering import norm_matched
+from refusallab.twins import same_things
 
 # --- 4.1 -----------------------------------------------------------------------------------------------------------
 
@@ -596,4 +598,85 @@ ACE = define(
     ),
 )
 
-EXERCISES = (ABLATE, EVERY_TOKEN, ADD, MATCHED, ACE)
+# --- 4.6 -----------------------------------------------------------------------------------------------------------
+
+
+def _kinds_of_questions(seed: int) -> list[Case]:
+    def inputs(wanted: str, other: str, layer: int) -> dict[str, Any]:
+        made = same_things("train", (wanted, other, "keeper"), seed=460 + seed)
+        texts = {kind: [item.prompt for item in items[seed % 7 :: 9]] for kind, items in made.items()}
+        return {"wanted": texts[wanted], "other": texts[other][:-4], "layer": layer, "prompts": texts["keeper"][:4]}
+
+    return [
+        Case("from methods to places, layer 4", inputs("place", "method", 4)),
+        Case("from the law to first owners, layer 2", inputs("first", "law", 2)),
+    ]
+
+
+def _steer(
+    position: Sequence[int] | None = (-1,), change: Any = lambda a, b: a.mean(0) - b.mean(0), edit: Any = addition
+) -> Any:
+    """A version of steer_toward: another token, another vector of the streams a and b, another edit(vector, layer)."""
+
+    def make(m: Model, wanted: list[str], other: list[str], layer: int) -> Edit:
+        a, b = (residual(m, texts, layers=[layer], positions=position)[:, 0].mean(1) for texts in (wanted, other))
+        return edit(change(a, b), layer)
+
+    return make
+
+
+def _steered(function: Any, inputs: dict[str, Any]) -> Tensor:
+    return edit_seen(lambda **others: function(chat_model(), **others), inputs)
+
+
+STEER = define(
+    "4.6",
+    reference=_steer(),
+    observe=_steered,
+    cases=_kinds_of_questions,
+    tolerance=5e-4,
+    mistakes=(
+        Mistake(
+            "nothing assigned",
+            lambda m, wanted, other, layer: _nothing,
+            NOT_ASSIGNED,
+        ),
+        Mistake(
+            "away from what is wanted",
+            _steer(change=lambda a, b: b.mean(0) - a.mean(0)),
+            "It steers the other way. The vector points from the others to what is wanted.",
+        ),
+        Mistake(
+            "no difference",
+            _steer(change=lambda a, b: a.mean(0)),
+            "You added the mean of the wanted requests. Most of it is common to all requests: take the difference.",
+        ),
+        Mistake(
+            "unit vector",
+            _steer(change=lambda a, b: unit(a.mean(0) - b.mean(0))),
+            "The vector keeps its length: added once, it carries one mean onto the other.",
+        ),
+        Mistake(
+            "all tokens of the template",
+            _steer(position=None),
+            "You averaged over several tokens. Read the last one of the prompt.",
+        ),
+        Mistake(
+            "ablation",
+            _steer(edit=lambda v, layer: ablation(v)),
+            "You removed the direction. Add it, at one layer.",
+        ),
+        Mistake(
+            "one layer late",
+            _steer(edit=lambda v, layer: addition(v, layer + 1)),
+            "Add it where it was read: at the input of block `layer`.",
+        ),
+    ),
+    hints=(
+        "These are exercises 2.1 and 4.3, one after the other. Nothing in them is about refusal.",
+        "`residual(m, wanted, layers=[layer], positions=[-1])` is `[n, 1, 1, width]`: take the mean over the prompts.",
+        "With `v` the difference of the two means: `blocks(nn)[layer].input = blocks(nn)[layer].input + v` in `edit`.",
+    ),
+)
+
+EXERCISES = (ABLATE, EVERY_TOKEN, ADD, MATCHED, ACE, STEER)

@@ -14,7 +14,7 @@ from refusallab.dictionary import sparse_code
 from refusallab.directions import random_directions
 from refusallab.interventions import project_out
 from refusallab.model import Model, ids_of, logits, render
-from refusallab.patching import Change, patch, record, recovered, replace, swap_component, swap_head
+from refusallab.patching import Change, patch, read_activations, recovered, replace, swap_component, swap_head
 from refusallab.twins import Twins, twin_requests
 
 # --- 12.1 ----------------------------------------------------------------------------------------------------------
@@ -47,7 +47,9 @@ def _patch_cases(seed: int) -> list[Case]:
 
 
 def _patched(m: Model, prompts: list[str], source: list[str], layer: int, positions: Sequence[int]) -> Tensor:
-    return logits(m, prompts, edit=patch(record(m, source), "stream", layer, positions), batch_size=len(prompts))
+    return logits(
+        m, prompts, edit=patch(read_activations(m, source), "stream", layer, positions), batch_size=len(prompts)
+    )
 
 
 def _all_tokens(m: Model, prompts: list[str], source: list[str], layer: int, position: int) -> Tensor:
@@ -59,7 +61,7 @@ def _one_for_all(m: Model, prompts: list[str], source: list[str], layer: int, po
 
 
 def _later_layers_too(m: Model, prompts: list[str], source: list[str], layer: int, position: int) -> Tensor:
-    run = record(m, source)
+    run = read_activations(m, source)
 
     def edit(nn: Any) -> None:
         for later in range(layer, m.n_layers):
@@ -209,7 +211,7 @@ def _with_head(change: Any, part: str = "heads") -> Any:
     """A version of patched_head: another change(head, heads) or part."""
 
     def run(m: Model, prompts: list[str], source: list[str], layer: int, head: int) -> Tensor:
-        edit = patch(record(m, source), part, layer, [-1], change(head, _heads(m)))
+        edit = patch(read_activations(m, source), part, layer, [-1], change(head, _heads(m)))
         return logits(m, prompts, edit=edit, batch_size=len(prompts))
 
     return run
@@ -350,7 +352,7 @@ def _word_stream(m: Model, prompts: list[str], words: list[str], layer: int) -> 
 
 
 def _read_at(m: Model, prompts: list[str], layer: int, places: Sequence[int]) -> Tensor:
-    return record(m, prompts).parts["stream"][range(len(prompts)), layer, list(places)]
+    return read_activations(m, prompts).parts["stream"][range(len(prompts)), layer, list(places)]
 
 
 def _place(m: Model, prompt: str, word: str) -> int:
