@@ -57,6 +57,7 @@ HEADERS = (
     Header("1.4", "The 2x2", 2, 20, 3, "outcome_table"),
     Header("1.5", "The Wilson interval", 2, 15, 2, "interval"),
     Header("1.6", "Who is refused?", 1, 10, 2, "wrong_refusals"),
+    Header("1.7", "Neither refused nor answered", 1, 10, 2, "kind_of_reply"),
     Header("2.1", "Difference in means", 1, 10, 2, "mean_difference"),
     Header("2.2", "How much else changes: KL", 1, 10, 2, "kl"),
     Header("2.3", "Three scores for a candidate", 2, 20, 3, "score"),
@@ -114,7 +115,7 @@ HEADERS = (
 )
 QUESTIONS = (
     Question("0.6", "Where was it decided?", minutes=15, points=3),
-    Question("1.7", "Is the new attack better?", minutes=15, points=3),
+    Question("1.8", "Is the new attack better?", minutes=15, points=3),
     Question("2.6", "What did the test set decide?", minutes=15, points=3),
     Question("3.6", "What does a picture prove?", minutes=15, points=3),
     Question("4.7", "What exactly did we switch off?", minutes=15, points=3),
