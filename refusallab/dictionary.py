@@ -125,8 +125,9 @@ class Feature:
     number: int
     cosine: float  # of its vector with a direction
     top: int  # forbidden requests among the LABELLED_BY on which it is most active
-    precision: Rate  # of the requests on which it is active, those that are forbidden
-    recall: Rate  # of the forbidden requests, those on which it is active
+    precision: Rate  # of the requests on which it is active at all, those that are forbidden
+    recall: Rate  # of the forbidden requests, those on which it is active at all
+    auc: float  # how often it is more active on a forbidden request than on another; a tie counts half
 
 
 def features_of(
@@ -138,12 +139,13 @@ def features_of(
 ) -> list[Feature]:
     """The features that are more active on forbidden requests than on others: those with the largest difference first.
 
-    x: the stream of each request at one token.
+    x: the stream of each request at one token. Features that are active on none of them are left out.
     """
     code = dictionary.encode(x)
     apart = code[forbidden].mean(0) - code[~forbidden].mean(0)
+    order = [number for number in apart.argsort(descending=True, stable=True).tolist() if code[:, number].any()]
     found = []
-    for number in apart.argsort(descending=True, stable=True)[:count].tolist():
+    for number in order[:count]:
         activity, on = code[:, number], code[:, number] > 0
         found.append(
             Feature(
@@ -152,6 +154,12 @@ def features_of(
                 int(forbidden[activity.argsort(descending=True, stable=True)[:LABELLED_BY]].sum()),
                 rate(forbidden[on].tolist()),
                 rate(on[forbidden].tolist()),
+                _auc(activity[forbidden], activity[~forbidden]),
             )
         )
     return found
+
+
+def _auc(higher: Float[Tensor, " n"], lower: Float[Tensor, " m"]) -> float:
+    above, equal = (compare(higher[:, None], lower).float().mean().item() for compare in (torch.gt, torch.eq))
+    return above + equal / 2

@@ -433,7 +433,12 @@ MOVED = (
 
 
 def patching(
-    m: Model, r: Tensor, tokens: Sequence[int], pairs: dict[str, tuple[Sequence[str], Sequence[str]]]
+    m: Model,
+    r: Tensor,
+    tokens: Sequence[int],
+    pairs: dict[str, tuple[Sequence[str], Sequence[str]]],
+    layer: int,
+    position: int,
 ) -> Explorer:
     """Move an activation from one run to another: how much comes back, and what the model then says.
 
@@ -442,8 +447,7 @@ def patching(
     """
     which, moved = choice("from, into", pairs), choice("move", MOVED)
     seq = min(encode(m, [prompt])["input_ids"].shape[1] for both in pairs.values() for side in both for prompt in side)
-    layer = slider("layer", 0, m.n_layers - 1, m.n_layers // 2)
-    position = slider("position", -seq, -1, -1)
+    layers, positions = slider("layer", 0, m.n_layers - 1, layer), slider("position", -seq, -1, position)
     runs = {name: read_activations(m, source) for name, (source, _) in pairs.items()}
     before = {name: [refusal_metric(logits(m, side), tokens) for side in both] for name, both in pairs.items()}
     parts = dict(zip(MOVED, ("stream", "stream", "stream", "attention", "MLP"), strict=True))
@@ -453,10 +457,10 @@ def patching(
         name = which.value
         (_, into), (there, here) = pairs[name], before[name]
         change = changes.get(moved.value, replace)
-        edit = patch(runs[name], parts[moved.value], layer.value, [position.value], change)
+        edit = patch(runs[name], parts[moved.value], layers.value, [positions.value], change)
         after = refusal_metric(logits(m, into, edit=edit, batch_size=len(into)), tokens)
         replies = generate(m, into, edit=edit, max_new_tokens=shown_tokens(m), batch_size=len(into))
-        token = m.tokenizer.decode([encode(m, into[:1])["input_ids"][0, position.value].item()])
+        token = m.tokenizer.decode([encode(m, into[:1])["input_ids"][0, positions.value].item()])
         rows = [
             ("", "mean refusal metric"),
             ("run to take from", f"{there.mean():.1f}"),
@@ -465,7 +469,7 @@ def patching(
             ("share recovered", f"{round(recovered(there, here, after).item(), 2) + 0.0:.2f}"),
         ]
         said = [(" ".join(prompt.split()), reply) for prompt, reply in zip(into[:3], replies, strict=False)]
-        heading = f"Moved at layer {layer.value}, token {token!r}: {moved.value} ({len(into)} prompts)"
+        heading = f"Moved at layer {layers.value}, token {token!r}: {moved.value} ({len(into)} prompts)"
         return [(heading, rows), ("What it says then", said)]
 
-    return Explorer([which, moved, layer, position], view)
+    return Explorer([which, moved, layers, positions], view)

@@ -82,10 +82,12 @@ def test_features_are_graded_by_the_truth():
     x = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     forbidden = torch.tensor([True, True, False, False])
     first, second, third = features_of(axes, x, forbidden, torch.tensor([5.0, 0.0, 0.0]), 3)
+    silent = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, -1.0]])
+    assert [f.number for f in features_of(axes, silent, torch.tensor([True, False]), torch.ones(3), 3)] == [0, 1]
     assert (first.number, first.cosine, first.top) == (0, pytest.approx(1.0), 2)
-    assert (first.precision.value, first.recall.value) == (1.0, 1.0)
-    assert (second.number, second.precision.value, second.recall.value) == (1, 0.5, 0.5)
-    assert (third.number, third.recall.value) == (2, 0.0)
+    assert (first.precision.value, first.recall.value, first.auc) == (1.0, 1.0, 1.0)
+    assert (second.number, second.precision.value, second.recall.value, second.auc) == (1, 0.5, 0.5, 0.5)
+    assert (third.number, third.recall.value, third.auc) == (2, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

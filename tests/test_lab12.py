@@ -29,7 +29,7 @@ def test_a_grid_shows_the_shares_and_the_tokens():
     assert [label.get_text() for label in first.get_xticklabels()] == ["x", "y"]
     assert (first.get_title(), second.get_title(), first.get_ylabel()) == ("a", "b", "layer")
     assert figure.get_supxlabel() == "token"
-    assert first.images[0].get_clim() == (-1, 1) and scale.get_ylabel() == "share recovered"
+    assert first.images[0].get_clim() == (0, 1) and scale.get_ylabel() == "share recovered"
 
 
 def test_curves_have_a_line_and_a_band_for_each_condition():
@@ -46,7 +46,7 @@ def test_curves_have_a_line_and_a_band_for_each_condition():
 
 def test_the_explorer_moves_what_is_chosen_where_it_is_chosen(model_of, r):
     pairs = {"one way": (FORBIDDEN, LAWFUL), "the other": (LAWFUL, FORBIDDEN)}
-    shown = explore.patching(model_of("llama"), r, [3], pairs)
+    shown = explore.patching(model_of("llama"), r, [3], pairs, layer=1, position=-1)
     which, moved, layer, position = shown.controls
     assert position.max == -1 and (layer.min, layer.max) == (0, 2)
     before = shown.static

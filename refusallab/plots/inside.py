@@ -232,8 +232,7 @@ def recovery_grids(grids: dict[str, tuple[Sequence[str], Tensor]], x: str) -> Fi
             [[number(x, 2) for x in row] for row in shares.tolist()],
             rows=thinned(range(layers)),
             columns=columns,
-            limits=(-1, 1),
-            colours=DIVERGING,
+            limits=(0, 1),
         )
         axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
         axis.set_title(title)

@@ -86,7 +86,8 @@ PATCH = define(
         Mistake(
             "logits of the source",
             lambda m, prompts, source, layer, position: logits(m, source),
-            "These are the logits of the run that the activation comes from. Return those of `prompts`.",
+            "These are the logits of the run that the activation comes from. Return those of `prompts`, and move one "
+            "token: if you move all of them, the run becomes the other one.",
         ),
         Mistake(
             "runs swapped",
@@ -141,6 +142,7 @@ def _metrics(seed: int) -> list[Case]:
         Case("6 prompts, part of the difference", {"source": source, "untouched": untouched, "patched": some}),
         Case("the other way round", {"source": untouched, "untouched": source, "patched": some}),
         Case("further than the source", {"source": source, "untouched": untouched, "patched": source + 2}),
+        Case("against the source", {"source": source, "untouched": untouched, "patched": untouched - 1}),
     ]
 
 
