@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
@@ -154,12 +155,7 @@ def features_of(
                 int(forbidden[activity.argsort(descending=True, stable=True)[:LABELLED_BY]].sum()),
                 rate(forbidden[on].tolist()),
                 rate(on[forbidden].tolist()),
-                _auc(activity[forbidden], activity[~forbidden]),
+                float(roc_auc_score(forbidden, activity)),
             )
         )
     return found
-
-
-def _auc(higher: Float[Tensor, " n"], lower: Float[Tensor, " m"]) -> float:
-    above, equal = (compare(higher[:, None], lower).float().mean().item() for compare in (torch.gt, torch.eq))
-    return above + equal / 2

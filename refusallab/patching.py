@@ -33,6 +33,7 @@ from refusallab.model import (
 )
 
 PARTS = ("stream", "heads", "attention", "MLP")
+DRAWS = 2000  # of the bootstrap
 Change = Callable[[Tensor, Tensor], Tensor]  # (activation of this run, of the other run) -> what takes its place
 
 
@@ -48,9 +49,9 @@ class Activations:
 
 
 @torch.no_grad()
-def read_activations(m: Model, prompts: Sequence[Prompt], *, system: str | None = None) -> Activations:
+def read_activations(m: Model, prompts: Sequence[Prompt]) -> Activations:
     """Run the prompts as one batch and keep all that `patch` can move."""
-    nn, batch = m.nn, encode(m, listed_prompts(prompts), system=system)
+    nn, batch = m.nn, encode(m, prompts)
     with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
         stream, heads, attended, written = [], [], [], []
         for block in blocks(nn):
@@ -72,7 +73,7 @@ def swap_component(
     x: Float[Tensor, "*rest width"], source: Float[Tensor, "*rest width"], r: Float[Tensor, " width"]
 ) -> Float[Tensor, "*rest width"]:
     """x with its component along r taken from `source`: x - (x . r^) r^ + (source . r^) r^."""
-    return project_out(x, r) + source - project_out(source, r)
+    return source + project_out(x - source, r)
 
 
 def swap_head(
@@ -164,13 +165,10 @@ def recovery(
     source: Float[Tensor, " n"],
     untouched: Float[Tensor, " n"],
     patched: Float[Tensor, " n"],
-    *,
-    draws: int = 2000,
-    seed: int = 0,
 ) -> Difference:
     """`recovered`, with a percentile bootstrap over the prompts: each draw takes the same prompts of all three."""
     share = recovered(source, untouched, patched).item()
-    picks = torch.randint(len(source), (draws, len(source)), generator=torch.Generator().manual_seed(seed))
+    picks = torch.randint(len(source), (DRAWS, len(source)), generator=torch.Generator().manual_seed(0))
     a, b, c = (x.double()[picks].mean(1) for x in (source, untouched, patched))
     low, high = ((c - b) / (a - b)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Difference(share, low, high, len(source))

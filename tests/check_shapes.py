@@ -149,7 +149,7 @@ def run_science():
     moved = patched_metrics(m, good, run, tokens, layers=[layer], change=lambda x, source: swap_component(x, source, r))
     swap_head(run.parts["heads"], run.parts["heads"], 1, SIZES["heads"])
     recovered(before, moved[0, 0], moved)
-    recovery(before, moved[0, 0], before, draws=3)
+    recovery(before, moved[0, 0], before)
 
     sample_requests("val", 4)
     streams = token_streams(m, bad, layer)

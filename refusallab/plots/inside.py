@@ -242,7 +242,7 @@ def recovery_grids(grids: dict[str, tuple[Sequence[str], Tensor]], x: str) -> Fi
     return figure
 
 
-def recovery_curves(curves: dict[str, dict[str, Sequence[Difference]]], y: str = "share recovered") -> Figure:
+def recovery_curves(curves: dict[str, dict[str, Sequence[Difference]]]) -> Figure:
     """Lab 12: shares recovered by layer with their bootstrap intervals; curves: panel -> line -> one for each layer."""
     figure, axes = panels(len(curves), max(6.8, 2.4 * len(curves)), 3.6, sharey=True)
     for axis, (name, lines) in zip(axes, curves.items(), strict=True):
@@ -252,6 +252,6 @@ def recovery_curves(curves: dict[str, dict[str, Sequence[Difference]]], y: str =
         axis.set_title(name)
         axis.set_xlabel("layer")
         whole(axis.xaxis)
-    axes[0].set_ylabel(y)
+    axes[0].set_ylabel("share recovered")
     legend_above(figure)
     return figure
