@@ -1,6 +1,7 @@
 """The set-up files agree with each other, the code and the README; `make` does what the README says."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import refusallab
+from refusallab.errors import RefusalLabError
 
 ROOT = Path(__file__).parent.parent
 CONDA_NAMES = {"pytorch": "torch"}
@@ -123,7 +125,12 @@ def undeclared_imports(folder, pyproject):
     own = {"conftest", "grader", "refusallab", "smallmodels", "teach"}
     own |= {path.stem for path in (ROOT / folder).glob("*.py")}
     distributions = packages_distributions()
-    special = {"teach": ["site", "test"], "tests": ["site", "test"], "grader/tests": ["test"]}
+    special = {
+        "refusallab": ["inspect"],
+        "teach": ["site", "test"],
+        "tests": ["inspect", "site", "test"],
+        "grader/tests": ["test"],
+    }
     extras = ("lab", "gguf", "teach", "grade", *special.get(folder, []))
     declared = requirements(pyproject, extras)
     return {
@@ -143,6 +150,13 @@ def test_every_import_is_a_declared_dependency(folder):
 def test_an_undeclared_import_is_found():
     pyproject = read("pyproject.toml").replace('    "scipy>=1.13",\n', "")
     assert undeclared_imports("refusallab", pyproject) == {"scipy"}
+
+
+def test_without_its_extra_inspect_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "inspect_ai", None)
+    monkeypatch.delitem(sys.modules, "refusallab.inspect", raising=False)
+    with pytest.raises(RefusalLabError, match=r"pip install '\.\[inspect\]'"):
+        importlib.import_module("refusallab.inspect")
 
 
 def test_versions_agree():
