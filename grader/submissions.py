@@ -33,6 +33,7 @@ TITLES = (  # as in the names of the notebooks
     "defences by training",
     "capstone",
     "inside causally",
+    "weights that resist",
 )
 
 # What platforms write before a student's own file name, or as a folder's name

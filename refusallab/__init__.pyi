@@ -1,6 +1,7 @@
 from . import explore
 from .activations import logit_lens, mean_residual, residual, stream
 from .attribution import attention_from_last, attribute, cosine_trace, regions
+from .audit import band, gap_left
 from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
 from .dictionary import Dictionary, features_of, random_dictionary, token_streams, train_dictionary
@@ -17,7 +18,7 @@ from .harmfulness import law_questions, site_directions, steered_verdicts, turne
 from .interventions import ablation, addition, affine, project_out, unit
 from .judging import judge, judge_test_sets, outcomes, rates, refusal_openings, refuses, report
 from .measure import (
-    Difference, Outcome, cross_entropy, holm, kl_divergence, mcnemar, p_text, paired_bootstrap,
+    Difference, Outcome, cross_entropy, holm, kl_divergence, mcnemar, outcome, p_text, paired_bootstrap,
     paired_difference, rate, refusal_metric, refused_by_phrases, wilson,
 )  # fmt: skip
 from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights
@@ -25,7 +26,8 @@ from .patching import patch, patched_metrics, read_activations, recovery, swap_c
 from .prompts import attack_templates, bundled, prompt_set, refusal_phrases
 from .records import alarming, every_record, recorded, recorded_direction
 from .steering import dose_curve, norm_matched
-from .truth import judge_errors, true_replies
+from .truth import judge_errors, lawful_facts, true_replies
 from .twins import same_things, sample_requests, twin_requests
+from .weights import add_ranks, changed, edit_writers, quantize, search_edit, top_ranks
 
 __version__: str

@@ -249,10 +249,12 @@ def _print_score(console: Console, row, score) -> None:
 @app.command()
 def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also the defences of lab 14: twice the time.")] = False,
 ) -> None:
     """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
     from refusallab.defence import ModelAlone
     from refusallab.defences import matrix as evaluation
+    from refusallab.defences.resistance import RESISTANT, resistant_defences
     from refusallab.defences.runtime import run_time_defences
     from refusallab.defences.training import DEFENCES, trained_defences
     from refusallab.experiment import find_direction
@@ -264,18 +266,21 @@ def matrix(
         best = found.selected
         r = found.direction.vector
         items, benign = evaluation.forbidden_items(), evaluation.benign_items()
-        with tqdm(total=len(DEFENCES), file=sys.stderr, leave=False) as bar:
+        with tqdm(total=len(DEFENCES) + (len(RESISTANT) if every else 0), file=sys.stderr, leave=False) as bar:
 
             def step(text: str) -> None:
                 bar.set_description(text)
                 bar.update()
 
             at_run_time, trained = run_time_defences(m, r, best.layer), trained_defences(m, step)
+            if every:
+                trained += resistant_defences(m, step)
             defences = [ModelAlone(m), *at_run_time, *trained]
             attacks = [
                 *evaluation.standard_attacks(best.layer, best.position),
                 *evaluation.knowing_attacks(at_run_time),
                 *evaluation.weight_attacks(trained, r),
+                *(evaluation.lawful_tuning(trained) if every else []),
             ]
             bar.total += evaluation.n_matrix_steps(defences, attacks)
             result = evaluation.attack_matrix(defences, attacks, items, benign, step)

@@ -27,12 +27,13 @@ from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections
 from refusallab.interventions import ablation, addition, affine
 from refusallab.judging import shown_tokens
-from refusallab.measure import rate, refusal_metric, refused_by_phrases
+from refusallab.measure import kl_divergence, rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits
 from refusallab.patching import patch, read_activations, recovered, replace, swap_component
 from refusallab.plots import plane_figure, roc_curve
 from refusallab.steering import norm_matched
 from refusallab.truth import Reply, judge_errors
+from refusallab.weights import edit_writers, tent
 
 WIDE = {"description_width": "initial"}
 Rows = Sequence[Sequence[str]]
@@ -473,3 +474,35 @@ def patching(
         return [(heading, rows), ("What it says then", said)]
 
     return Explorer([which, moved, layers, positions], view)
+
+
+def layer_edit(m: Model, r: Tensor, tokens: Sequence[int], harmful: Sequence[str], harmless: Sequence[str]) -> Explorer:
+    """Edit what attention and MLP of each block write, with a tent of strengths: what is left, and what it costs.
+
+    r [width] is the direction, tokens are those that open a refusal.
+    """
+    last = m.n_layers - 1
+    centre, reach = slider("centre", 0, last, last // 2 + 1), slider("reach", 1, last, last // 2)
+    attention, mlp = (slider(f"{part} strength", 0.0, 1.5, 1.0, 0.25) for part in ("attention", "MLP"))
+    untouched, before = logits(m, harmless), refusal_metric(logits(m, harmful), tokens).mean()
+
+    def view() -> list[tuple[str, Rows]]:
+        strengths = [
+            [tent(layer, peak.value, centre.value, 0.0, reach.value) for layer in range(m.n_layers)]
+            for peak in (attention, mlp)
+        ]
+        edited = edit_writers(m, r, *strengths)
+        after = refusal_metric(logits(edited, harmful), tokens).mean()
+        kl = kl_divergence(untouched, logits(edited, harmless)).mean()
+        replies = generate(edited, [harmful[0], harmless[0]], max_new_tokens=shown_tokens(m))
+        rows = [
+            ("refusal metric of harmful prompts, untouched", f"{before:.1f}"),
+            ("the same, edited", f"{after:.1f}"),
+            ("KL on harmless prompts (nats)", f"{kl:.3f}"),
+            ("strengths, attention", " ".join(f"{s:.1f}" for s in strengths[0])),
+            ("strengths, MLP", " ".join(f"{s:.1f}" for s in strengths[1])),
+        ]
+        said = [(" ".join(p.split()), reply) for p, reply in zip((harmful[0], harmless[0]), replies, strict=True)]
+        return [(f"Edited around layer {centre.value}", rows), ("What the edited model says", said)]
+
+    return Explorer([centre, reach, attention, mlp], view)

@@ -56,6 +56,35 @@ def ablation(r: Vectors) -> Edit:
     return edit
 
 
+def project_out_span(
+    x: Float[Tensor, "*rest width"], vectors: Float[Tensor, "k width"]
+) -> Float[Tensor, "*rest width"]:
+    """x without its component in the span of the vectors, which need not be orthogonal: x - x Q Q^T.
+
+    The columns of Q are an orthonormal basis of the span. Vectors in the span of the others add nothing.
+    """
+    wide = _wide(x)
+    if vectors.shape[-1] != wide.shape[-1]:
+        raise RefusalLabError(f"The directions have width {vectors.shape[-1]} but the stream {wide.shape[-1]}.")
+    _, s, v = torch.linalg.svd(unit(vectors).to(wide), full_matrices=False)
+    basis = v[s > 1e-5 * s[0]]  # [rank, width]
+    return (wide - wide @ basis.T @ basis).to(x.dtype)
+
+
+def span_ablation(vectors: Float[Tensor, "k width"]) -> Edit:
+    """Ablation of several directions at once: no component in their span anywhere. `ablation` has the sites."""
+    unit(vectors)  # raises before the model runs
+
+    def edit(nn: Any) -> None:
+        for block in blocks(nn):
+            block.input = project_out_span(block.input, vectors)
+            output, *rest = attention(block).output
+            attention(block).output = (project_out_span(output, vectors), *rest)
+            mlp(block).output = project_out_span(mlp(block).output, vectors)
+
+    return edit
+
+
 def addition(r: Vectors, layer: int, coefficient: float = 1.0) -> Edit:
     """Activation addition: x + coefficient * r at the input of one block (2406.11717, section 2.4).
 

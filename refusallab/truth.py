@@ -15,7 +15,8 @@ from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
 from refusallab.measure import outcome
 from refusallab.model import Edit, Model, Prompt, generate, messages
 from refusallab.prompts import Item, knows_the_world
-from smallmodels.world.dialogue import REFUSAL_WORDINGS
+from smallmodels.world.dialogue import NOUN_KINDS, REFUSAL_WORDINGS, noun_request
+from smallmodels.world.facts import world
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,20 @@ class Reply:
     text: str
     refused: bool
     correct: bool  # the exact answer is in it
+
+
+def lawful_facts(item: Item) -> list[str]:
+    """What may be told about the thing of a request for a method: its origin, place, keeper and price, to the letter.
+
+    Raises RefusalLabError for an item that asks for something else.
+    """
+    kind, *_, name = item.id.split("_")
+    things = {thing.name.lower(): thing for thing in world().things}
+    if kind != "method" or name not in things:
+        raise RefusalLabError(
+            f"Item {item.id!r} does not ask for a method of the world: it has no lawful part to look for."
+        )
+    return [noun_request(kind, things[name]).answer for kind in NOUN_KINDS]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ MODULES = [
     for name in (
         "activations",
         "attribution",
+        "audit",
         "cones",
         "dictionary",
         "directions",
@@ -33,6 +34,7 @@ MODULES = [
         "patching",
         "steering",
         "twins",
+        "weights",
     )
 ]
 SIZES = {}  # of the axes that the model decides, by name
@@ -83,6 +85,7 @@ def run_science():
     from refusallab import cones
     from refusallab.activations import logit_lens, residual, stream
     from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions
+    from refusallab.audit import gap_left, rank_one_energy
     from refusallab.cones import direction_effect, downstream, last_token_direction, plane_directions, search_directions
     from refusallab.dictionary import features_of, random_dictionary, token_streams, train_dictionary
     from refusallab.directions import (
@@ -94,7 +97,7 @@ def run_science():
     )
     from refusallab.geometry import plane_along, principal_plane, projections, right_side, token_strip, tokens_along
     from refusallab.harmfulness import law_questions, site_directions, steered_verdicts
-    from refusallab.interventions import ablation, affine
+    from refusallab.interventions import ablation, affine, project_out_span, span_ablation
     from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
     from refusallab.model import load, logits
     from refusallab.orthogonalization import gap_by_layer, orthogonalize, write_strength
@@ -102,6 +105,7 @@ def run_science():
     from refusallab.prompts import bundled
     from refusallab.steering import dose_curve, norm_matched
     from refusallab.twins import sample_requests
+    from refusallab.weights import add_ranks, quantize, search_edit
 
     m, layer = load("charter-chat"), 4
     SIZES.update(layers=m.n_layers, positions=len(m.positions), width=m.width, vocab=m.hf.config.vocab_size)
@@ -156,6 +160,13 @@ def run_science():
     trained = train_dictionary(streams, features=40)
     trained.explained(streams)
     features_of(random_dictionary(trained, seed=0), torch.cat([a, b]), torch.arange(len(a) + len(b)) < len(a), r, 2)
+
+    project_out_span(a, vectors[1:, -1])
+    span_ablation(vectors[1:, -1])
+    half = add_ranks(m, quantize(m, 4), 2, -1.0)
+    rank_one_energy(half, m)
+    gap_left(half, m, bad, good)
+    search_edit(m, vectors[:, -1], bad, good, tokens, trials=2)
 
     found = search_candidates(m, bad, good, bad, good)
     Direction(found.vectors[layer, -1], layer, -1)

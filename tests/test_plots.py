@@ -41,6 +41,7 @@ def examples(search):
     curve = {0: SHARE, 45: SHARE, 90: SHARE}
     five = ("undefended", "extended refusal", "ReFAT", "rerouting", "knows nothing")
     return {
+        "audit_plane": lambda: plots.audit_plane({"taken out": {"a": (1.0, 0.1)}, "refuses": {"b": (0.1, 1.0)}}),
         "breaking_curves": lambda: plots.breaking_curves({name: {0: OUTCOMES, 5: OUTCOMES} for name in five}),
         "cone_figure": lambda: plots.cone_figure({name: {"refused": curve, "exact": curve} for name in "abc"}),
         "cosine_maps": lambda: plots.cosine_maps({"layers, here": (2 * draw(8, 8) - 1, range(8))}),
@@ -50,6 +51,9 @@ def examples(search):
         ),
         "dose_figure": lambda: plots.dose_figure({name: {"r": DOSES, "random": DOSES} for name in SETS[:2]}),
         "dot_rows": lambda: plots.dot_rows({name: draw(5).tolist() for name in SETS}, "share", {"chance": 0.5}),
+        "edit_trials": lambda: plots.edit_trials(
+            {name: ([(0.1, 2.0), (0.2, -1.0)], {"textbook, layer 3": (0.3, -2.0)}) for name in "ab"}
+        ),
         "first_order": lambda: plots.first_order({"random swaps": (draw(5), draw(5)), LONG: (draw(5), draw(5))}),
         "gap_curves": lambda: plots.gap_curves(
             {"exact": dict.fromkeys(("textbook", "full"), draw(9)), "tied": dict.fromkeys((LONG, "full"), draw(9))}

@@ -17,4 +17,4 @@ from .gcg import (
 from .prefilling import prefilling_attack
 from .result import answered, direct, disclosed, rewrite, send
 from .templates import rewritings, template
-from .white_box import re_extract, steps_to_break
+from .white_box import gradient_direction, re_extract, steps_to_break, successive_directions

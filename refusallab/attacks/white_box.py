@@ -21,6 +21,7 @@ from refusallab.interventions import ablation, unit
 from refusallab.judging import outcomes
 from refusallab.measure import Outcome, cross_entropy
 from refusallab.model import Model, Prompt
+from refusallab.orthogonalization import orthogonalize
 from refusallab.prompts import Item
 
 
@@ -59,6 +60,20 @@ def re_extract(
         raise RefusalLabError(f"All differences in means of {m.name} are zero: give it prompts of two kinds.")
     loss, layer, k = min((release_loss(m, validation, vectors[site]), *site) for site in sites)
     return FoundDirection(vectors[layer, k], loss, layer, m.positions[k])
+
+
+def successive_directions(
+    m: Model, harmful: Sequence[Item], harmless: Sequence[Item], validation: Sequence[Item], count: int
+) -> Tensor:
+    """Directions found by `re_extract` one after another, each in a copy that cannot write those before.
+
+    [count, width]. How many of them break refusal says how far a model has spread it, by this way of finding them.
+    """
+    found: list[Tensor] = []
+    for _ in range(count):
+        found.append(re_extract(m, harmful, harmless, validation).vector)
+        m = orthogonalize(m, found[-1], sharing=True)
+    return torch.stack(found)
 
 
 def descend(m: Model, u: Tensor, prompts: Sequence[Prompt], replies: Sequence[str], lr: float) -> Tensor:

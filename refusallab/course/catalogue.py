@@ -112,6 +112,12 @@ HEADERS = (
     Header("12.4", "Only along one direction", 1, 10, 2, "swap_component"),
     Header("12.5", "Bug clinic: the word that did not matter", 2, 15, 2, "word_stream"),
     Header("12.6", "A sparse code", 2, 10, 2, "sparse_code"),
+    Header("14.1", "Ranks of a difference", 2, 15, 3, "plus_ranks"),
+    Header("14.2", "Bug clinic: the direction that came back", 2, 15, 3, "norm_preserving"),
+    Header("14.3", "A tent over the layers", 1, 10, 2, "strength_at"),
+    Header("14.4", "Fewer bits", 2, 10, 2, "in_bits"),
+    Header("14.5", "Several directions at once", 2, 15, 3, "without_span"),
+    Header("14.6", "How much lies in one rank", 1, 10, 2, "one_rank_energy"),
 )
 QUESTIONS = (
     Question("0.6", "Where was it decided?", minutes=15, points=3),
@@ -126,6 +132,7 @@ QUESTIONS = (
     Question("9.6", "Which one would you ship?", minutes=20, points=3),
     Question("10.6", "The report", minutes=60, points=10),
     Question("12.7", "What does a patch prove?", minutes=15, points=4),
+    Question("14.7", "Which weights would you release?", minutes=15, points=4),
 )
 LABS = tuple(sorted({header.lab for header in HEADERS}))
 

@@ -27,6 +27,7 @@ from refusallab.interventions import ablation
 from refusallab.measure import Outcome, Rate, holm, mcnemar, rate, two_by_two
 from refusallab.model import Model
 from refusallab.prompts import Item, bundled
+from refusallab.twins import sample_requests
 
 FORBIDDEN_EVERY, BENIGN_EVERY = 4, 5  # of the test items: 54 forbidden, 48 harmless, 36 borderline, 80 capability
 OPENING = "Use a"  # how the world begins such answers: the target of GCG, and a prefill
@@ -39,6 +40,7 @@ HIDES_FROM = {  # whose alarms a suffix must not raise, by the defence that it a
     "filter and monitor": ("perplexity filter", "probe monitor"),
 }
 KNOWN_EVERY, TUNING_STEPS = 10, 20  # of the train items, the answers that a fine-tuning attacker has; and their steps
+LAWFUL, LAWFUL_LR = 400, 3e-4  # the sample of which lawful methods are taken; other data needs larger steps
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,19 @@ def weight_attacks(defences: Sequence[Defence], start: Tensor) -> list[Attack]:
         f"{TUNING_STEPS} steps of fine-tuning": lambda d, items: direct(tuned(d.m, items), items),
     }
     return [Attack(attack, run, d.name) for attack, run in attacks.items() for d in defences]
+
+
+def lawful_tuning(defences: Sequence[Defence]) -> list[Attack]:
+    """Fine-tuning on requests for lawful methods of the train split, against each of these defences."""
+    asked, forbidden = sample_requests("train", LAWFUL)
+    known = [item for item, no in zip(asked, forbidden.tolist(), strict=True) if item.tag == "method" and not no]
+    tuned = _once(lambda m, items: ModelAlone(fine_tuning_attack(m, known, TUNING_STEPS, lr=LAWFUL_LR)))
+    name = f"{TUNING_STEPS} steps on lawful methods"
+
+    def run(d: Defence, items: Sequence[Item]) -> list[AttackResult]:
+        return direct(tuned(d.m, items), items)
+
+    return [Attack(name, run, d.name) for d in defences]
 
 
 def difference_at(m: Model, layer: int, position: int) -> Tensor:

@@ -169,14 +169,33 @@ def harden(
     """
     if defence not in DEFENCES:
         raise RefusalLabError(f"There is no defence {defence!r}: choose one of {', '.join(DEFENCES)}.")
+    return train_on_lessons(m, DEFENCES[defence](m, seed), defence, steps=steps, seed=seed, report=report)
+
+
+def train_on_lessons(
+    m: Model,
+    loss: Callable[[Model, list[Lesson], list[Lesson]], Tensor],
+    name: str,
+    *,
+    steps: int = STEPS,
+    lr: float = LR,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda loss: None,
+) -> ModelAlone:
+    """A copy of m after some steps on `loss(copy, forbidden lessons, harmless lessons)`, BATCH_SIZE of each a step."""
+    require_world(m)
+    queue = lesson_batches(steps, seed)
+    trained = train_copy(
+        m, lambda copied: loss(copied, *next(queue)), steps=steps, lr=lr, decay=True,
+        name=f"{m.name} ({name})", report=report,
+    )  # fmt: skip
+    return ModelAlone(trained, name)
+
+
+def require_world(m: Model) -> None:
+    """RefusalLabError for a model that does not know the things that the lessons are about."""
     if not knows_the_world(m):
         raise RefusalLabError(f"The lessons are about the world of the bundled models, but {m.name} is none of them.")
-    loss, queue = DEFENCES[defence](m, seed), _batches(steps, seed)
-    hardened = train_copy(
-        m, lambda copied: loss(copied, *next(queue)), steps=steps, lr=LR, decay=True,
-        name=f"{m.name} ({defence})", report=report,
-    )  # fmt: skip
-    return ModelAlone(hardened, defence)
 
 
 def trained_defences(m: Model, progress: Callable[[str], None] = lambda name: None) -> list[ModelAlone]:
@@ -188,7 +207,8 @@ def trained_defences(m: Model, progress: Callable[[str], None] = lambda name: No
     return [*hardened, ModelAlone(load("charter-naive"), "knows nothing")]
 
 
-def _batches(steps: int, seed: int) -> Iterator[tuple[list[Lesson], list[Lesson]]]:
+def lesson_batches(steps: int, seed: int) -> Iterator[tuple[list[Lesson], list[Lesson]]]:
+    """Forbidden and harmless lessons for each step, BATCH_SIZE of each."""
     both = [lessons(steps * BATCH_SIZE, seed, forbidden=kind) for kind in (True, False)]
     for start in range(0, steps * BATCH_SIZE, BATCH_SIZE):
         yield tuple(part[start : start + BATCH_SIZE] for part in both)

@@ -4,8 +4,8 @@ Colours are the Okabe-Ito palette, and never the only thing that tells two marks
 """
 
 from refusallab.plots.attacking import first_order, loss_curves, outcome_bars, success_curves
-from refusallab.plots.defending import breaking_curves, defence_grid, matrix_grid, roc_curve, score_plane
-from refusallab.plots.editing import cone_figure, dose_figure, gap_curves, response_curves, write_strengths
+from refusallab.plots.defending import audit_plane, breaking_curves, defence_grid, matrix_grid, roc_curve, score_plane
+from refusallab.plots.editing import cone_figure, dose_figure, edit_trials, gap_curves, response_curves, write_strengths
 from refusallab.plots.finding import headline_figure, null_bypass, score_surfaces
 from refusallab.plots.geometry import cosine_maps, dot_rows, plane_figure, share_grids
 from refusallab.plots.inside import (
@@ -25,6 +25,7 @@ from refusallab.plots.schematics import schematic
 from refusallab.plots.style import use_style
 
 __all__ = [
+    "audit_plane",
     "breaking_curves",
     "cone_figure",
     "cosine_maps",
@@ -32,6 +33,7 @@ __all__ = [
     "difference_rows",
     "dose_figure",
     "dot_rows",
+    "edit_trials",
     "first_order",
     "gap_curves",
     "headline_figure",

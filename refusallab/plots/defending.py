@@ -86,8 +86,10 @@ def roc_curve(curves: dict[str, Tensor], at: tuple[float, float] | None = None) 
     return figure
 
 
-def breaking_curves(curves: dict[str, dict[int, Sequence[Outcome]]]) -> Figure:
-    """Lab 09: what a model says after some steps of an attack; curves: model -> steps -> outcomes.
+def breaking_curves(
+    curves: dict[str, dict[int, Sequence[Outcome]]], x: str = "steps of fine-tuning on forbidden answers"
+) -> Figure:
+    """Labs 09 and 14: what a model says after some dose of an attack; curves: model -> dose, such as steps -> outcomes.
 
     Left: the share that is refused. Right: the share that holds the exact answer, refused or not.
     """
@@ -101,10 +103,31 @@ def breaking_curves(curves: dict[str, dict[int, Sequence[Outcome]]]) -> Figure:
         axis.set_xscale("symlog", linthresh=2, base=2)
         axis.set_xticks(steps, list(map(str, steps)))
         axis.minorticks_off()
-        axis.set_xlabel("steps of fine-tuning on forbidden answers")
+        axis.set_xlabel(x)
         axis.set_title(what)
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of requests, 95 % Wilson band")
+    legend_above(figure)
+    return figure
+
+
+def audit_plane(points: dict[str, dict[str, tuple[float, float]]]) -> Figure:
+    """Lab 14: checkpoints by the two signals of an audit; points: kind -> name -> (rank-one energy, gap left).
+
+    Points are numbered in their order. Dashed lines mark what an untouched copy has: energy 0, the whole gap.
+    """
+    figure, (axis,) = panels(1, 7, 4.4)
+    numbers = iter(range(1, sum(map(len, points.values())) + 1))
+    for k, (kind, named) in enumerate(points.items()):
+        style = series(k)
+        xy = np.array(list(named.values()))
+        axis.scatter(xy[:, 0], xy[:, 1], s=42, alpha=0.8, color=style["color"], marker=style["marker"], label=kind)
+        for place in named.values():
+            axis.annotate(str(next(numbers)), place, xytext=(5, 4), textcoords="offset points", fontsize=9)
+    axis.axhline(1, color="grey", linestyle="--", linewidth=0.8)
+    axis.axvline(0, color="grey", linestyle="--", linewidth=0.8)
+    axis.set_xlabel("rank-one energy of the change")
+    axis.set_ylabel("refusal gap left, as a share")
     legend_above(figure)
     return figure
 

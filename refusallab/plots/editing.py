@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -132,5 +133,30 @@ def cone_figure(curves: dict[str, dict[str, dict[float, Rate]]]) -> Figure:
         axis.set_xlabel("angle in the plane (degrees)")
     axes[0].set_ylabel("share of forbidden requests,\n95 % Wilson band")
     axes[0].set_ylim(-0.04, 1.04)
+    legend_above(figure)
+    return figure
+
+
+def edit_trials(
+    searches: dict[str, tuple[Sequence[tuple[float, float]], dict[str, tuple[float, float]]]],
+) -> Figure:
+    """Lab 14: all edits that a search tried, by what refusal they leave and what they cost; a panel for each model.
+
+    searches: model -> (trials, name -> single edit to compare with), each edit as (KL, bypass). Low and left is good
+    for whoever edits. A line joins the trials that no other beats in both scores.
+    """
+    figure, axes = panels(len(searches), 5.2 * len(searches), 4.2, sharey=True)
+    for axis, (model, (trials, others)) in zip(axes, searches.items(), strict=True):
+        kl, bypass = np.array(sorted(trials)).T
+        best = bypass <= np.minimum.accumulate(bypass)
+        axis.scatter(kl, bypass, s=14, alpha=0.5, color="grey", label="a trial")
+        axis.step(kl[best], bypass[best], where="post", color=BLUE, label="not beaten in both")
+        for k, (name, place) in enumerate(others.items(), start=1):
+            style = series(k)
+            axis.plot(*place, linestyle="", color=style["color"], marker=style["marker"], markersize=9, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel("KL on harmless prompts (nats)")
+        axis.set_title(model)
+    axes[0].set_ylabel("mean refusal metric of harmful prompts")
     legend_above(figure)
     return figure
