@@ -151,7 +151,7 @@ def test_settings_that_replies_do_not_follow_are_named(run):
     assert log.status == "error" and "leave out max_tokens, temperature." in log.error.message
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # minutes on a busy machine, nearly all of them imports
 class TestCommand:
     @pytest.fixture
     def inspect(self, tmp_path):
