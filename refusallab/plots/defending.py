@@ -87,11 +87,15 @@ def roc_curve(curves: dict[str, Tensor], at: tuple[float, float] | None = None) 
 
 
 def breaking_curves(
-    curves: dict[str, dict[int, Sequence[Outcome]]], x: str = "steps of fine-tuning on forbidden answers"
+    curves: dict[str, dict[int, Sequence[Outcome]]],
+    x: str = "steps of fine-tuning on forbidden answers",
+    *,
+    doublings: bool = True,
 ) -> Figure:
     """Labs 09 and 14: what a model says after some dose of an attack; curves: model -> dose, such as steps -> outcomes.
 
-    Left: the share that is refused. Right: the share that holds the exact answer, refused or not.
+    Left: the share that is refused. Right: the share that holds the exact answer, refused or not. `doublings` spaces
+    the doses from 2 on by their logarithm.
     """
     figure, axes = panels(2, 11, 4, sharey=True)
     counted = {"refused": lambda o: o.refused, "exact answer": lambda o: o.correct}
@@ -100,7 +104,8 @@ def breaking_curves(
         for k, (model, curve) in enumerate(curves.items()):
             shares = [rate([counts(o) for o in outcomes]) for outcomes in curve.values()]
             interval_band(axis, list(curve), shares, alpha=0.08, label=model, **series(k))
-        axis.set_xscale("symlog", linthresh=2, base=2)
+        if doublings:
+            axis.set_xscale("symlog", linthresh=2, base=2)
         axis.set_xticks(steps, list(map(str, steps)))
         axis.minorticks_off()
         axis.set_xlabel(x)
