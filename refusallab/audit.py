@@ -47,7 +47,7 @@ def gap_left(m: Model, original: Model, harmful: Sequence[Prompt], harmless: Seq
     return ((last_token_gap(m, harmful, harmless) * r).sum(-1).mean() / (before * r).sum(-1).mean()).item()
 
 
-def rank_one_share(differences: Sequence[Float[Tensor, "rows columns"]]) -> float:
+def rank_one_share(differences: Sequence[Float[Tensor, "_ _"]]) -> float:
     """The mean over matrices of sigma_1^2 / sum of sigma_i^2: how much of a change one rank holds. 1 for one rank.
 
     A matrix that did not change counts 0.
