@@ -61,7 +61,14 @@ def rows(path):
 def servers(folder):
     """The fork servers that were started in a folder."""
     found = subprocess.run(["pgrep", "-f", "sandbox.zygote"], capture_output=True, text=True).stdout.split()
-    return [pid for pid in found if os.path.exists(f"/proc/{pid}") and os.readlink(f"/proc/{pid}/cwd") == str(folder)]
+
+    def works_there(pid):
+        try:
+            return os.readlink(f"/proc/{pid}/cwd") == str(folder)
+        except OSError:  # it ended meanwhile
+            return False
+
+    return [pid for pid in found if works_there(pid)]
 
 
 def gone(look, seconds=20):
