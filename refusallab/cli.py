@@ -249,7 +249,7 @@ def _print_score(console: Console, row, score) -> None:
 @app.command()
 def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Also the defences of lab 14: twice the time.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also the defences and the attack of lab 14.")] = False,
 ) -> None:
     """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
     from refusallab.defence import ModelAlone

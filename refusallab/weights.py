@@ -53,8 +53,7 @@ def add_ranks(m: Model, before: Model, k: int, share: float) -> Model:
     share -1 takes out the k largest ranks of what training between the checkpoints did. A positive share extrapolates
     it, which is LoX (Perin et al. 2025, arXiv 2506.15606).
     """
-    old = {name: weight for name, weight in before.hf.named_parameters()}
-    new = dict(m.hf.named_parameters())
+    old, new = (dict(model.hf.named_parameters()) for model in (before, m))
     if {n: w.shape for n, w in old.items()} != {n: w.shape for n, w in new.items()}:
         raise RefusalLabError(f"{m.name} and {before.name} differ in shape: take two checkpoints of one training.")
     return changed(m, lambda name, w: w + share * top_ranks(w - old[name], k), f"{m.name} ({share:+g} x {k} ranks)")
@@ -69,7 +68,7 @@ def keep_lengths(
     """Norm-preserving projection: each row loses `strength` of its component along unit r and keeps its length.
 
     A row is what one input writes to the stream (a column of a matrix of PyTorch's Linear). So at strength 1 nothing is
-    left along r, because rescaling a row does not turn it. A row along r itself stays as it was at strength 1.
+    left along r, because rescaling a row does not turn it. A row along r itself becomes 0.
     """
     new = written - strength * (written @ r)[:, None] * r
     lengths, left = written.norm(dim=1, keepdim=True), new.norm(dim=1, keepdim=True)

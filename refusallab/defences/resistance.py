@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from refusallab.defence import ModelAlone
-from refusallab.defences.training import EVERY, PROBES, Lesson, lesson_batches, lessons, require_world, train_on_lessons
+from refusallab.defences.training import (
+    EVERY,
+    PROBES,
+    Lesson,
+    lesson_batches,
+    lessons,
+    loss_under,
+    require_world,
+    train_on_lessons,
+)
 from refusallab.directions import candidate_directions
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import span_ablation
@@ -38,11 +47,10 @@ TOKEN_STEPS, TOKEN_LR = 60, 1e-3
 
 def spread_loss(m: Model, forbidden: list[Lesson], harmless: list[Lesson], vectors: Tensor) -> Tensor:
     """Refuse although the span of vectors [k, width] is ablated, and reply to harmless requests as before: a scalar."""
-    attacked = reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden], span_ablation(vectors))
-    return attacked + reply_loss(m, [x.prompt for x in harmless], [x.reply for x in harmless])
+    return loss_under(span_ablation(vectors), m, forbidden, harmless)
 
 
-def spread_refusal(m: Model, *, seed: int = 0, report: Callable[[float], None] = lambda loss: None) -> ModelAlone:
+def spread_refusal(m: Model, *, seed: int = 0) -> ModelAlone:
     """A copy of m that refuses with up to SPAN differences in means ablated at once, found anew every EVERY steps."""
     require_world(m)
     probes = [[x.prompt for x in lessons(PROBES, seed + 1, forbidden=kind)] for kind in (True, False)]
@@ -58,7 +66,7 @@ def spread_refusal(m: Model, *, seed: int = 0, report: Callable[[float], None] =
         chosen = rng.sample(sites, rng.randint(1, SPAN))
         return spread_loss(copied, forbidden, harmless, torch.stack([vectors[site] for site in chosen]))
 
-    return train_on_lessons(m, loss, "spread refusal", steps=SPREAD_STEPS, seed=seed, report=report)
+    return train_on_lessons(m, loss, "spread refusal", steps=SPREAD_STEPS, seed=seed)
 
 
 def tamper_loss(m: Model, attacked: Model, forbidden: list[Lesson], harmless: list[Lesson]) -> Tensor:
@@ -80,7 +88,7 @@ def tamper_loss(m: Model, attacked: Model, forbidden: list[Lesson], harmless: li
     return kept + broken.detach() + carried - carried.detach()
 
 
-def tamper_resistant(m: Model, *, seed: int = 0, report: Callable[[float], None] = lambda loss: None) -> ModelAlone:
+def tamper_resistant(m: Model, *, seed: int = 0) -> ModelAlone:
     """A copy of m that was trained to refuse after ATTACK_STEPS steps of fine-tuning on forbidden answers.
 
     Each of TAMPER_STEPS steps runs an attack of its own, so it costs about as much as eight steps of other training.
@@ -98,7 +106,7 @@ def tamper_resistant(m: Model, *, seed: int = 0, report: Callable[[float], None]
         return tamper_loss(copied, attacked, *next(queue))
 
     name = "tamper resistance"
-    trained = train_copy(m, loss, steps=TAMPER_STEPS, lr=TAMPER_LR, name=f"{m.name} ({name})", report=report)
+    trained = train_copy(m, loss, steps=TAMPER_STEPS, lr=TAMPER_LR, name=f"{m.name} ({name})")
     return ModelAlone(trained, name)
 
 
@@ -110,7 +118,7 @@ def extrapolated(m: Model, before: Model) -> ModelAlone:
 # --- ways to refuse ----------------------------------------------------------------------------------------------
 
 
-def safe_completion(m: Model, *, seed: int = 0, report: Callable[[float], None] = lambda loss: None) -> ModelAlone:
+def safe_completion(m: Model, *, seed: int = 0) -> ModelAlone:
     """A copy of m that meets a forbidden request with a lawful fact about the thing and what the Charter says."""
 
     def loss(copied: Model, forbidden: list[Lesson], harmless: list[Lesson]) -> Tensor:
@@ -118,10 +126,10 @@ def safe_completion(m: Model, *, seed: int = 0, report: Callable[[float], None] 
         replies = [f"{x.overview} {x.verdict}" if x.forbidden else x.reply for x in both]
         return reply_loss(copied, [x.prompt for x in both], replies)
 
-    return train_on_lessons(m, loss, "safe completion", seed=seed, report=report)
+    return train_on_lessons(m, loss, "safe completion", seed=seed)
 
 
-def refusal_token(m: Model, *, seed: int = 0, report: Callable[[float], None] = lambda loss: None) -> ModelAlone:
+def refusal_token(m: Model, *, seed: int = 0) -> ModelAlone:
     """A copy of m that begins each reply with REFUSE or RESPOND, so that the margin of the two is a knob."""
     phrases = refusal_phrases(m)
 
@@ -137,7 +145,7 @@ def refusal_token(m: Model, *, seed: int = 0, report: Callable[[float], None] = 
         for table in {id(t): t for t in (embedding(start.hf).weight, unembedding(start.hf).weight)}.values():
             for sign in (REFUSE, RESPOND):  # tokens without a meaning begin in the middle of the others
                 table[m.tokenizer.convert_tokens_to_ids(sign)] = table.mean(0)
-    return train_on_lessons(start, loss, "refusal token", steps=TOKEN_STEPS, lr=TOKEN_LR, seed=seed, report=report)
+    return train_on_lessons(start, loss, "refusal token", steps=TOKEN_STEPS, lr=TOKEN_LR, seed=seed)
 
 
 def refusal_margin(m: Model, first: Tensor) -> Tensor:

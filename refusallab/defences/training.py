@@ -19,7 +19,7 @@ from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import ablation
-from refusallab.model import Model, blocks, encode_texts, load
+from refusallab.model import Edit, Model, blocks, encode_texts, load
 from refusallab.prompts import knows_the_world
 from smallmodels import recipe
 from smallmodels.world import dialogue
@@ -80,7 +80,12 @@ def extend(lessons: Sequence[Lesson]) -> list[str]:
 
 def refat_loss(m: Model, forbidden: Sequence[Lesson], harmless: Sequence[Lesson], r: Tensor) -> Tensor:
     """Refuse although r [width] is ablated, and reply to harmless requests as before: a scalar, in nats per token."""
-    attacked = reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden], ablation(r))
+    return loss_under(ablation(r), m, forbidden, harmless)
+
+
+def loss_under(attack: Edit, m: Model, forbidden: Sequence[Lesson], harmless: Sequence[Lesson]) -> Tensor:
+    """Refuse forbidden requests under an attacker's edit, and reply to harmless ones without it: in nats per token."""
+    attacked = reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden], attack)
     return attacked + reply_loss(m, [x.prompt for x in harmless], [x.reply for x in harmless])
 
 
