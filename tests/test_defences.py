@@ -346,7 +346,8 @@ def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
 @pytest.mark.slow
 def test_who_holds_the_weights_gets_the_answers(m, r):
     items = bundled("harmful_val")[:6]
-    for attack in evaluation.weight_attacks([ModelAlone(m, "none")], r):
+    alone = [ModelAlone(m, "none")]
+    for attack in (*evaluation.weight_attacks(alone, r), *evaluation.lawful_tuning(alone)):
         assert sum(result.outcome.correct for result in attack.run(ModelAlone(m), items)) >= 4
 
 
@@ -357,13 +358,20 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     found = SimpleNamespace(selected=SimpleNamespace(layer=5, position=-1), direction=SimpleNamespace(vector=r))
     monkeypatch.setattr("refusallab.experiment.find_direction", lambda _: found)
     monkeypatch.setattr("refusallab.defences.training.trained_defences", lambda *_: [ModelAlone(m, "trained")])
-    monkeypatch.setattr(
-        evaluation, "attack_matrix", lambda defences, *_: met.append([d.name for d in defences]) or result
-    )
-    met, fitted = [], run_time_defences(m, r, 5)
+    monkeypatch.setattr("refusallab.defences.resistance.resistant_defences", lambda *_: [ModelAlone(m, "resists")])
+
+    def note(defences, attacks, *_):
+        met.append([d.name for d in defences])
+        against.append({attack.name for attack in attacks if attack.against == "resists"})
+        return result
+
+    monkeypatch.setattr(evaluation, "attack_matrix", note)
+    met, against, fitted = [], [], run_time_defences(m, r, 5)
     monkeypatch.setattr("refusallab.defences.runtime.run_time_defences", lambda *_: fitted)
     shown = CliRunner().invoke(cli.app, ["matrix"])
     assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output
     assert met[0] == ["undefended", *(d.name for d in fitted), "trained"]
+    assert CliRunner().invoke(cli.app, ["matrix", "--all"]).exit_code == 0 and met[1] == [*met[0], "resists"]
+    assert not against[0] and "20 steps on lawful methods" in against[1] and "direction by gradient" in against[1]
     printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout
     assert '"attack": "ask"' in printed and '"p_holm"' in printed

@@ -49,7 +49,10 @@ def test_the_explorer_edits_where_and_as_much_as_it_is_told(model_of, r):
     assert (centre.min, centre.max, reach.max) == (0, 2, 2) and centre.value > 0
     before = dict(shown.tables[0][1])
     assert before["strengths, attention"] == before["strengths, MLP"]
-    attention.value = mlp.value = 0.0
+    attention.value = 0.0
+    one = dict(shown.tables[0][1])
+    assert set(one["strengths, attention"].split()) == {"0.0"} and one["strengths, MLP"] == before["strengths, MLP"]
+    mlp.value = 0.0
     still = dict(shown.tables[0][1])
     assert still["refusal metric of harmful prompts, untouched"] == still["the same, edited"]
     assert still["KL on harmless prompts (nats)"] == "0.000" and set(still["strengths, MLP"].split()) == {"0.0"}
