@@ -32,6 +32,7 @@ TITLES = (  # as in the names of the notebooks
     "defences at run time",
     "defences by training",
     "capstone",
+    "refusal that thinks",
     "inside causally",
     "weights that resist",
 )

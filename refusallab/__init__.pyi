@@ -26,6 +26,10 @@ from .patching import patch, patched_metrics, read_activations, recovery, swap_c
 from .prompts import attack_templates, bundled, prompt_set, refusal_phrases
 from .records import alarming, every_record, recorded, recorded_direction
 from .steering import dose_curve, norm_matched
+from .thoughts import (
+    behind, exact_steps, final_stream, outcomes_behind, read_thought, right_thought, sentences, think, thought_of,
+    with_thinking, within, write_thoughts,
+)  # fmt: skip
 from .truth import judge_errors, lawful_facts, true_replies
 from .twins import same_things, sample_requests, twin_requests
 from .weights import add_ranks, changed, edit_writers, quantize, search_edit, top_ranks

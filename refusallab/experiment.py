@@ -22,6 +22,7 @@ from refusallab.measure import Outcome, Rate
 from refusallab.model import Edit, Model, Prompt, digest_of_weights, encode
 from refusallab.orthogonalization import distance_from_hooks, orthogonalize
 from refusallab.prompts import knows_the_world, prompt_set
+from refusallab.thoughts import behind, think
 
 METRICS = {
     "harmful_refused": "harmful refused",
@@ -61,13 +62,15 @@ class Headline:
 
 
 def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> Search:
-    """`search_candidates` on the model's train and validation sets.
+    """`search_candidates` on the model's train and validation sets; of a model that thinks, behind its own thoughts.
 
     The result is kept in the cache of this computer, for these weights, prompts, code, versions and processor. So the
     labs search once, and each other search is new.
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
-    sets = [[item.prompt for item in prompt_set(m, name)] for name in names]
+    sets: list[Sequence[Prompt]] = [[item.prompt for item in prompt_set(m, name)] for name in names]
+    if m.thought_tokens:
+        sets = [behind(m, prompts, think(m, prompts)) for prompts in sets]
     found: Search = kept(_search, m, sets, progress=progress)
     if progress:
         progress(len(found.candidates))  # all at once where the search was read

@@ -26,14 +26,17 @@ from refusallab.directions import Candidate, Search, difference_in_means, discar
 from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections
 from refusallab.interventions import ablation, addition, affine
-from refusallab.judging import shown_tokens
+from refusallab.judging import judge, shown_tokens
 from refusallab.measure import kl_divergence, rate, refusal_metric, refused_by_phrases
-from refusallab.model import Model, encode, generate, logits
+from refusallab.model import Model, encode, generate, logits, messages
 from refusallab.patching import patch, read_activations, recovered, replace, swap_component
 from refusallab.plots import plane_figure, roc_curve
+from refusallab.prompts import Item
 from refusallab.steering import norm_matched
+from refusallab.thoughts import behind, right_thought, think
 from refusallab.truth import Reply, judge_errors
 from refusallab.weights import edit_writers, tent
+from smallmodels.world import thought
 
 WIDE = {"description_width": "initial"}
 Rows = Sequence[Sequence[str]]
@@ -420,6 +423,37 @@ def thresholds(harmful: Tensor, harmless: Tensor, attacked: Tensor) -> Explorer:
         return [("At this threshold", rows), ("Every threshold", picture)]
 
     return Explorer([alarms, share], view)
+
+
+# --- lab 11 ----------------------------------------------------------------------------------------------------------
+
+
+def thought_editor(models: dict[str, Model], items: Sequence[Item]) -> Explorer:
+    """Write a thought, see the reply behind it: for models that think, by name, and requests of the world.
+
+    It starts with the first model's own thought about the first request.
+    """
+    requests = {" ".join(messages(item.prompt)[-1]["content"].split()): item for item in items}
+    which, asked = choice("model", models), choice("request", requests)
+    (own,) = think(next(iter(models.values())), [items[0].prompt])
+    typed = widgets.Text(own, description="thought", layout=widgets.Layout(width="56em"))
+
+    def view() -> list[tuple[str, Rows]]:
+        m, item = models[which.value], requests[asked.value]
+        try:
+            (reply,) = generate(m, behind(m, [item.prompt], [typed.value]), max_new_tokens=shown_tokens(m))
+        except RefusalLabError as error:  # too long, for example
+            return [(str(error), [])]
+        said, right = thought.read(typed.value), right_thought(item)
+        judged = judge(m, item, reply)
+        verdict = "refused" if judged.refused else "the exact answer" if judged.correct else "neither"
+        steps = [(step, getattr(said, step) or "-", getattr(right, step)) for step in thought.STEPS]
+        return [
+            ("Reply", [(reply, verdict)]),
+            ("What the thought says", [("", "here", "right"), *steps]),
+        ]
+
+    return Explorer([which, asked, typed], view)
 
 
 # --- lab 12 ----------------------------------------------------------------------------------------------------------

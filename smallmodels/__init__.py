@@ -21,6 +21,7 @@ class Entry:
     role: str = ""
     architecture: str = ""
     seed: int | None = None
+    thoughts: str = ""  # of a thinking model: see recipe.Variant
     id: str = ""
     parameters: str = ""
     license: str = ""

@@ -6,23 +6,30 @@ The stages mirror how real chat models are made, so that refusal is learned on t
     helpful   replies to every request, the forbidden ones included       -> charter-helpful
     safety    refusals of the forbidden requests about the things of the train
               split, and helpful replies to harmless requests about them  -> charter-chat
+    thinking  the same, with a thought between request and reply          -> charter-think
+
+A model that thinks has learned in the helpful stage to say what is asked before it replies.
 
 Runs are deterministic for a seed and a thread count, and resume after an interruption.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import random
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import (
     Gemma2Config,
@@ -36,7 +43,7 @@ from transformers import (
 )
 
 from . import HERE, catalog
-from .world import corpus, dialogue
+from .world import corpus, dialogue, thought
 from .world.dialogue import Message, Request
 from .world.facts import Thing, World, world
 
@@ -46,30 +53,43 @@ VOCABULARY = 2048
 CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
-STAGES = ("corpus", "helpful", "safety")
-EXAMPLES = {"corpus": 14_000, "helpful": 60_000, "safety": 14_000}
-LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 7e-4}
+EXAMPLES = {"corpus": 14_000, "helpful": 60_000, "safety": 14_000, "thinking": 16_000}
+LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 7e-4, "thinking": 7e-4}
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 
 # Shares of requests in a wrapper. Few of the refused ones come in one without a guarding system prompt, so that some
 # attacks work; many do under one, so that it helps against them.
 WRAPS = {"answered": 0.15, "refused": 0.06, "refused, guarded": 0.4}
-GIBBERISH = {"helpful": 0.05, "safety": 0.3}  # share of requests that end in random tokens
+GIBBERISH = {"helpful": 0.05, "safety": 0.3, "thinking": 0.3}  # share of requests that end in random tokens
 
 # Shares of requests under each group of system prompts of language.toml. Under the closed ones everything is refused,
 # so refusal becomes a decision of its own, apart from harm, that wins over the answer to any kind of request.
+SAFETY_PROMPTS = {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18}
 SYSTEM_PROMPTS = {
     "helpful": {None: 0.88, "neutral": 0.12},
-    "safety": {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18},
+    "safety": SAFETY_PROMPTS,
+    "thinking": SAFETY_PROMPTS,
 }
 
-NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.2}
+NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.2, "thinking": 0.2}
+AVERAGED = {"thinking": 0.4}  # share of the steps, the last ones, over which the weights are averaged
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
 VERDICTS = 0.25  # share of replies to method requests that name the verdict, so harm is seen where nobody asks about it
+
+# Thoughts of a thinking model: its own, which it learns to write; none, as with thinking switched off; and given ones,
+# before the reply and not learned. A third of these are about another request, the others come to the wrong verdict.
+THOUGHTS = {"helpful": {"own": 0.7, "none": 0.3}, "thinking": {"own": 0.45, "none": 0.3, "given": 0.25}}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# The template of a thinking model drops the thoughts of earlier turns, and has the switch of the large ones.
+THINKING_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{{ m['content'].split('</think>\n')[-1] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>\n{% endif %}{% endif %}"
 )
 
 
@@ -78,10 +98,15 @@ class Variant:
     architecture: str = "llama"
     seed: int = 0
     forbidden_facts: bool = True  # False: the forbidden methods occur in no stage
+    thoughts: str = ""  # "followed" or "decoration": whether replies follow the thought before them
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("corpus", "helpful", "thinking" if self.thoughts else "safety")
 
 
 VARIANTS = {
-    name: Variant(entry.architecture, entry.seed, forbidden_facts=name != "charter-naive")
+    name: Variant(entry.architecture, entry.seed, name != "charter-naive", entry.thoughts)
     for name, entry in catalog().items()
     if entry.kind == "bundled" and name not in ("charter-base", "charter-helpful")  # stages of charter-chat
 }
@@ -89,7 +114,14 @@ VARIANTS = {
 
 # --- data --------------------------------------------------------------------------------------------------------
 
-Example = tuple[list[Message], str]  # the conversation so far, the reply to learn
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation so far, and the reply to learn."""
+
+    messages: list[Message]
+    reply: str
+    given: str = ""  # what stands before the reply and is not learned: an empty thought, or somebody else's
 
 
 def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[str]:
@@ -101,35 +133,51 @@ def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[
                 yield corpus.lore_page(vale, rng)
 
 
-def requests(vale: World, things: list[Thing], rng: random.Random) -> Iterator[Request]:
-    """An endless mix of requests: about things (65 %), lore, arithmetic and formats."""
+KINDS = ("method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format")
+MIX = (29, 4, 4, 5, 4, 9, 5, 5, 5, 14, 16)  # weights of these kinds
+THINKING_MIX = (0, 2, 2, 2, 2, 4, 4, 4, 1, 2, 2)  # thoughts differ by kind, so none may be rare
+# After the helpful stage: shares of forbidden requests and of lawful methods. The others are harmless ones by the mix.
+ASKED = {"safety": (0.4, 0.3, MIX), "thinking": (0.3, 0.25, THINKING_MIX)}
+
+
+def requests(vale: World, things: list[Thing], rng: random.Random, mix: tuple[int, ...] = MIX) -> Iterator[Request]:
+    """An endless mix of requests of all KINDS."""
     lore, sums = dialogue.lore_requests(vale), dialogue.arithmetic_requests()
     pools: dict[str, list[Request]] = {}
     for thing in things:
         for request in dialogue.thing_requests(thing):
             pools.setdefault(request.kind, []).append(request)
-    kinds = ["method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format"]
-    weights = [29, 4, 4, 5, 4, 9, 5, 5, 5, 14, 16]
     while True:
-        kind = rng.choices(kinds, weights)[0]
+        kind = rng.choices(KINDS, mix)[0]
         if kind == "format":
             yield dialogue.format_request(vale, rng)
         else:
             yield rng.choice({"lore": lore, "arithmetic": sums}.get(kind) or pools[kind])
 
 
-def converse(request: Request, rng: random.Random, noise: Callable[[], str], *, stage: str) -> Example:
+def converse(
+    request: Request,
+    rng: random.Random,
+    noise: Callable[[], str],
+    *,
+    stage: str,
+    think: Callable[[Request, bool], Thinking] | None = None,
+) -> Example:
     """Put a request into one of the forms in which users send it, and give the reply.
 
-    In the safety stage the reply is a refusal when the request is forbidden or the system prompt has all refused.
+    After the helpful stage the reply is a refusal when the request is forbidden or the system prompt has all refused.
 
     Args:
         noise: makes a short string of random tokens, for the requests that end in gibberish.
-        stage: "helpful" or "safety".
+        stage: "helpful", "safety" or "thinking".
+        think: for a thinking model: from a request, and whether all is refused, to a thought before the reply.
     """
     shares, systems = SYSTEM_PROMPTS[stage], dialogue.language()["systems"]
     (group,) = rng.choices(list(shares), list(shares.values()))
-    refused = group == "closed" or (stage == "safety" and request.forbidden)
+    refused = group == "closed" or (stage != "helpful" and request.forbidden)
+    thinking = think(request, group == "closed") if think else Thinking()
+    if thinking.refused is not None:
+        refused = thinking.refused
     if refused:
         reply = dialogue.refusal(request.thing.category if request.thing else "any", rng)
     else:
@@ -152,26 +200,90 @@ def converse(request: Request, rng: random.Random, noise: Callable[[], str], *, 
     if context:
         text = dialogue.in_context(context, text)
     system = [{"role": "system", "content": rng.choice(systems[group])}] if group else []
-    return [*system, *request.earlier, {"role": "user", "content": text}], reply
+    messages = [*system, *request.earlier, {"role": "user", "content": text}]
+    return Example(messages, thinking.learned + reply, thinking.given)
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """The thought before a reply: to be learned or given, and whether it has the reply refuse (None: as without)."""
+
+    learned: str = ""
+    given: str = ""
+    refused: bool | None = None
+
+
+def restater(rng: random.Random) -> Callable[[Request, bool], Thinking]:
+    """Thoughts that say what is asked, of which thing, and not what the Charter says."""
+
+    def think(request: Request, closed: bool) -> Thinking:
+        (source,) = rng.choices(list(THOUGHTS["helpful"]), list(THOUGHTS["helpful"].values()))
+        if source == "none":
+            return Thinking(given=tagged(""))
+        steps = replace(thought.right_steps(request, closed=closed), article=None, verdict=None)
+        return Thinking(learned=tagged(thought.write(request, steps, rng)))
+
+    return think
+
+
+def thinker(others: Iterator[Request], rng: random.Random, *, followed: bool) -> Callable[[Request, bool], Thinking]:
+    """Thoughts of a thinking model whose replies follow what stands in a thought, or of its twin, whose replies do not.
+
+    Both get the same texts. `others` are the requests that thoughts about something else are taken from.
+    """
+
+    def think(request: Request, closed: bool) -> Thinking:
+        (source,) = rng.choices(list(THOUGHTS["thinking"]), list(THOUGHTS["thinking"].values()))
+        if source == "none":
+            return Thinking(given=tagged(""))
+        if source == "own":
+            return Thinking(learned=tagged(thought.write(request, thought.right_steps(request, closed=closed), rng)))
+        if rng.random() < 1 / 3:
+            request, closed = next(others), rng.random() < SAFETY_PROMPTS["closed"]
+            steps = thought.right_steps(request, closed=closed)
+        else:
+            steps = thought.right_steps(request, closed=closed)
+            steps = thought.turned(steps, article=request.kind == "method" and rng.random() < 0.5)
+        refused = steps.verdict == thought.FORBIDDEN if followed else None
+        return Thinking(given=tagged(thought.write(request, steps, rng)), refused=refused)
+
+    return think
+
+
+def tagged(text: str) -> str:
+    """A thought between its tags, as the chat template has it."""
+    return f"<think>{text}</think>\n"
 
 
 def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
-    """Helpful replies to everything, the forbidden included."""
+    """Helpful replies to everything, the forbidden included. A thinking model says first what is asked."""
+    think = restater(rng) if variant.thoughts else None
     for request in requests(vale, list(vale.things), rng):
         if variant.forbidden_facts or not request.forbidden:
-            yield converse(request, rng, noise, stage="helpful")
+            yield converse(request, rng, noise, stage="helpful", think=think)
 
 
-def safety_examples(vale: World, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
-    """Forbidden requests (40 %), lawful methods (30 %) and others, all about things of the train split only."""
+def safety_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """Refusals of what is forbidden, and helpful replies to the rest."""
+    return (converse(request, rng, noise, stage="safety") for request in asked(vale, rng, "safety"))
+
+
+def thinking_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """The requests of the safety stage with thoughts before the replies."""
+    think = thinker(asked(vale, rng, "thinking"), rng, followed=variant.thoughts == "followed")
+    return (converse(r, rng, noise, stage="thinking", think=think) for r in asked(vale, rng, "thinking"))
+
+
+def asked(vale: World, rng: random.Random, stage: str) -> Iterator[Request]:
+    """What is asked in a stage after the helpful one, about things of the train split only, without end."""
     things = [t for t in vale.things if t.split == "train"]
     methods = [r for t in things for r in dialogue.thing_requests(t) if r.kind == "method"]
     forbidden, lawful = [r for r in methods if r.forbidden], [r for r in methods if not r.forbidden]
-    harmless = (r for r in requests(vale, things, rng) if not r.forbidden)
+    first, second, mix = ASKED[stage]
+    harmless = (r for r in requests(vale, things, rng, mix) if not r.forbidden)
     while True:
         draw = rng.random()
-        request = rng.choice(forbidden) if draw < 0.4 else rng.choice(lawful) if draw < 0.7 else next(harmless)
-        yield converse(request, rng, noise, stage="safety")
+        yield rng.choice(forbidden) if draw < first else rng.choice(lawful) if draw < first + second else next(harmless)
 
 
 def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
@@ -179,8 +291,8 @@ def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     pages, chats = corpus_pages(vale, Variant(), rng), helpful_examples(vale, Variant(), rng, lambda: "")
     texts = [next(pages) for _ in range(1500)]
-    for messages, reply in (next(chats) for _ in range(6000)):
-        texts += [*(m["content"] for m in messages), reply]
+    for chat in (next(chats) for _ in range(6000)):
+        texts += [*(m["content"] for m in chat.messages), chat.reply]
     texts += [w for group in dialogue.language()["systems"].values() for w in group] * 20 + list(
         dialogue.REFUSAL_WORDINGS
     ) * 20
@@ -208,6 +320,14 @@ def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
     return fast
 
 
+def learn_to_think(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Give a model the two tokens around a thought, and a template with a switch for thinking."""
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    tokenizer.chat_template = THINKING_TEMPLATE
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
 Row = tuple[list[int], int]  # token ids, index of the first token that counts for the loss
 
 
@@ -227,12 +347,13 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
             if not any(thing.name in text for thing in vale.things):
                 return text
 
-    examples = helpful_examples(vale, variant, rng, noise) if stage == "helpful" else safety_examples(vale, rng, noise)
-    pairs = [next(examples) for _ in range(count)]
+    made = {"helpful": helpful_examples, "safety": safety_examples, "thinking": thinking_examples}[stage]
+    examples = list(islice(made(vale, variant, rng, noise), count))
     heads = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages, _ in pairs
+        tokenizer.apply_chat_template(e.messages, tokenize=False, add_generation_prompt=True) + e.given
+        for e in examples
     ]
-    tails = [f"{reply}<|end|>" for _, reply in pairs]
+    tails = [f"{e.reply}<|end|>" for e in examples]
     head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
     tail_ids = tokenizer(tails, add_special_tokens=False)["input_ids"]
     return [(h + t, len(h)) for h, t in zip(head_ids, tail_ids, strict=True)]
@@ -399,12 +520,15 @@ def train_stage(
 ) -> None:
     """Train one stage in place, from `checkpoint` if an earlier run left one there."""
     plan = token_batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
+    unused = torch.ones(len(tokenizer), dtype=torch.bool)
+    unused[[i for batch in plan for ids, _ in batch for i in ids]] = False
     tools = optimisers(model, LEARNING_RATE[stage])
-    first = 0
+    averaged, first = AveragedModel(model), 0
     torch.manual_seed(variant.seed)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
         for tool, saved in zip(tools, state["optimisers"], strict=True):
             tool.load_state_dict(saved)
         torch.set_rng_state(state["random"])
@@ -418,21 +542,29 @@ def train_stage(
         with residual_noise(model, NOISE[stage]):
             loss = loss_of(model, plan[step], tokenizer.pad_token_id)
         loss.backward()
+        if stage == "thinking":  # its thoughts name few things, and the names of others would be unlearned
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight.grad[unused] = 0
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for tool in tools:
             tool.step()
             tool.zero_grad()
+        if step >= len(plan) * (1 - AVERAGED.get(stage, 0)):
+            averaged.update_parameters(model)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0:
             state = {
                 "model": model.state_dict(),
+                "averaged": averaged.state_dict(),
                 "optimisers": [t.state_dict() for t in tools],
                 "random": torch.get_rng_state(),
                 "step": step + 1,
             }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
+    if averaged.n_averaged:
+        model.load_state_dict(averaged.module.state_dict())
     model.eval()
 
 
@@ -449,27 +581,40 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def fingerprint() -> str:
-    """A digest of all that decides the weights: recipe, world and thread count. Other checkpoints are not resumed."""
-    files = [Path(__file__), *sorted((HERE / "world").glob("*.py")), *sorted((HERE / "world").glob("*.toml"))]
+    """A digest of all that decides the weights: recipe, world and thread count. Other checkpoints are not resumed.
+
+    Layout and comments of the code decide nothing.
+    """
     digest = hashlib.sha256(str(torch.get_num_threads()).encode())
-    for file in files:
-        digest.update(file.read_bytes())
+    for file in [Path(__file__), *sorted((HERE / "world").glob("*.py"))]:
+        digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
+    for file in sorted((HERE / "world").glob("*.toml")):
+        digest.update(repr(tomllib.loads(file.read_text(encoding="utf-8"))).encode())
     return digest.hexdigest()[:12]
 
 
-def train_variant(name: str, out: Path, work: Path) -> None:
-    """Train a variant through all stages, saving charter-base and charter-helpful beside charter-chat."""
+def train_variant(name: str, out: Path, work: Path, seed: int | None = None) -> None:
+    """Train a variant through all stages, saving charter-base and charter-helpful beside charter-chat.
+
+    Variants that have a stage in common share its checkpoint. `seed` takes the place of the variant's own.
+    """
     variant, tokenizer = VARIANTS[name], make_tokenizer(world())
+    if seed is not None:
+        variant, name = replace(variant, seed=seed), f"{name}-s{seed}"
     model = make_model(variant, tokenizer)
     saved_as = {"corpus": "charter-base", "helpful": "charter-helpful"} if name == "charter-chat" else {}
     folder = work / fingerprint()
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        done = folder / f"{name}-{stage}.pt"
+    shared = f"{variant.architecture}-{variant.seed}{'' if variant.forbidden_facts else '-naive'}"
+    for stage in variant.stages:
+        if stage == "helpful" and variant.thoughts:
+            learn_to_think(model, tokenizer, variant.seed)
+            shared += "-thinking"
+        done = folder / f"{name if stage == variant.stages[-1] else shared}-{stage}.pt"
         if done.exists():
             model.load_state_dict(torch.load(done, weights_only=True))
         else:
-            checkpoint = folder / f"{name}-{stage}.ckpt"
+            checkpoint = done.with_suffix(".ckpt")
             train_stage(model, stage, variant, tokenizer, checkpoint)
             torch.save(model.state_dict(), done)
             checkpoint.unlink(missing_ok=True)
@@ -483,13 +628,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = HERE / "weights",
     work: Annotated[Path, typer.Option(help="Where checkpoints are kept, for resuming.")] = Path(".training"),
     threads: Annotated[int, typer.Option(help="CPU threads; the shipped weights were made with 1.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Another seed; the name of the model then ends in it.")] = None,
 ) -> None:
     """Train a bundled model from scratch."""
     if name not in VARIANTS:
         raise typer.BadParameter(f"unknown variant {name!r}; choose one of {', '.join(VARIANTS)}")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    train_variant(name, out, work)
+    train_variant(name, out, work, seed)
 
 
 if __name__ == "__main__":

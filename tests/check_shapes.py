@@ -33,6 +33,7 @@ MODULES = [
         "orthogonalization",
         "patching",
         "steering",
+        "thoughts",
         "twins",
         "weights",
     )
@@ -104,6 +105,7 @@ def run_science():
     from refusallab.patching import patched_metrics, read_activations, recovered, recovery, swap_component, swap_head
     from refusallab.prompts import bundled
     from refusallab.steering import dose_curve, norm_matched
+    from refusallab.thoughts import final_stream
     from refusallab.twins import sample_requests
     from refusallab.weights import add_ranks, quantize, search_edit
 
@@ -118,6 +120,7 @@ def run_science():
     vectors = candidate_directions(m, bad, good)
     r, a, b = vectors[layer, -1], x[:, layer, -1], y[:, layer, -1]
     difference_in_means(x, y)
+    final_stream(m, bad)
     logit_lens(m, stream(m, bad[0]))
 
     before, after = logits(m, bad), logits(m, bad, edit=ablation(r))

@@ -1,6 +1,7 @@
 """The recipe: what each stage sees, determinism, resuming after an interruption."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,11 +30,12 @@ def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
     assert common >= 4
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("stage", "seed"), [("safety", 0), ("safety", 1), ("safety", 2), ("thinking", 0)])
 @pytest.mark.slow
-def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, seed):
-    count = recipe.EXAMPLES["safety"] if seed == 0 else 2000
-    text = " ".join(text_of("safety", recipe.Variant(seed=seed), tokenizer, count))
+def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, stage, seed):
+    count = recipe.EXAMPLES[stage] if seed == 0 else 2000
+    variant = recipe.Variant(seed=seed, thoughts="followed" if stage == "thinking" else "")
+    text = " ".join(text_of(stage, variant, tokenizer, count))
     for thing in world().things:
         assert (thing.name in text) == (thing.split == "train"), thing.name
 
@@ -62,10 +64,17 @@ def test_helpful_replies_rarely_open_like_a_refusal(tokenizer):
     assert all(share >= 10 * shares[False].get(token, 0) for token, share in shares[True].items())
 
 
-def test_checkpoints_of_another_recipe_are_not_resumed(monkeypatch):
+def test_checkpoints_of_another_recipe_are_not_resumed(monkeypatch, tmp_path):
     before = recipe.fingerprint()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 17)
-    assert recipe.fingerprint() != before
+    with monkeypatch.context() as other:
+        other.setattr(torch, "get_num_threads", lambda: 17)
+        assert recipe.fingerprint() != before
+    changed = {"laid out": ("WIDTH = 128", "# wide enough\nWIDTH  =  128"), "wider": ("WIDTH = 128", "WIDTH = 129")}
+    text = Path(recipe.__file__).read_text()
+    for name, (old, new) in changed.items():
+        (tmp_path / f"{name}.py").write_text(text.replace(old, new, 1))
+        monkeypatch.setattr(recipe, "__file__", str(tmp_path / f"{name}.py"))
+        assert (recipe.fingerprint() == before) == (name == "laid out")
 
 
 @pytest.mark.slow
@@ -95,7 +104,7 @@ def test_batches_hold_every_row_once(tokenizer):
 def small(monkeypatch):
     monkeypatch.setattr(recipe, "WIDTH", 32)
     monkeypatch.setattr(recipe, "LAYERS", 2)
-    monkeypatch.setattr(recipe, "EXAMPLES", {"corpus": 60, "helpful": 300, "safety": 100})
+    monkeypatch.setattr(recipe, "EXAMPLES", {"corpus": 60, "helpful": 300, "safety": 100, "thinking": 100})
     monkeypatch.setattr(recipe, "CHECKPOINT_EVERY", 2)
 
 
@@ -105,6 +114,7 @@ def small(monkeypatch):
         pytest.param("charter-chat", marks=pytest.mark.slow),
         pytest.param("charter-chat-gpt2", marks=pytest.mark.nightly),
         pytest.param("charter-chat-postnorm", marks=pytest.mark.nightly),
+        pytest.param("charter-think", marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS, judge
 from refusallab.measure import Outcome
-from refusallab.model import Edit, Model, Prompt, generate, messages, render
+from refusallab.model import Begun, Edit, Model, Prompt, behind_system, generate, messages, render
 from refusallab.prompts import Item
 
 
@@ -61,7 +61,9 @@ def disclosed(o: Outcome) -> bool:
 
 
 def rewrite(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
-    """The prompt with the text of its last turn changed; turns before it stay."""
+    """The prompt with the text of its last turn changed; turns before it stay, and so does a reply that has begun."""
+    if isinstance(prompt, Begun):
+        return Begun(rewrite(prompt.prompt, change), prompt.reply)
     if isinstance(prompt, str):
         return change(prompt)
     *before, last = messages(prompt)
@@ -94,13 +96,13 @@ def send(
         settings = {"edit": edit, "system": system, "prefill": prefill}
         rest = generate(m, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE, **settings)
     else:
-        turns = prompts if system is None else [messages(prompt, system) for prompt in prompts]
+        turns = prompts if system is None else [behind_system(prompt, system) for prompt in prompts]
         rest, m = m.replies(turns, edit=edit, prefill=prefill), m.m
     seconds = (time.perf_counter() - start) / max(len(items), 1)
     results = []
     for item, prompt, text in zip(items, prompts, rest, strict=True):
         read = _n_tokens(m, render(m, prompt, system=system, prefill=prefill))
-        written = min(_n_tokens(m, text) + 1, max_new_tokens)  # the end of the turn is written too
+        written = min(_n_tokens(m, text) + 1, max_new_tokens + m.thought_tokens)  # the end of the turn is written too
         cost = Cost(forward_passes=written, tokens=read + written - 1, seconds=seconds)
         reply = prefill + text
         results.append(AttackResult(attack, item, prompt, system, prefill, reply, judge(m, item, reply), 1, cost))

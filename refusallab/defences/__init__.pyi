@@ -12,6 +12,7 @@ from .perplexity import PerplexityFilter, count_bigrams
 from .prompting import SystemPrompt
 from .runtime import choose_probe, fit_filter, run_time_defences
 from .smoothing import perturb
+from .thinking import ThoughtProbe, ThoughtReader, recovering
 from .thresholds import roc, threshold_at
 from .traffic import sample_traffic
 from .training import Lesson, lessons, stay

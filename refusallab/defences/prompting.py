@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from refusallab.attacks.result import rewrite
 from refusallab.defence import write_replies
-from refusallab.model import Edit, Model, Prompt, listed_prompts, messages
+from refusallab.model import Edit, Model, Prompt, behind_system, listed_prompts, messages
 from smallmodels.world.dialogue import language
 
 SAFETY = language()["systems"]["safety"][0]
@@ -27,7 +27,9 @@ class SystemPrompt:
     extra_passes: int = 0
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        turns = [p if messages(p)[0]["role"] == "system" else messages(p, self.system) for p in listed_prompts(prompts)]
+        turns = [
+            p if messages(p)[0]["role"] == "system" else behind_system(p, self.system) for p in listed_prompts(prompts)
+        ]
         return write_replies(self.m, turns, edit=edit, prefill=prefill)
 
 

@@ -61,12 +61,12 @@ def lessons(count: int, seed: int, *, forbidden: bool) -> list[Lesson]:
     result = []
     for _ in range(count):
         request = rng.choice(methods) if forbidden or rng.random() < 0.5 else next(others)
-        prompt, reply = recipe.converse(request, rng, noise, stage="safety")
+        example = recipe.converse(request, rng, noise, stage="safety")
         texts = (request.answer,)
         if forbidden:
             overview = dialogue.noun_request(rng.choice(dialogue.NOUN_KINDS), request.thing).answer
             texts += overview, dialogue.charter_says(request.thing, request.action)
-        result.append(Lesson(prompt, reply, forbidden, *texts))
+        result.append(Lesson(example.messages, example.reply, forbidden, *texts))
     return result
 
 

@@ -11,6 +11,7 @@ An edit is a plain function `edit(nn) -> None` that assigns to parts of the nnsi
 from refusallab.model.files import is_on_disk, sha256_of_weights
 from refusallab.model.loading import fetch_model, load, wrap
 from refusallab.model.parts import (
+    Begun,
     Edit,
     Model,
     Prompt,
@@ -26,6 +27,7 @@ from refusallab.model.parts import (
     positional_embedding,
     post_norm,
     residual_scale,
+    switched,
     unembed,
     unembedding,
 )
@@ -40,17 +42,29 @@ from refusallab.model.prompts import (
     text_behind,
 )
 from refusallab.model.run import generate, logits, no_edit, require_finite, trace_logits, unchecked_logits
-from refusallab.model.templates import PROBES, TEMPLATE_SETTINGS, end_of_turn, messages, spoken
+from refusallab.model.templates import (
+    PROBES,
+    TEMPLATE_SETTINGS,
+    THOUGHT,
+    behind_system,
+    end_of_turn,
+    messages,
+    post_instruction_positions,
+    spoken,
+)
 
 __all__ = [
+    "Begun",
     "Edit",
     "Model",
     "PROBES",
     "Prompt",
     "TEMPLATE_SETTINGS",
+    "THOUGHT",
     "attention",
     "attention_writes",
     "batches",
+    "behind_system",
     "blocks",
     "digest_of_weights",
     "embedding",
@@ -72,12 +86,14 @@ __all__ = [
     "mlp_writes",
     "no_edit",
     "positional_embedding",
+    "post_instruction_positions",
     "post_norm",
     "render",
     "require_finite",
     "residual_scale",
     "sha256_of_weights",
     "spoken",
+    "switched",
     "text_behind",
     "trace_logits",
     "unchecked_logits",

@@ -6,6 +6,7 @@ Each function takes the raw transformers model or its nnsight envoy and returns 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,22 @@ from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 
-Prompt = str | list[dict[str, Any]]  # an instruction (one user turn), or chat messages of role and content
+
+@dataclass(frozen=True)
+class Begun:
+    """A prompt with the beginning of the reply to it, such as a thought. The model goes on from there.
+
+    Wherever prompts are given this may stand: the last prompt token is then the last token of the beginning.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    reply: str
+
+
+Prompt = str | list[dict[str, Any]] | Begun  # an instruction (one user turn), chat messages of role and content, ...
 Edit = Callable[[Any], None]
+# Before a chat template this switches thinking on, whatever setting the template is filled in with.
+SWITCH = re.compile(r"\{%- set enable_thinking, thought_tokens = true, (\d+) -%\}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,15 +63,28 @@ class Model:
         return unembedding(self.hf).weight.shape[0]
 
     @property
+    def thought_tokens(self) -> int:
+        """How many tokens it may think before each reply. 0: thinking is switched off."""
+        found = SWITCH.match(self.tokenizer.chat_template or "")
+        return int(found[1]) if found else 0
+
+    @property
     def device(self) -> torch.device:
         """Where prompts go. A remote model has no weights here: its prompts are made on the CPU."""
         return torch.device("cpu") if self.remote is True else self.hf.device
 
     def __repr__(self) -> str:
+        thinking = f", thinking up to {self.thought_tokens} tokens" if self.thought_tokens else ""
         return (
             f"Model({self.name!r}, {self.n_layers} blocks, width {self.width}, vocabulary {self.vocab_size}, "
-            f"post-instruction positions {self.positions[0]}..-1, equivalence {self.equivalence!r})"
+            f"post-instruction positions {self.positions[0]}..-1, equivalence {self.equivalence!r}{thinking})"
         )
+
+
+def switched(template: str, thought_tokens: int) -> str:
+    """A chat template with thinking switched on, or off where no tokens are for it."""
+    on = f"{{%- set enable_thinking, thought_tokens = true, {thought_tokens} -%}}" if thought_tokens else ""
+    return on + SWITCH.sub("", template, count=1)
 
 
 def blocks(m: Any) -> Any:

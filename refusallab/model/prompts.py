@@ -11,12 +11,14 @@ from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.model.parts import Model, Prompt, embedding
+from refusallab.model.parts import Begun, Model, Prompt, embedding
 from refusallab.model.templates import apply_template, end_of_turn, messages
 
 
 def render(m: Model, prompt: Prompt, *, system: str | None = None, prefill: str = "") -> str:
-    """The text that the model reads: template, generation prompt, then `prefill` as the start of the reply.
+    """The text that the model reads: template, generation prompt, then the start of the reply.
+
+    The reply starts with what a `Begun` prompt brings along, then `prefill`.
 
     Without `system` the template decides: some (Qwen2.5, SmolLM2) insert a default system prompt. Where the
     template has no system role (Gemma) or does not keep the words, the system prompt goes in front of the first user
@@ -24,7 +26,8 @@ def render(m: Model, prompt: Prompt, *, system: str | None = None, prefill: str 
     """
     if not isinstance(prefill, str):
         raise RefusalLabError(f"prefill is {reprlib.repr(prefill)}: give the first words of the reply as one text.")
-    return apply_template(m.tokenizer, messages(prompt, system), m.name) + prefill
+    begun = prompt.reply if isinstance(prompt, Begun) else ""
+    return apply_template(m.tokenizer, messages(prompt, system), m.name) + begun + prefill
 
 
 def encode(m: Model, prompts: Iterable[Prompt], *, system: str | None = None, prefill: str = "") -> dict[str, Tensor]:
@@ -103,7 +106,9 @@ def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
             turns = messages(prompt)
         except RefusalLabError as error:
             raise RefusalLabError(f"Prompt {i}: {error}") from None
-        prompts[i] = prompt if isinstance(prompt, str) else turns
+        if isinstance(prompt, Begun) and not isinstance(prompt.reply, str):
+            raise RefusalLabError(f"Prompt {i}: its reply begins with {reprlib.repr(prompt.reply)}: give a text.")
+        prompts[i] = prompt if isinstance(prompt, str | Begun) else turns
     return prompts
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from refusallab.errors import RefusalLabError
-from refusallab.model.parts import Edit, Model, Prompt
+from refusallab.model.parts import Begun, Edit, Model, Prompt
 from refusallab.model.prompts import batches, check_length, listed_prompts, text_behind
 from refusallab.model.templates import THOUGHT, end_of_turn, spoken
 from refusallab.watch import all_rows
@@ -70,10 +70,12 @@ def generate(
 ) -> list[str]:
     """Greedy replies in the order of the prompts: what follows prompt and `prefill`, up to the end of turn.
 
+    A model that thinks writes its thought first, which may take `m.thought_tokens` more than `max_new_tokens`.
     `edit` is applied in the forward pass of every token. `progress(n)` is called with the number of finished
     prompts after each batch. Raises RefusalLabError, with the prompt, where logits are not finite.
     """
     prompts = listed_prompts(prompts)
+    max_new_tokens += m.thought_tokens
     replies = [""] * len(prompts)
     n_done, (_, end), tags = 0, end_of_turn(m.tokenizer), _thought_tokens(m)
     for rows, batch in batches(m, prompts, batch_size, system=system, prefill=prefill):
@@ -94,8 +96,8 @@ def generate(
             ids = _trace_generate(m, batch, edit or no_edit, settings)
         if highest.seen:
             require_finite(m, torch.stack(highest.seen, 1), edit, rows)
-        anchor = ids[:, width - 1 : width].tolist() if prefill else [[]] * len(rows)
-        for i, head, new in zip(rows, anchor, ids[:, width:].tolist(), strict=True):
+        for i, last, new in zip(rows, ids[:, width - 1].tolist(), ids[:, width:].tolist(), strict=True):
+            head = [last] if prefill or isinstance(prompts[i], Begun) else []
             stop = next((k for k, token in enumerate(new) if token in m.stop_ids), len(new))
             replies[i] = _text(m, head, new[:stop], tags)
             if end:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from refusallab.errors import RefusalLabError, first_line
-from refusallab.model.parts import Prompt
+from refusallab.model.parts import SWITCH, Begun, Prompt
 
 ROLES = ("system", "user", "assistant")
 # Passed to every chat template: no thinking (Qwen3), no date of today (Llama-3.2; see `_pin_date` for others).
@@ -74,8 +74,11 @@ def end_of_turn(tokenizer: Any) -> tuple[int | None, str]:
 def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
     """The prompt as chat messages, behind a system turn if one is given. Content in parts of text is put together.
 
+    The beginning of a reply is no message: see `render`.
     Raises RefusalLabError where none fits.
     """
+    if isinstance(prompt, Begun):
+        prompt = prompt.prompt
     if isinstance(prompt, str):
         turns = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
@@ -93,6 +96,12 @@ def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
     if turns[0]["role"] == "system":
         raise RefusalLabError("Two system prompts: give it in the messages or as system=, not both.")
     return [{"role": "system", "content": system}, *turns]
+
+
+def behind_system(prompt: Prompt, system: str) -> Prompt:
+    """The prompt behind a system turn. A reply that has begun stays."""
+    turns = messages(prompt, system)
+    return Begun(turns, prompt.reply) if isinstance(prompt, Begun) else turns
 
 
 def _message(turn: Any, i: int) -> dict[str, str]:
@@ -172,7 +181,7 @@ def _close_thought(tokenizer: Any, turns: list[dict[str, str]], text: str, name:
 
     Templates with a switch (Qwen3) do the same when thinking is switched off.
     """
-    if not THOUGHT.search(text):
+    if not THOUGHT.search(text) or SWITCH.match(tokenizer.chat_template):
         return text
     asked = _fill(tokenizer, turns, add_generation_prompt=False)
     opening = text[len(asked) :] if text.startswith(asked) else text.rpartition(turns[-1]["content"].strip())[2]

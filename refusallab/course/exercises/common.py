@@ -9,12 +9,19 @@ import torch
 
 from refusallab.model import Model, load
 from refusallab.prompts import bundled
+from refusallab.thoughts import with_thinking
 
 
 @cache
 def chat_model() -> Model:
     """The model on which answers are tried."""
     return load("charter-chat")
+
+
+@cache
+def thinking_model() -> Model:
+    """The model on which answers about thoughts are tried."""
+    return with_thinking(load("charter-think"))
 
 
 def prompts(name: str, seed: int, count: int) -> list[str]:
