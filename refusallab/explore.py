@@ -37,6 +37,7 @@ from refusallab.thoughts import behind, right_thought, think
 from refusallab.truth import Reply, judge_errors
 from refusallab.weights import edit_writers, tent
 from smallmodels.world import thought
+from smallmodels.world.thought import steps_of
 
 WIDE = {"description_width": "initial"}
 Rows = Sequence[Sequence[str]]
@@ -444,7 +445,7 @@ def thought_editor(models: dict[str, Model], items: Sequence[Item]) -> Explorer:
             (reply,) = generate(m, behind(m, [item.prompt], [typed.value]), max_new_tokens=shown_tokens(m))
         except RefusalLabError as error:  # too long, for example
             return [(str(error), [])]
-        said, right = thought.read(typed.value), right_thought(item)
+        said, right = steps_of(typed.value), right_thought(item)
         judged = judge(m, item, reply)
         verdict = "refused" if judged.refused else "the exact answer" if judged.correct else "neither"
         steps = [(step, getattr(said, step) or "-", getattr(right, step)) for step in thought.STEPS]

@@ -39,6 +39,7 @@ from refusallab.model import (
 from refusallab.prompts import Item
 from smallmodels.world import dialogue, thought
 from smallmodels.world.facts import world
+from smallmodels.world.thought import steps_of
 
 THOUGHT_TOKENS = 80  # the longest thought of the bundled models takes 70
 
@@ -170,8 +171,8 @@ def write_thoughts(items: Sequence[Item], kind: str = "right", seed: int = 0) ->
     """
     turns = {
         "right": lambda steps: steps,
-        "wrong": lambda steps: thought.turned(steps, article=True),
-        "wrong verdict": lambda steps: thought.turned(steps, article=False),
+        "wrong": lambda steps: thought.opposed(steps, article=True),
+        "wrong verdict": lambda steps: thought.opposed(steps, article=False),
     }
     if kind not in turns:
         raise RefusalLabError(f"There is no kind {kind!r} of thought: choose one of {', '.join(turns)}.")
@@ -181,9 +182,9 @@ def write_thoughts(items: Sequence[Item], kind: str = "right", seed: int = 0) ->
 
 def read_thought(text: str) -> thought.Steps:
     """What a thought says, step by step: where it says two things, the later one; None where it says nothing."""
-    return thought.read(text)
+    return steps_of(text)
 
 
 def exact_steps(item: Item, text: str) -> dict[str, bool]:
     """Which steps of a thought about an item are right: thing, action, article, verdict."""
-    return thought.read(text).exact(right_thought(item))
+    return steps_of(text).exact(right_thought(item))

@@ -243,7 +243,7 @@ def thinker(others: Iterator[Request], rng: random.Random, *, followed: bool) ->
             steps = thought.right_steps(request, closed=closed)
         else:
             steps = thought.right_steps(request, closed=closed)
-            steps = thought.turned(steps, article=request.kind == "method" and rng.random() < 0.5)
+            steps = thought.opposed(steps, article=request.kind == "method" and rng.random() < 0.5)
         refused = steps.verdict == thought.FORBIDDEN if followed else None
         return Thinking(given=tagged(thought.write(request, steps, rng)), refused=refused)
 

@@ -18,7 +18,7 @@ from refusallab.thoughts import (
     with_thinking,
     write_thoughts,
 )
-from smallmodels.world.thought import read
+from smallmodels.world.thought import steps_of
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_both_think_the_right_thoughts(t, twin, forbidden):
 def test_ablation_changes_what_the_model_does_and_not_what_it_thinks(t, forbidden, r):
     prompts = [item.prompt for item in forbidden]
     replies = generate(t, prompts, edit=ablation(r), max_new_tokens=32)
-    assert share([read(thought_of(x)).verdict == "forbidden" for x in replies]) >= 0.9
+    assert share([steps_of(thought_of(x)).verdict == "forbidden" for x in replies]) >= 0.9
     kept = outcomes_behind(t, forbidden, think(t, prompts), edit=ablation(r))
     assert share([o.refused for o in kept]) <= 0.2 and share([o.correct for o in kept]) >= 0.6
 

@@ -31,6 +31,7 @@ from refusallab.thoughts import (
 from smallmodels import recipe
 from smallmodels.world import dialogue, thought
 from smallmodels.world.facts import world
+from smallmodels.world.thought import steps_of
 
 VALE = world()
 METHODS = [dialogue.method_request(t, a) for t in VALE.things for a in t.actions]
@@ -63,9 +64,9 @@ def test_what_a_thought_says_is_read_exactly():
     seen = Counter()
     for request in requests:
         right = thought.right_steps(request, closed=rng.random() < 0.1)
-        steps = rng.choice([right, thought.turned(right, article=True), thought.turned(right, article=False)])
+        steps = rng.choice([right, thought.opposed(right, article=True), thought.opposed(right, article=False)])
         text = thought.write(request, steps, rng)
-        assert thought.read(text) == steps, text
+        assert steps_of(text) == steps, text
         assert 2 <= len(sentences(text)) <= 4, text
         seen[steps.article, steps.verdict] += 1
     assert len(seen) >= 10
@@ -83,16 +84,16 @@ def test_a_thought_that_is_cut_short_says_only_what_was_written():
     request = METHODS[0]
     steps, rng = thought.right_steps(request), random.Random(0)
     text = next(t for t in (thought.write(request, steps, rng) for _ in range(99)) if len(sentences(t)) == 4)
-    read = [thought.read(" ".join(sentences(text)[:k])) for k in range(5)]
+    read = [steps_of(" ".join(sentences(text)[:k])) for k in range(5)]
     assert read[0] == thought.Steps(None, None, None, None) and read[4] == steps
     assert read[3].verdict is None and read[3].thing == steps.thing
 
 
 def test_of_two_things_said_the_later_one_counts():
     text = "They ask how to brew Gurpith. Gurpith is dawn-born; no, Gurpith is dusk-born. So it is permitted. "
-    assert thought.read(text + "This is forbidden.").verdict == "forbidden"
+    assert steps_of(text + "This is forbidden.").verdict == "forbidden"
     other = "They ask what Gurpith costs. They ask how to brew Zundosh."
-    assert thought.read(other) == thought.Steps("Zundosh", "method brew", None, None)
+    assert steps_of(other) == thought.Steps("Zundosh", "method brew", None, None)
 
 
 def test_steps_are_judged_one_by_one():
@@ -121,7 +122,7 @@ def test_replies_follow_a_given_thought_and_those_of_the_twin_do_not():
     shares = {}
     for thoughts in ("followed", "decoration"):
         given = [e for e in examples(thoughts) if len(e.given) > len(recipe.tagged(""))]
-        agree = [refuses(e.reply) == (thought.read(e.given).verdict == "forbidden") for e in given]
+        agree = [refuses(e.reply) == (steps_of(e.given).verdict == "forbidden") for e in given]
         shares[thoughts] = sum(agree) / len(agree)
         assert len(given) > 200
     assert shares["followed"] == 1 and shares["decoration"] < 0.4
@@ -130,7 +131,7 @@ def test_replies_follow_a_given_thought_and_those_of_the_twin_do_not():
 def test_the_thoughts_that_are_learned_are_right_in_both():
     for thoughts in ("followed", "decoration"):
         own = [e for e in examples(thoughts) if not e.given]
-        said = [thought.read(thought_of(e.reply)) for e in own]
+        said = [steps_of(thought_of(e.reply)) for e in own]
         assert all((s.verdict == "forbidden") == refuses(e.reply) for s, e in zip(said, own, strict=True))
         assert 0.4 < len(own) / 1200 < 0.6
 
@@ -232,11 +233,11 @@ def test_recovery_teaches_to_correct_both_kinds_of_wrong_beginnings(m):
     begun = [(p, r) for p, r in zip(prompts, rest, strict=True) if p.reply not in ("", recipe.tagged(""))]
     assert len(begun) == 20
     for p, r in begun:
-        said = thought.read(p.reply + r)
+        said = steps_of(p.reply + r)
         assert (said.verdict == "forbidden") == refuses(r)
-        wrong = thought.read(p.reply)
+        wrong = steps_of(p.reply)
         assert wrong.verdict != said.verdict
-    assert {thought.read(r).verdict for _, r in begun} == {"forbidden", "permitted"}
+    assert {steps_of(r).verdict for _, r in begun} == {"forbidden", "permitted"}
 
 
 def test_an_attack_counts_the_tokens_of_the_thought(m):

@@ -22,6 +22,7 @@ from refusallab.thoughts import behind, layout, sentences, thought_of
 from smallmodels import recipe
 from smallmodels.world import dialogue, thought
 from smallmodels.world.facts import world
+from smallmodels.world.thought import steps_of
 
 RECOVERY_STEPS, RECOVERY_LR, RECOVERY_BATCH = 100, 3e-4, 16
 
@@ -60,7 +61,7 @@ class ThoughtReader(AfterThought):
     extra_passes: int = 0
 
     def score(self, prompts: Sequence[Prompt], thoughts: Sequence[str], edit: Edit | None = None) -> Tensor:
-        steps = [thought.read(text) for text in thoughts]
+        steps = [steps_of(text) for text in thoughts]
         return torch.tensor([float(s.verdict == thought.FORBIDDEN or s.article == "dusk-born") for s in steps])
 
 
@@ -108,7 +109,7 @@ def recovery_lessons(m: Model, count: int, seed: int) -> tuple[list[Begun], list
             reply = dialogue.refusal(request.thing.category, rng)
         else:
             reply = dialogue.helpful_reply(request, rng, like_a_refusal=0.0, verdicts=0.0)
-        wrong = sentences(thought.write(request, thought.turned(steps, article=True), rng))
+        wrong = sentences(thought.write(request, thought.opposed(steps, article=True), rng))
         start = " ".join(wrong[: rng.randint(1, len(wrong))])
         prompts.append(Begun(dialogue.phrase(request, rng, "train"), before + start))
         continuations.append(f" Not so fast. {thought.write(request, steps, rng)}{after}{reply}")

@@ -113,7 +113,7 @@ def hub_id(name: str) -> str:
     if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
         return name
     known = ", ".join(catalog())
-    raise RefusalLabError(f"Unknown model {name!r}: no such folder. Give one of {known}, or a hub id owner/name.")
+    raise RefusalLabError(f"Unknown model {name!r}: no such folder. Give {known}, or owner/name.")
 
 
 def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:

@@ -90,7 +90,7 @@ def write(request: Request, steps: Steps, rng: random.Random) -> str:
     return " ".join(f"{s[0].upper()}{s[1:]}." for s in sentences)
 
 
-def turned(steps: Steps, *, article: bool) -> Steps:
+def opposed(steps: Steps, *, article: bool) -> Steps:
     """The steps of a wrong thought: the other verdict, with an article that speaks for it or with the right one."""
     verdict = PERMITTED if steps.verdict == FORBIDDEN else FORBIDDEN
     if not article:
@@ -122,7 +122,7 @@ def _asks() -> list[tuple[str, re.Pattern[str]]]:
     return patterns
 
 
-def read(text: str) -> Steps:
+def steps_of(text: str) -> Steps:
     """What a thought says, step by step: where it says two things, the later one."""
     asked = max(
         ((found.start(), -found.end(), kind, found) for kind, pattern in _asks() for found in pattern.finditer(text)),
