@@ -62,6 +62,11 @@ SPLIT = define(
             "forbidden methods, that were never said to the user.",
         ),
         Mistake(
+            "all thought",
+            lambda reply: _split_reply(reply) if OPENS in reply or CLOSES in reply else (reply.strip(), ""),
+            "A reply without any tag holds no thought: all of it is the answer.",
+        ),
+        Mistake(
             "the other way round",
             lambda reply: _split_reply(reply)[::-1],
             "The order is turned: return the thought first, then the answer.",
@@ -284,17 +289,22 @@ PREFIXES = define(
     "11.4",
     reference=_prefixes,
     cases=lambda seed: [
-        Case("the empty thought", {"thought": ""}),
         *(
             Case(f"a thought of {len(sentences(text))} sentence{'s' * (len(sentences(text)) > 1)}", {"thought": text})
             for text in ("Is it so? No. They ask for 2 eggs.", *_thoughts(seed + 2, 2))
         ),
+        Case("the empty thought", {"thought": ""}),
     ],
     mistakes=(
         Mistake(
             "without the empty one",
             lambda thought: _prefixes(thought)[1:],
             "The first beginning is the empty one: no sentence written yet.",
+        ),
+        Mistake(
+            "the empty thought twice",
+            lambda thought: _prefixes(thought) if thought else ["", ""],
+            "An empty thought has one beginning, the empty one. Splitting an empty text gives one empty part, too.",
         ),
         Mistake(
             "without the whole",
@@ -454,6 +464,11 @@ STEERED = define(
         ),
     ],
     mistakes=(
+        Mistake(
+            "anew in one go",
+            _with(anew=lambda m, prompts, edit, n: generate(m, prompts, edit=edit, max_new_tokens=n)),
+            'Your replies of "anew" hold the thought. Write the thoughts with `think`, and put them in with `behind`.',
+        ),
         Mistake(
             "kept without the edit",
             _with(kept=_reply(False, False)),
