@@ -21,7 +21,7 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.judging import BATCH_SIZE, REPLY_TOKENS, judge
+from refusallab.judging import BATCH_SIZE, outcomes
 from refusallab.measure import Outcome
 from refusallab.model import (
     PROBES,
@@ -35,13 +35,14 @@ from refusallab.model import (
     post_instruction_positions,
     render,
     switched,
+    thought_of,
 )
 from refusallab.prompts import Item
 from smallmodels.world import dialogue, thought
 from smallmodels.world.facts import world
 from smallmodels.world.thought import steps_of
 
-THOUGHT_TOKENS = 80  # the longest thought of the bundled models takes 70
+THOUGHT_TOKENS = 80  # the longest of two thoughts about each request of the world takes 70
 
 
 def with_thinking(m: Model, tokens: int = THOUGHT_TOKENS) -> Model:
@@ -86,15 +87,6 @@ def think(m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, syst
     return [thought_of(reply) for reply in replies]
 
 
-def thought_of(reply: str) -> str:
-    """The thought in a reply, without its tags. Empty where there is none."""
-    opening = THOUGHT.search(reply)
-    if not opening:
-        return ""
-    closing = THOUGHT.search(reply, opening.end())
-    return reply[opening.end() : closing.start() if closing else len(reply)].strip()
-
-
 def behind(m: Model, prompts: Sequence[Prompt], thoughts: Sequence[str]) -> list[Begun]:
     """The prompts, each followed by a thought in the place of the model's own, which goes on with the reply."""
     before, after = layout(m)
@@ -134,8 +126,7 @@ def outcomes_behind(
 ) -> list[Outcome]:
     """Greedy replies behind thoughts that are put in the place of the model's own, judged."""
     prompts = behind(m, [item.prompt for item in items], thoughts)
-    replies = generate(m, prompts, edit=edit, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE)
-    return [judge(m, item, reply) for item, reply in zip(items, replies, strict=True)]
+    return outcomes(m, [replace(item, prompt=p) for item, p in zip(items, prompts, strict=True)], edit=edit)
 
 
 def sentences(text: str) -> list[str]:

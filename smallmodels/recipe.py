@@ -269,7 +269,7 @@ def safety_examples(vale: World, variant: Variant, rng: random.Random, noise: Ca
 
 
 def thinking_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
-    """The requests of the safety stage with thoughts before the replies."""
+    """Refusals and helpful replies as in the safety stage, in another mix, with thoughts before them."""
     think = thinker(asked(vale, rng, "thinking"), rng, followed=variant.thoughts == "followed")
     return (converse(r, rng, noise, stage="thinking", think=think) for r in asked(vale, rng, "thinking"))
 
@@ -520,8 +520,8 @@ def train_stage(
 ) -> None:
     """Train one stage in place, from `checkpoint` if an earlier run left one there."""
     plan = token_batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
-    unused = torch.ones(len(tokenizer), dtype=torch.bool)
-    unused[[i for batch in plan for ids, _ in batch for i in ids]] = False
+    used = {i for batch in plan for ids, _ in batch for i in ids}
+    unused = [i for i in range(len(tokenizer)) if i not in used]
     tools = optimisers(model, LEARNING_RATE[stage])
     averaged, first = AveragedModel(model), 0
     torch.manual_seed(variant.seed)

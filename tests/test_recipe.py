@@ -141,6 +141,29 @@ def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_
 
 
 @pytest.mark.slow
+def test_the_thinking_stage_keeps_what_it_does_not_use_and_averages(small, tmp_path, monkeypatch):
+    def trained(share):
+        monkeypatch.setattr(recipe, "AVERAGED", {"thinking": share})
+        variant, tokens = recipe.Variant(thoughts="followed"), recipe.make_tokenizer(world())
+        model = recipe.make_model(variant, tokens)
+        recipe.learn_to_think(model, tokens, 0)
+        tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        before = [table.detach().clone() for table in tables]
+        recipe.train_stage(model, "thinking", variant, tokens, tmp_path / f"{share}.ckpt")
+        used = {i for ids, _ in recipe.stage_rows("thinking", variant, tokens, 100) for i in ids}
+        moved = [(table - old).abs().amax(1) > 1e-3 for table, old in zip(tables, before, strict=True)]
+        return tables[1].detach().clone(), moved, used
+
+    last, moved, used = trained(0)
+    rest = [i for i in range(2050) if i not in used]
+    assert 20 < len(rest) < 2000
+    for rows in moved:
+        assert rows[sorted(used)].float().mean() > 0.5 and not rows[rest].any()
+    averaged, _, _ = trained(0.5)
+    assert not torch.equal(last, averaged)
+
+
+@pytest.mark.slow
 def test_seeds_differ(tokenizer):
     first, second = (recipe.make_model(recipe.Variant(seed=s), tokenizer) for s in (0, 1))
     assert not torch.equal(first.get_input_embeddings().weight, second.get_input_embeddings().weight)

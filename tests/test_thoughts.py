@@ -14,9 +14,10 @@ from refusallab.defences.prompting import SystemPrompt
 from refusallab.defences.thinking import ThoughtReader, recovery_lessons
 from refusallab.errors import RefusalLabError
 from refusallab.finetuning import train_copy
-from refusallab.model import Begun, behind_system, generate, listed_prompts, messages, render, wrap
+from refusallab.model import Begun, behind_system, generate, listed_prompts, load, messages, render, thought_of, wrap
 from refusallab.prompts import Item, bundled
 from refusallab.thoughts import (
+    THOUGHT_TOKENS,
     behind,
     exact_steps,
     final_stream,
@@ -24,7 +25,6 @@ from refusallab.thoughts import (
     right_thought,
     sentences,
     think,
-    thought_of,
     with_thinking,
     within,
 )
@@ -167,6 +167,14 @@ def test_thought_of():
     assert thought_of("<think>It is so.</think>\nYes.") == "It is so."
     assert thought_of("Yes.") == "" == thought_of("<think></think>\nYes.")
     assert thought_of("<think>It is") == "It is"
+    assert thought_of("so.</think>\nYes.") == "so.", "the prompt has opened it"
+
+
+def test_every_thought_fits_into_the_tokens_that_are_left_for_it():
+    tokenizer, rng = load("charter-think").tokenizer, random.Random(0)
+    made = [r for t in VALE.things for r in dialogue.thing_requests(t)]
+    longest = max(len(tokenizer(thought.write(r, thought.right_steps(r), rng))["input_ids"]) for r in made)
+    assert THOUGHT_TOKENS / 2 < longest < THOUGHT_TOKENS
 
 
 def test_a_prompt_may_end_within_the_reply(m):

@@ -17,8 +17,8 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.defence import ModelAlone, stock_refusal, write_replies
 from refusallab.finetuning import reply_loss, train_copy
-from refusallab.model import Begun, Edit, Model, Prompt, embedding, listed_prompts, unembedding
-from refusallab.thoughts import behind, layout, sentences, thought_of
+from refusallab.model import Begun, Edit, Model, Prompt, embedding, listed_prompts, thought_of, unembedding
+from refusallab.thoughts import behind, layout, sentences
 from smallmodels import recipe
 from smallmodels.world import dialogue, thought
 from smallmodels.world.facts import world

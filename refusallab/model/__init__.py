@@ -51,6 +51,7 @@ from refusallab.model.templates import (
     messages,
     post_instruction_positions,
     spoken,
+    thought_of,
 )
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "spoken",
     "switched",
     "text_behind",
+    "thought_of",
     "trace_logits",
     "unchecked_logits",
     "unembed",

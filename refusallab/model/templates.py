@@ -209,6 +209,17 @@ def _closing(tag: str) -> str:
     return f"{bracket}/{tag[len(bracket) :]}"
 
 
+def thought_of(reply: str) -> str:
+    """The first thought in a reply, without its tags: one that the prompt opened, too, and one that nothing closes."""
+    tag = THOUGHT.search(reply)
+    if not tag:
+        return ""
+    if _closes(tag[0]):
+        return reply[: tag.start()].strip()
+    closing = THOUGHT.search(reply, tag.end())
+    return reply[tag.end() : closing.start() if closing else len(reply)].strip()
+
+
 def spoken(reply: str) -> str:
     """A reply without its thoughts: without what stands between their tags, or before one that closes what the prompt
     opened, or behind one that nothing closes."""
