@@ -21,7 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NOTEBOOKS = [path for path in sorted(ROOT.glob("solutions/*.ipynb")) if "explore." in path.read_text(encoding="utf-8")]
 CONTROLS = {  # of an explorer, and what a person without a mouse does to them
     ".widget-slider [role=slider]": ["ArrowLeft"],
-    ".widget-text input": [" ", "t", "h", "e", "Tab"],
+    ".widget-text input": ["ControlOrMeta+a", *"Hello", "Tab"],
     ".widget-dropdown select": ["ArrowDown"],
 }
 MINUTE = 60_000  # milliseconds, the unit of playwright
