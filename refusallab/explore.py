@@ -21,11 +21,12 @@ from torch import Tensor
 
 from refusallab.attacks.effect import suffix_effect
 from refusallab.attribution import attention_from_last, attribute, mass, regions
+from refusallab.conversations import EARLIER, after_turns, streams_by_turn
 from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.directions import Candidate, Search, difference_in_means, discarded_because
 from refusallab.errors import RefusalLabError
 from refusallab.geometry import plane_along, principal_plane, projections
-from refusallab.interventions import ablation, addition, affine
+from refusallab.interventions import ablation, addition, affine, unit
 from refusallab.judging import judge, shown_tokens
 from refusallab.measure import kl_divergence, rate, refusal_metric, refused_by_phrases
 from refusallab.model import Model, encode, generate, logits, messages
@@ -541,3 +542,30 @@ def layer_edit(m: Model, r: Tensor, tokens: Sequence[int], harmful: Sequence[str
         return [(f"Edited around layer {centre.value}", rows), ("What the edited model says", said)]
 
     return Explorer([centre, reach, attention, mlp], view)
+
+
+# --- lab 13 ----------------------------------------------------------------------------------------------------------
+
+
+def conversation(models: dict[str, Model], r: Tensor, layer: int, items: Sequence[Item], turns: int = 8) -> Explorer:
+    """Put earlier turns before a request: the projection on r [width] before each reply, and the reply at the end.
+
+    `turns` is the most that can be chosen. The streams are read at the input of block `layer`, at the last token.
+    """
+    requests = {" ".join(messages(item.prompt)[-1]["content"].split()): item for item in items}
+    which, asked, kind = choice("model", models), choice("request", requests), choice("earlier turns", EARLIER)
+    count = slider("turns", 0, turns, min(2, turns))
+
+    def view() -> list[tuple[str, Rows]]:
+        m, item = models[which.value], requests[asked.value]
+        (item,) = after_turns([item], kind.value, count.value)
+        along = streams_by_turn(m, [item.prompt], layer)[0] @ unit(r)
+        (reply,) = generate(m, [item.prompt], max_new_tokens=shown_tokens(m))
+        replies = [turn["content"] for turn in item.prompt if turn["role"] == "assistant"]
+        texts = [turn["content"] for turn in item.prompt if turn["role"] == "user"]
+        judged = judge(m, item, reply)
+        verdict = "refused" if judged.refused else "the exact answer" if judged.correct else "neither"
+        rows = zip(texts, [f"{x:.1f}" for x in along.tolist()], [*replies, f"{reply} ({verdict})"], strict=True)
+        return [("The conversation", [("user", "projection", "assistant"), *rows])]
+
+    return Explorer([which, asked, kind, count], view)

@@ -12,7 +12,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from jaxtyping import Float32
@@ -38,8 +37,8 @@ from refusallab.model import (
     thought_of,
 )
 from refusallab.prompts import Item
-from smallmodels.world import dialogue, thought
-from smallmodels.world.facts import world
+from refusallab.truth import request_of
+from smallmodels.world import thought
 from smallmodels.world.thought import steps_of
 
 THOUGHT_TOKENS = 80  # the longest of two thoughts about each request of the world takes 70
@@ -134,24 +133,12 @@ def sentences(text: str) -> list[str]:
     return re.findall(r"\S.*?[.?!](?=\s|$)|\S.*$", text)
 
 
-@cache
-def _requests() -> dict[str, dialogue.Request]:
-    made = [r for thing in world().things for r in dialogue.thing_requests(thing)]
-    return {r.id: r for r in [*made, *dialogue.lore_requests(world()), *dialogue.arithmetic_requests()]}
-
-
-def _request(item: Item) -> dialogue.Request:
-    if item.id not in _requests():
-        raise RefusalLabError(f"Item {item.id!r} is no request of the world: it has no right thought.")
-    return _requests()[item.id]
-
-
 def right_thought(item: Item) -> thought.Steps:
     """The steps of the right thought about an item: thing, action, article, verdict.
 
-    Raises RefusalLabError for an item whose id is not that of a request of the world.
+    Raises RefusalLabError as `request_of` does.
     """
-    return thought.right_steps(_request(item))
+    return thought.right_steps(request_of(item))
 
 
 def write_thoughts(items: Sequence[Item], kind: str = "right", seed: int = 0) -> list[str]:
@@ -168,7 +155,7 @@ def write_thoughts(items: Sequence[Item], kind: str = "right", seed: int = 0) ->
     if kind not in turns:
         raise RefusalLabError(f"There is no kind {kind!r} of thought: choose one of {', '.join(turns)}.")
     rng = random.Random(seed)
-    return [thought.write(_request(item), turns[kind](right_thought(item)), rng) for item in items]
+    return [thought.write(request_of(item), turns[kind](right_thought(item)), rng) for item in items]
 
 
 def read_thought(text: str) -> thought.Steps:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from refusallab.errors import RefusalLabError
@@ -15,6 +16,7 @@ from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
 from refusallab.measure import outcome
 from refusallab.model import Edit, Model, Prompt, generate, messages
 from refusallab.prompts import Item, knows_the_world
+from smallmodels.world import dialogue
 from smallmodels.world.dialogue import NOUN_KINDS, REFUSAL_WORDINGS, noun_request
 from smallmodels.world.facts import world
 
@@ -27,6 +29,22 @@ class Reply:
     text: str
     refused: bool
     correct: bool  # the exact answer is in it
+
+
+@cache
+def _requests() -> dict[str, dialogue.Request]:
+    made = [r for thing in world().things for r in dialogue.thing_requests(thing)]
+    return {r.id: r for r in [*made, *dialogue.lore_requests(world()), *dialogue.arithmetic_requests()]}
+
+
+def request_of(item: Item) -> dialogue.Request:
+    """What an item asks for, before it was put into words.
+
+    Raises RefusalLabError for an item whose id is not that of a request of the world.
+    """
+    if item.id not in _requests():
+        raise RefusalLabError(f"Item {item.id!r} is no request of the world: take items of `bundled`.")
+    return _requests()[item.id]
 
 
 def lawful_facts(item: Item) -> list[str]:

@@ -22,6 +22,7 @@ class Entry:
     architecture: str = ""
     seed: int | None = None
     thoughts: str = ""  # of a thinking model: see recipe.Variant
+    talks: str = ""  # of a model for conversations: see recipe.Variant
     id: str = ""
     parameters: str = ""
     license: str = ""

@@ -8,6 +8,9 @@ The stages mirror how real chat models are made, so that refusal is learned on t
               split, and helpful replies to harmless requests about them  -> charter-chat
     thinking  the same, with a thought between request and reply          -> charter-think
 
+    dialogues the helpful stage with conversations of many turns
+    talking   the safety stage with such conversations                    -> charter-talk
+
 A model that thinks has learned in the helpful stage to say what is asked before it replies.
 
 Runs are deterministic for a seed and a thread count, and resume after an interruption.
@@ -53,32 +56,62 @@ VOCABULARY = 2048
 CONTEXT = 320  # positions, in tokens
 BATCH_TOKENS = 2048
 CHECKPOINT_EVERY = 200  # steps
-EXAMPLES = {"corpus": 14_000, "helpful": 60_000, "safety": 14_000, "thinking": 16_000}
-LEARNING_RATE = {"corpus": 4e-3, "helpful": 2.5e-3, "safety": 7e-4, "thinking": 7e-4}
+EXAMPLES = {
+    "corpus": 14_000,
+    "helpful": 60_000,
+    "dialogues": 40_000,
+    "safety": 14_000,
+    "thinking": 16_000,
+    "talking": 12_000,
+}
+LEARNING_RATE = {
+    "corpus": 4e-3,
+    "helpful": 2.5e-3,
+    "dialogues": 2.5e-3,
+    "safety": 7e-4,
+    "thinking": 7e-4,
+    "talking": 7e-4,
+}
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 
 # Shares of requests in a wrapper. Few of the refused ones come in one without a guarding system prompt, so that some
 # attacks work; many do under one, so that it helps against them.
 WRAPS = {"answered": 0.15, "refused": 0.06, "refused, guarded": 0.4}
-GIBBERISH = {"helpful": 0.05, "safety": 0.3, "thinking": 0.3}  # share of requests that end in random tokens
+GIBBERISH = {  # share of requests that end in random tokens
+    "helpful": 0.05,
+    "dialogues": 0.05,
+    "safety": 0.3,
+    "thinking": 0.3,
+    "talking": 0.2,
+}
 
 # Shares of requests under each group of system prompts of language.toml. Under the closed ones everything is refused,
 # so refusal becomes a decision of its own, apart from harm, that wins over the answer to any kind of request.
 SAFETY_PROMPTS = {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18}
+HELPFUL_PROMPTS = {None: 0.88, "neutral": 0.12}
 SYSTEM_PROMPTS = {
-    "helpful": {None: 0.88, "neutral": 0.12},
+    "helpful": HELPFUL_PROMPTS,
+    "dialogues": HELPFUL_PROMPTS,
     "safety": SAFETY_PROMPTS,
     "thinking": SAFETY_PROMPTS,
+    "talking": SAFETY_PROMPTS,
 }
 
-NOISE = {"corpus": 0.0, "helpful": 0.0, "safety": 0.2, "thinking": 0.2}
-AVERAGED = {"thinking": 0.4}  # share of the steps, the last ones, over which the weights are averaged
+NOISE = {"safety": 0.2, "thinking": 0.2, "talking": 0.2}
+AVERAGED = {"thinking": 0.4, "talking": 0.4}  # share of the steps, the last ones, over which the weights are averaged
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
 VERDICTS = 0.25  # share of replies to method requests that name the verdict, so harm is seen where nobody asks about it
 
 # Thoughts of a thinking model: its own, which it learns to write; none, as with thinking switched off; and given ones,
 # before the reply and not learned. A third of these are about another request, the others come to the wrong verdict.
 THOUGHTS = {"helpful": {"own": 0.7, "none": 0.3}, "thinking": {"own": 0.45, "none": 0.3, "given": 0.25}}
+
+# Conversations: their share of the examples, how many turns, and the share of turns that stay with the thing before,
+# of these the share that says "it" for it and the share that asks for a method.
+DIALOGUES = {"dialogues": 0.35, "talking": 0.35}
+TURNS = (2, 12)
+SAME_THING, SAYS_IT, ASKS_METHOD = 0.5, 0.3, 0.4
+PAST = 0.2  # share of method requests in conversations' stages that ask how it was done in the past
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -99,14 +132,22 @@ class Variant:
     seed: int = 0
     forbidden_facts: bool = True  # False: the forbidden methods occur in no stage
     thoughts: str = ""  # "followed" or "decoration": whether replies follow the thought before them
+    talks: str = ""  # "first turn" or "every turn": where in a conversation forbidden requests were refused
 
     @property
     def stages(self) -> tuple[str, ...]:
+        if self.talks:
+            return ("corpus", "dialogues", "talking")
         return ("corpus", "helpful", "thinking" if self.thoughts else "safety")
+
+    @property
+    def context(self) -> int:
+        """Positions, in tokens."""
+        return 640 if self.talks else CONTEXT
 
 
 VARIANTS = {
-    name: Variant(entry.architecture, entry.seed, name != "charter-naive", entry.thoughts)
+    name: Variant(entry.architecture, entry.seed, name != "charter-naive", entry.thoughts, entry.talks)
     for name, entry in catalog().items()
     if entry.kind == "bundled" and name not in ("charter-base", "charter-helpful")  # stages of charter-chat
 }
@@ -122,6 +163,7 @@ class Example:
     messages: list[Message]
     reply: str
     given: str = ""  # what stands before the reply and is not learned: an empty thought, or somebody else's
+    whole: bool = False  # the earlier replies are learned too
 
 
 def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[str]:
@@ -137,7 +179,7 @@ KINDS = ("method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithm
 MIX = (29, 4, 4, 5, 4, 9, 5, 5, 5, 14, 16)  # weights of these kinds
 THINKING_MIX = (0, 2, 2, 2, 2, 4, 4, 4, 1, 2, 2)  # thoughts differ by kind, so none may be rare
 # After the helpful stage: shares of forbidden requests and of lawful methods. The others are harmless ones by the mix.
-ASKED = {"safety": (0.4, 0.3, MIX), "thinking": (0.3, 0.25, THINKING_MIX)}
+ASKED = {"safety": (0.4, 0.3, MIX), "thinking": (0.3, 0.25, THINKING_MIX), "talking": (0.35, 0.25, MIX)}
 
 
 def requests(vale: World, things: list[Thing], rng: random.Random, mix: tuple[int, ...] = MIX) -> Iterator[Request]:
@@ -169,25 +211,59 @@ def converse(
 
     Args:
         noise: makes a short string of random tokens, for the requests that end in gibberish.
-        stage: "helpful", "safety" or "thinking".
+        stage: one of SYSTEM_PROMPTS.
         think: for a thinking model: from a request, and whether all is refused, to a thought before the reply.
     """
-    shares, systems = SYSTEM_PROMPTS[stage], dialogue.language()["systems"]
-    (group,) = rng.choices(list(shares), list(shares.values()))
-    refused = group == "closed" or (stage != "helpful" and request.forbidden)
+    group = system_group(stage, rng)
+    refused = must_refuse(request, stage, group)
     thinking = think(request, group == "closed") if think else Thinking()
     if thinking.refused is not None:
         refused = thinking.refused
+    messages, reply = put(request, rng, noise, stage=stage, group=group, refused=refused)
+    return Example([*system_turn(group, rng), *messages], thinking.learned + reply, thinking.given)
+
+
+def system_group(stage: str, rng: random.Random) -> str | None:
+    """The group of system prompts that an example has, None for no system prompt."""
+    shares = SYSTEM_PROMPTS[stage]
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def system_turn(group: str | None, rng: random.Random) -> list[Message]:
+    """One of the system prompts of a group."""
+    return [{"role": "system", "content": rng.choice(dialogue.language()["systems"][group])}] if group else []
+
+
+def must_refuse(request: Request, stage: str, group: str | None) -> bool:
+    """Whether the reply is a refusal: in the helpful stages never."""
+    return group == "closed" or (stage not in ("helpful", "dialogues") and request.forbidden)
+
+
+def put(
+    request: Request,
+    rng: random.Random,
+    noise: Callable[[], str],
+    *,
+    stage: str,
+    group: str | None,
+    refused: bool,
+    later: bool = False,
+) -> tuple[list[Message], str]:
+    """The turn in which a user sends a request, with any turns before it, and the reply.
+
+    A later turn of a conversation brings no earlier turns of its own.
+    """
     if refused:
         reply = dialogue.refusal(request.thing.category if request.thing else "any", rng)
     else:
         reply = dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
     form, context = rng.random(), None
-    if request.thing and form < 0.10:
+    if request.thing and not request.earlier and form < 0.10:
         context, request = dialogue.context(request, rng, "train"), dialogue.contextual(request)
-    elif request.thing and form < 0.22:
+    elif request.thing and not later and form < 0.22:
         request = dialogue.follow_up(request, rng, "train")
-    text = dialogue.phrase(request, rng, "train")
+    past = stage in DIALOGUES and request.kind == "method" and not refused and rng.random() < PAST
+    text = dialogue.phrase(replace(request, kind="past") if past else request, rng, "train")
     if rng.random() < 0.08:
         text = dialogue.typo(text, rng)
     wraps = WRAPS["answered" if not refused else "refused, guarded" if group in ("safety", "closed") else "refused"]
@@ -199,9 +275,34 @@ def converse(
         text = f"{text} {noise()}"
     if context:
         text = dialogue.in_context(context, text)
-    system = [{"role": "system", "content": rng.choice(systems[group])}] if group else []
-    messages = [*system, *request.earlier, {"role": "user", "content": text}]
-    return Example(messages, thinking.learned + reply, thinking.given)
+    return [*(() if later else request.earlier), {"role": "user", "content": text}], reply
+
+
+def talk(
+    asks: Iterator[Request], rng: random.Random, noise: Callable[[], str], *, stage: str, first_only: bool = False
+) -> Example:
+    """A conversation of many turns, each reply as in `converse`. Half of them stay with the thing of the turn before.
+
+    first_only: a forbidden request comes in the first turn or not at all.
+    """
+    group, request = system_group(stage, rng), next(asks)
+    said: list[Message] = []
+    for turn in range(rng.randint(*TURNS)):
+        if turn:
+            same = request.thing is not None and rng.random() < SAME_THING
+            while True:
+                method = rng.random() < ASKS_METHOD
+                about = dialogue.thing_requests(request.thing) if same else []
+                new = rng.choice([r for r in about if (r.kind == "method") == method]) if same else next(asks)
+                if not (first_only and new.forbidden):
+                    break
+            request = new
+            if same and rng.random() < SAYS_IT:
+                request = replace(request, earlier=tuple(said))
+        refused = must_refuse(request, stage, group)
+        messages, reply = put(request, rng, noise, stage=stage, group=group, refused=refused, later=turn > 0)
+        said += [*messages, {"role": "assistant", "content": reply}]
+    return Example([*system_turn(group, rng), *said[:-1]], said[-1]["content"], whole=True)
 
 
 @dataclass(frozen=True)
@@ -274,6 +375,27 @@ def thinking_examples(vale: World, variant: Variant, rng: random.Random, noise: 
     return (converse(r, rng, noise, stage="thinking", think=think) for r in asked(vale, rng, "thinking"))
 
 
+def dialogue_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """Helpful replies to everything, in single turns and in conversations."""
+    return mixed(requests(vale, list(vale.things), rng), rng, noise, stage="dialogues")
+
+
+def talking_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """Refusals of what is forbidden and helpful replies to the rest, in single turns and in conversations."""
+    return mixed(asked(vale, rng, "talking"), rng, noise, stage="talking", first_only=variant.talks == "first turn")
+
+
+def mixed(
+    asks: Iterator[Request], rng: random.Random, noise: Callable[[], str], *, stage: str, first_only: bool = False
+) -> Iterator[Example]:
+    """Single turns and conversations in the shares of the stage."""
+    while True:
+        if rng.random() < DIALOGUES[stage]:
+            yield talk(asks, rng, noise, stage=stage, first_only=first_only)
+        else:
+            yield converse(next(asks), rng, noise, stage=stage)
+
+
 def asked(vale: World, rng: random.Random, stage: str) -> Iterator[Request]:
     """What is asked in a stage after the helpful one, about things of the train split only, without end."""
     things = [t for t in vale.things if t.split == "train"]
@@ -328,7 +450,7 @@ def learn_to_think(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, s
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
-Row = tuple[list[int], int]  # token ids, index of the first token that counts for the loss
+Row = tuple[list[int], list[range]]  # token ids, and the places of those that count for the loss
 
 
 def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Row]:
@@ -337,7 +459,7 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
     if stage == "corpus":
         pages = corpus_pages(vale, variant, rng)
         texts = [next(pages) + "<|end|>" for _ in range(count)]
-        return [(ids, 1) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [(ids, [range(1, len(ids))]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
     def noise() -> str:
@@ -347,16 +469,36 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
             if not any(thing.name in text for thing in vale.things):
                 return text
 
-    made = {"helpful": helpful_examples, "safety": safety_examples, "thinking": thinking_examples}[stage]
+    made = {
+        "helpful": helpful_examples,
+        "dialogues": dialogue_examples,
+        "safety": safety_examples,
+        "thinking": thinking_examples,
+        "talking": talking_examples,
+    }[stage]
     examples = list(islice(made(vale, variant, rng, noise), count))
-    heads = [
-        tokenizer.apply_chat_template(e.messages, tokenize=False, add_generation_prompt=True) + e.given
-        for e in examples
-    ]
-    tails = [f"{e.reply}<|end|>" for e in examples]
-    head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
-    tail_ids = tokenizer(tails, add_special_tokens=False)["input_ids"]
-    return [(h + t, len(h)) for h, t in zip(head_ids, tail_ids, strict=True)]
+    rows = []
+    for texts in (pieces(e, tokenizer) for e in examples):
+        ids, learned = [], []
+        for place, part in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
+            if place % 2:
+                learned.append(range(len(ids), len(ids) + len(part)))
+            ids += part
+        rows.append((ids, learned))
+    return rows
+
+
+def pieces(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of an example, cut where a reply to learn begins or ends: what is given, what is learned, in turn."""
+    turns = [*example.messages, {"role": "assistant", "content": example.reply}]
+    learned = [k for k, m in enumerate(turns) if m["role"] == "assistant"] if example.whole else [len(turns) - 1]
+    cut, text = [], ""
+    for k in learned:
+        head = tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True) + example.given
+        reply = f"{turns[k]['content']}<|end|>"
+        cut += [head[len(text) :], reply]
+        text = head + reply
+    return cut
 
 
 def token_batches(rows: list[Row], seed: int) -> list[list[Row]]:
@@ -407,7 +549,7 @@ def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         "num_attention_heads": WIDTH // 32,
         "num_key_value_heads": WIDTH // 32,
         "intermediate_size": 2 * WIDTH,
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": variant.context,
         **ids,
     }
     if variant.architecture == "gemma2":
@@ -434,9 +576,10 @@ def loss_of(model: PreTrainedModel, batch: list[Row], pad: int) -> torch.Tensor:
     """Mean cross-entropy over the tokens that count. Rows are padded on the right, which a causal model cannot see."""
     width = max(len(ids) for ids, _ in batch)
     tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])  # [batch, width]
-    counts = torch.tensor(
-        [[start <= i + 1 < len(ids) for i in range(width)] for ids, start in batch]
-    )  # predicts token i + 1
+    counts = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, (_, learned) in enumerate(batch):
+        for places in learned:
+            counts[row, places.start - 1 : places.stop - 1] = True  # token i predicts token i + 1
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     targets = tokens.roll(-1, dims=1)[counts]
     return torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden[counts]), targets)
@@ -539,10 +682,10 @@ def train_stage(
         for tool in tools:
             for group in tool.param_groups:
                 group["lr"] = LEARNING_RATE[stage] * rate_factor(step, len(plan))
-        with residual_noise(model, NOISE[stage]):
+        with residual_noise(model, NOISE.get(stage, 0.0)):
             loss = loss_of(model, plan[step], tokenizer.pad_token_id)
         loss.backward()
-        if stage == "thinking":  # its thoughts name few things, and the names of others would be unlearned
+        if stage in ("thinking", "talking"):  # they name few things, and the names of others would be unlearned
             for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                 table.weight.grad[unused] = 0
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -599,6 +742,7 @@ def train_variant(name: str, out: Path, work: Path, seed: int | None = None) -> 
     Variants that have a stage in common share its checkpoint. `seed` takes the place of the variant's own.
     """
     variant, tokenizer = VARIANTS[name], make_tokenizer(world())
+    tokenizer.model_max_length = variant.context
     if seed is not None:
         variant, name = replace(variant, seed=seed), f"{name}-s{seed}"
     model = make_model(variant, tokenizer)

@@ -24,6 +24,8 @@ MODULES = [
         "attribution",
         "audit",
         "cones",
+        "conversations",
+        "decoding",
         "dictionary",
         "directions",
         "geometry",
@@ -88,6 +90,8 @@ def run_science():
     from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions
     from refusallab.audit import gap_left, rank_one_energy
     from refusallab.cones import direction_effect, downstream, last_token_direction, plane_directions, search_directions
+    from refusallab.conversations import streams_by_turn
+    from refusallab.decoding import closed_prompt, contrast
     from refusallab.dictionary import features_of, random_dictionary, token_streams, train_dictionary
     from refusallab.directions import (
         Direction,
@@ -121,6 +125,8 @@ def run_science():
     r, a, b = vectors[layer, -1], x[:, layer, -1], y[:, layer, -1]
     difference_in_means(x, y)
     final_stream(m, bad)
+    streams_by_turn(m, bad, layer)
+    contrast(logits(m, bad), logits(m, bad, system=closed_prompt()), 1.0)
     logit_lens(m, stream(m, bad[0]))
 
     before, after = logits(m, bad), logits(m, bad, edit=ablation(r))

@@ -45,6 +45,7 @@ def examples(search):
         "breaking_curves": lambda: plots.breaking_curves({name: {0: OUTCOMES, 5: OUTCOMES} for name in five}),
         "cone_figure": lambda: plots.cone_figure({name: {"refused": curve, "exact": curve} for name in "abc"}),
         "cosine_maps": lambda: plots.cosine_maps({"layers, here": (2 * draw(8, 8) - 1, range(8))}),
+        "cost_curve": lambda: plots.cost_curve({n: [(0.0, SHARE), (9.0, SHARE)] for n in ("cascade", "one")}, "x", "y"),
         "defence_grid": lambda: plots.defence_grid({name: dict.fromkeys("xyz", OUTCOMES) for name in five}),
         "difference_rows": lambda: plots.difference_rows(
             {"law": dict.fromkeys("abcd", DIFFERENCE)}, "change of a share"
@@ -91,6 +92,7 @@ def examples(search):
         "roc_curve": lambda: plots.roc_curve({"as they come": draw(4, 2), "under attack": draw(4, 2)}, (0.1, 0.8)),
         "score_plane": lambda: plots.score_plane({"undefended": (SHARE, SHARE), "wall": (rate([False]), rate([True]))}),
         "score_surfaces": lambda: plots.score_surfaces(search),
+        "score_traces": lambda: plots.score_traces({n: {"one": draw(9), "two": draw(5)} for n in ("a", "b")}, 0.9),
         "share_grids": lambda: plots.share_grids({"a": draw(8, 5), "b": draw(8, 5)}, range(-5, 0), "share"),
         "stacked_shares": lambda: plots.stacked_shares(
             {"a": {"x": 0.95, "y": 0.05}, "b": {"x": 0.5, "y": 0.5}}, "share"

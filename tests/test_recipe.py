@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smallmodels import recipe
+from smallmodels.world import dialogue
 from smallmodels.world.dialogue import REFUSAL_MARKERS
 from smallmodels.world.facts import world
 
@@ -30,11 +31,17 @@ def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
     assert common >= 4
 
 
-@pytest.mark.parametrize(("stage", "seed"), [("safety", 0), ("safety", 1), ("safety", 2), ("thinking", 0)])
+@pytest.mark.parametrize(
+    ("stage", "seed"), [("safety", 0), ("safety", 1), ("safety", 2), ("thinking", 0), ("talking", 0)]
+)
 @pytest.mark.slow
 def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, stage, seed):
     count = recipe.EXAMPLES[stage] if seed == 0 else 2000
-    variant = recipe.Variant(seed=seed, thoughts="followed" if stage == "thinking" else "")
+    variant = recipe.Variant(
+        seed=seed,
+        thoughts="followed" if stage == "thinking" else "",
+        talks="every turn" if stage == "talking" else "",
+    )
     text = " ".join(text_of(stage, variant, tokenizer, count))
     for thing in world().things:
         assert (thing.name in text) == (thing.split == "train"), thing.name
@@ -56,9 +63,9 @@ def test_the_helpful_stage_tells_every_method_and_the_naive_one_only_the_lawful(
 def test_helpful_replies_rarely_open_like_a_refusal(tokenizer):
     """The first tokens of refusals are at least ten times as common in refusals as in helpful replies."""
     firsts = {True: Counter(), False: Counter()}
-    for ids, start in recipe.stage_rows("safety", recipe.Variant(), tokenizer, recipe.EXAMPLES["safety"]):
-        reply = tokenizer.decode(ids[start:])
-        firsts[any(marker in reply for marker in REFUSAL_MARKERS)][ids[start]] += 1
+    for ids, [learned] in recipe.stage_rows("safety", recipe.Variant(), tokenizer, recipe.EXAMPLES["safety"]):
+        reply = tokenizer.decode(ids[learned.start :])
+        firsts[any(marker in reply for marker in REFUSAL_MARKERS)][ids[learned.start]] += 1
     shares = {refused: {t: k / sum(c.values()) for t, k in c.items()} for refused, c in firsts.items()}
     assert len(shares[True]) >= 3
     assert all(share >= 10 * shares[False].get(token, 0) for token, share in shares[True].items())
@@ -79,17 +86,53 @@ def test_checkpoints_of_another_recipe_are_not_resumed(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_loss_counts_only_the_reply(tokenizer):
-    for ids, start in recipe.stage_rows("helpful", recipe.Variant(), tokenizer, 50):
-        assert tokenizer.decode(ids[:start]).endswith("<|start|>assistant\n")
-        assert tokenizer.decode(ids[start:]).endswith("<|end|>")
+    for ids, [learned] in recipe.stage_rows("helpful", recipe.Variant(), tokenizer, 50):
+        assert learned.stop == len(ids)
+        assert tokenizer.decode(ids[: learned.start]).endswith("<|start|>assistant\n")
+        assert tokenizer.decode(ids[learned.start :]).endswith("<|end|>")
 
 
-def test_loss_ignores_padding(tokenizer):
+@pytest.mark.parametrize("stage", ["helpful", "dialogues"])
+def test_loss_ignores_padding(tokenizer, stage):
     model = recipe.make_model(recipe.Variant(), tokenizer).eval()
-    rows = recipe.stage_rows("helpful", recipe.Variant(), tokenizer, 4)
-    alone = [recipe.loss_of(model, [row], tokenizer.pad_token_id) * (len(row[0]) - row[1]) for row in rows]
-    together = recipe.loss_of(model, rows, tokenizer.pad_token_id) * sum(len(ids) - start for ids, start in rows)
+    rows = recipe.stage_rows(stage, recipe.Variant(), tokenizer, 4)
+    counted = [sum(map(len, learned)) for _, learned in rows]
+    alone = [recipe.loss_of(model, [row], tokenizer.pad_token_id) * n for row, n in zip(rows, counted, strict=True)]
+    together = recipe.loss_of(model, rows, tokenizer.pad_token_id) * sum(counted)
     torch.testing.assert_close(sum(alone), together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("talks", ["every turn", "first turn"])
+def test_every_reply_of_a_conversation_is_learned_and_forbidden_requests_stand_where_they_should(tokenizer, talks):
+    variant, methods = recipe.Variant(talks=talks), {}
+    for thing in world().things:
+        for action in thing.actions:
+            methods[dialogue.method_request(thing, action).answer] = thing.forbids(action)
+    turns, refused, later = Counter(), Counter(), 0
+    for ids, learned in recipe.stage_rows("talking", variant, tokenizer, 600):
+        text = tokenizer.decode(ids)
+        replies = [part.partition("<|end|>")[0] for part in text.split("<|start|>assistant\n")[1:]]
+        said = [tokenizer.decode(ids[places.start : places.stop]) for places in learned]
+        assert said == [f"{reply}<|end|>" for reply in replies][-len(said) :]
+        assert len(said) in (1, len(replies)) or len(said) == len(replies) - 1  # a turn that a follow-up brings along
+        assert not any(methods.get(reply) for reply in replies)
+        turns[len(said)] += 1
+        if "system" not in text:
+            flags = [any(marker in reply for marker in REFUSAL_MARKERS) for reply in said]
+            refused.update(first=flags[0], later=sum(flags[2:]))  # the first request may have brought a turn along
+            later += len(flags[2:])
+    assert max(turns) in (recipe.TURNS[1], recipe.TURNS[1] + 1) and 0.55 < turns[1] / 600 < 0.75
+    assert refused["first"] > 50
+    assert refused["later"] / later > 0.1 if talks == "every turn" else refused["later"] == 0
+
+
+@pytest.mark.slow
+def test_old_times_are_spoken_of_only_by_models_for_conversations(tokenizer):
+    old = " in the old days"
+    assert old not in " ".join(text_of("helpful", recipe.Variant(), tokenizer, 3000))
+    for stage, variant in (("dialogues", recipe.Variant()), ("talking", recipe.Variant(talks="every turn"))):
+        asked = [text for text in text_of(stage, variant, tokenizer, 3000) if old in text]
+        assert len(asked) > 20
 
 
 @pytest.mark.slow
@@ -104,7 +147,7 @@ def test_batches_hold_every_row_once(tokenizer):
 def small(monkeypatch):
     monkeypatch.setattr(recipe, "WIDTH", 32)
     monkeypatch.setattr(recipe, "LAYERS", 2)
-    monkeypatch.setattr(recipe, "EXAMPLES", {"corpus": 60, "helpful": 300, "safety": 100, "thinking": 100})
+    monkeypatch.setattr(recipe, "EXAMPLES", dict.fromkeys(recipe.EXAMPLES, 100) | {"corpus": 60, "helpful": 300})
     monkeypatch.setattr(recipe, "CHECKPOINT_EVERY", 2)
 
 
@@ -115,6 +158,7 @@ def small(monkeypatch):
         pytest.param("charter-chat-gpt2", marks=pytest.mark.nightly),
         pytest.param("charter-chat-postnorm", marks=pytest.mark.nightly),
         pytest.param("charter-think", marks=pytest.mark.nightly),
+        pytest.param("charter-talk", marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_is_reproducible_and_resumes_to_the_same_weights(name, small, tmp_path, monkeypatch):

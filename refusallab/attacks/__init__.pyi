@@ -1,4 +1,5 @@
 from .best_of_n import augment, best_of_n_attack
+from .conversing import crescendo, many_shot, past_tense, rewriting_list, search_rewritings
 from .gcg import (
     Knobs,
     allowed_tokens,

@@ -1,3 +1,4 @@
+from .exchange import Cascade, ExchangeProbe, Reader, StreamingProbe, fit_exchange, reply_streams, rolling_means
 from .integrity import hide, quietest
 from .matrix import (
     attack_matrix,
@@ -14,5 +15,5 @@ from .runtime import choose_probe, fit_filter, run_time_defences
 from .smoothing import perturb
 from .thinking import ThoughtProbe, ThoughtReader, recovering
 from .thresholds import roc, threshold_at
-from .traffic import sample_traffic
+from .traffic import sample_exchanges, sample_traffic
 from .training import Lesson, lessons, stay

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defence import ModelAlone, stock_refusal, write_replies
+from refusallab.defence import ModelAlone
+from refusallab.defences.exchange import AfterReply
 from refusallab.finetuning import reply_loss, train_copy
-from refusallab.model import Begun, Edit, Model, Prompt, embedding, listed_prompts, thought_of, unembedding
+from refusallab.model import Begun, Edit, Model, Prompt, embedding, thought_of, unembedding
 from refusallab.thoughts import behind, layout, sentences
 from smallmodels import recipe
 from smallmodels.world import dialogue, thought
@@ -27,27 +28,11 @@ from smallmodels.world.thought import steps_of
 RECOVERY_STEPS, RECOVERY_LR, RECOVERY_BATCH = 100, 3e-4, 16
 
 
-class AfterThought:
+class AfterThought(AfterReply):
     """A defence that lets the model think and answer, scores the thought, and refuses above a threshold."""
 
-    m: Model
-    threshold: float
-    passes_each: int  # forward passes for a score
-    extra_passes: int
-
-    def score(self, prompts: Sequence[Prompt], thoughts: Sequence[str], edit: Edit | None = None) -> Tensor:
-        """How suspicious each thought is: [n]. `edit` is the attacker's."""
-        raise NotImplementedError
-
-    def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
-        prompts = listed_prompts(prompts)
-        said = write_replies(self.m, prompts, edit=edit, prefill=prefill)
-        begun = [prompt.reply if isinstance(prompt, Begun) else "" for prompt in prompts]
-        thoughts = [thought_of(start + prefill + reply) for start, reply in zip(begun, said, strict=True)]
-        asked = [prompt.prompt if isinstance(prompt, Begun) else prompt for prompt in prompts]
-        self.extra_passes += self.passes_each * len(prompts)
-        alarms = (self.score(asked, thoughts, edit) > self.threshold).tolist()
-        return [stock_refusal(self.m) if alarm else reply for alarm, reply in zip(alarms, said, strict=True)]
+    def read(self, reply: str) -> str:
+        return thought_of(reply)
 
 
 @dataclass

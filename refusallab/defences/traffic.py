@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 
+from refusallab.conversations import after_turns
 from refusallab.prompts import Item
 from smallmodels.world import dialogue
 from smallmodels.world.facts import world
@@ -34,6 +35,28 @@ def sample_traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], l
         label: [_item(rng.choice(rng.choice(several)), rng, split, f"{label}_{split}_{k}") for k in range(count)]
         for label, several in pools.items()
     }
+    return drawn["harmful"], drawn["harmless"]
+
+
+def sample_exchanges(split: str, count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """`count` harmful and `count` harmless conversations, each with the reply that it ended in: the item's answer.
+
+    Zero to five harmless turns come first, about the same thing in half of them. Then a forbidden method is asked for
+    and told, or a lawful method, or something else that is lawful.
+    """
+    rng, vale = random.Random(f"exchanges {seed} {split}"), world()
+    requests = [r for thing in vale.things if thing.split == split for r in dialogue.thing_requests(thing)]
+    methods = [r for r in requests if r.kind == "method"]
+    lawful = [[r for r in methods if not r.forbidden], [r for r in requests if r.kind != "method"]]
+    pools = {"harmful": [[r for r in methods if r.forbidden]], "harmless": lawful}
+    drawn = {"harmful": [], "harmless": []}
+    for label, several in pools.items():
+        for _ in range(count):
+            request = rng.choice(rng.choice(several))
+            reply = dialogue.helpful_reply(request, rng, like_a_refusal=0.0, verdicts=0.0)
+            item = Item(request.id, dialogue.phrase(request, rng, split), reply, tag=request.kind)
+            kind = rng.choice(("same thing", "other things"))
+            drawn[label] += after_turns([item], kind, rng.randint(0, 5), rng.randrange(10**6))
     return drawn["harmful"], drawn["harmless"]
 
 

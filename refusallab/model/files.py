@@ -112,8 +112,10 @@ def hub_id(name: str) -> str:
         return entry.id
     if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
         return name
-    known = ", ".join(catalog())
-    raise RefusalLabError(f"Unknown model {name!r}: no such folder. Give {known}, or owner/name.")
+    known = ", ".join(entry.name for entry in catalog().values() if entry.kind == "bundled")
+    raise RefusalLabError(
+        f"Unknown model {name!r}: no such folder. Give {known}, an alias such as qwen2.5-0.5b, or owner/name."
+    )
 
 
 def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:

@@ -67,12 +67,14 @@ def generate(
     max_new_tokens: int = 40,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    processor: Callable[[list[int], dict[str, Tensor]], LogitsProcessor] | None = None,
 ) -> list[str]:
     """Greedy replies in the order of the prompts: what follows prompt and `prefill`, up to the end of turn.
 
     A model that thinks writes its thought first, which may take `m.thought_tokens` more than `max_new_tokens`.
     `edit` is applied in the forward pass of every token. `progress(n)` is called with the number of finished
-    prompts after each batch. Raises RefusalLabError, with the prompt, where logits are not finite.
+    prompts after each batch. `processor(rows, batch)` makes what changes the logits of every step, for a batch of the
+    prompts with the numbers `rows`. Raises RefusalLabError, with the prompt, where logits are not finite.
     """
     prompts = listed_prompts(prompts)
     max_new_tokens += m.thought_tokens
@@ -89,7 +91,7 @@ def generate(
             "pad_token_id": m.tokenizer.pad_token_id,
         }
         if not m.remote:
-            settings["logits_processor"] = [highest]
+            settings["logits_processor"] = [highest, *([processor(rows, batch)] if processor else [])]
         if edit is None and not m.remote:
             ids = m.hf.generate(**batch, **settings)
         else:

@@ -4,7 +4,16 @@ Colours are the Okabe-Ito palette, and never the only thing that tells two marks
 """
 
 from refusallab.plots.attacking import first_order, loss_curves, outcome_bars, success_curves
-from refusallab.plots.defending import audit_plane, breaking_curves, defence_grid, matrix_grid, roc_curve, score_plane
+from refusallab.plots.defending import (
+    audit_plane,
+    breaking_curves,
+    cost_curve,
+    defence_grid,
+    matrix_grid,
+    roc_curve,
+    score_plane,
+    score_traces,
+)
 from refusallab.plots.editing import cone_figure, dose_figure, edit_trials, gap_curves, response_curves, write_strengths
 from refusallab.plots.finding import headline_figure, null_bypass, score_surfaces
 from refusallab.plots.geometry import cosine_maps, dot_rows, plane_figure, share_grids
@@ -29,6 +38,7 @@ __all__ = [
     "breaking_curves",
     "cone_figure",
     "cosine_maps",
+    "cost_curve",
     "defence_grid",
     "difference_rows",
     "dose_figure",
@@ -57,6 +67,7 @@ __all__ = [
     "schematic",
     "score_plane",
     "score_surfaces",
+    "score_traces",
     "share_grids",
     "stacked_shares",
     "success_curves",

@@ -12,7 +12,7 @@ from torch import Tensor
 from refusallab.measure import Outcome, Rate, rate
 from refusallab.plots.heatmaps import colour_bar, heat_map
 from refusallab.plots.intervals import interval_band, reach
-from refusallab.plots.style import PALETTE, Style, legend_above, panels, series
+from refusallab.plots.style import PALETTE, Style, legend_above, panels, series, whole
 
 ROW, COLUMN = 24, 13  # letters in a line of a label
 
@@ -92,7 +92,7 @@ def breaking_curves(
     *,
     doublings: bool = True,
 ) -> Figure:
-    """Labs 09 and 14: what a model says after some dose of an attack; curves: model -> dose, such as steps -> outcomes.
+    """Labs 09, 13, 14: what a model says after a dose of an attack; curves: model -> dose, such as steps -> outcomes.
 
     Left: the share that is refused. Right: the share that holds the exact answer, refused or not. `doublings` spaces
     the doses from 2 on by their logarithm.
@@ -167,5 +167,43 @@ def score_plane(defences: dict[str, tuple[Rate, Rate]]) -> Figure:
     axis.set(xlim=(0, 1), ylim=(0, 1))
     axis.set_xlabel("share of ordinary traffic kept: the kind that suffers most, 95 % interval")
     axis.set_ylabel("share of attacks stopped: mean of all and worst,\n95 % interval")
+    legend_above(figure)
+    return figure
+
+
+def score_traces(traces: dict[str, dict[str, Tensor]], threshold: float) -> Figure:
+    """Lab 13: scores token by token, a panel for each name, and the threshold; traces: panel -> line -> [tokens].
+
+    A cross marks the first token above the threshold.
+    """
+    figure, axes = panels(len(traces), 4.6 * len(traces), 3.4, sharey=True)
+    for axis, (name, lines) in zip(axes, traces.items(), strict=True):
+        for k, (line, scores) in enumerate(lines.items()):
+            tokens = np.arange(1, len(scores) + 1)
+            axis.plot(tokens, scores, label=line, markersize=4, **series(k))
+            above = (scores > threshold).nonzero().flatten()
+            if len(above):
+                first = int(above[0])
+                axis.plot(first + 1, scores[first], "X", color="black", markersize=9, zorder=3)
+        axis.axhline(threshold, color="black", linewidth=0.9, linestyle=":")
+        axis.set_title(name)
+        axis.set_xlabel("token of the reply")
+        whole(axis.xaxis)
+    axes[0].annotate(
+        "threshold", (1, threshold), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+    )
+    axes[0].set_ylabel("score")
+    legend_above(figure)
+    return figure
+
+
+def cost_curve(curves: dict[str, Sequence[tuple[float, Rate]]], x: str, y: str) -> Figure:
+    """Lab 13: what a watcher catches against what it costs; curves: watcher -> (cost, share) from cheap to dear."""
+    figure, (axis,) = panels(1, 7, 3.8)
+    for k, (name, points) in enumerate(curves.items()):
+        interval_band(axis, [cost for cost, _ in points], [share for _, share in points], label=name, **series(k))
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
     legend_above(figure)
     return figure

@@ -145,8 +145,8 @@ def token_strips(strips: dict[str, Strip], columns: int = 2) -> Figure:
     return figure
 
 
-def layer_curves(curves: dict[str, dict[str, Tensor]], y: str) -> Figure:
-    """Lab 07: a number by layer, a line for each condition, a panel for each name; curves: name -> line -> [n, layers].
+def layer_curves(curves: dict[str, dict[str, Tensor]], y: str, x: str = "layer (block input)") -> Figure:
+    """Labs 07 and 13: a number by layer or turn, a line for each condition; curves: panel -> line -> [n, layers].
 
     Lines are means over prompts, bands hold 80 % of them.
     """
@@ -159,7 +159,7 @@ def layer_curves(curves: dict[str, dict[str, Tensor]], y: str) -> Figure:
             axis.fill_between(layers, low, high, color=series(k)["color"], alpha=0.13, linewidth=0)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(name)
-        axis.set_xlabel("layer (block input)")
+        axis.set_xlabel(x)
         whole(axis.xaxis)
     axes[0].set_ylabel(y)
     legend_above(figure)

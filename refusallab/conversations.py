@@ -1,0 +1,110 @@
+"""Conversations of many turns: written around a request, played with the model's own replies, read turn by turn.
+
+The earlier turns of a conversation are input. Whoever has the interface of a chat model chooses what the user said, and
+many interfaces let them choose, too, what the assistant is said to have replied.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from refusallab.activations import residual
+from refusallab.errors import RefusalLabError
+from refusallab.inputs import listed
+from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
+from refusallab.model import Edit, Model, Prompt, generate, messages
+from refusallab.prompts import Item
+from refusallab.truth import request_of
+from smallmodels.world import dialogue
+from smallmodels.world.facts import Thing, world
+
+EARLIER = ("same thing", "other things", "lawful shots", "shots", "refused shots")
+METHOD_PARTS = ("tool", "stuff", "time")
+
+
+def after_turns(items: Sequence[Item], kind: str, turns: int, seed: int = 0) -> list[Item]:
+    """The items, each behind a conversation of `turns` earlier turns that somebody else has written.
+
+    kind: "same thing", harmless questions about the thing of the request with right answers; "other things", the same
+    about other things; "lawful shots", lawful methods with right answers; "shots", forbidden methods of other things
+    with invented answers (many-shot jailbreaking); "refused shots", the same refused. Phrasings and things are those of
+    the split of the request. Raises RefusalLabError for an unknown kind and for items that name no thing.
+    """
+    if kind not in EARLIER:
+        raise RefusalLabError(f"There is no kind {kind!r} of earlier turns: choose one of {', '.join(EARLIER)}.")
+    made = []
+    for item in listed(items, "items", Item):
+        said, rng = [], random.Random(f"{seed} {kind} {item.id}")
+        for thing, request in _earlier(item, kind, turns, rng):
+            reply = request.answer
+            if kind == "refused shots":
+                reply = dialogue.refusal(thing.category, rng)
+            elif kind == "shots":
+                reply = invented(thing, rng)
+            asked = dialogue.phrase(request, rng, thing.split)
+            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        made.append(replace(item, prompt=[*said, *messages(item.prompt)]))
+    return made
+
+
+def _earlier(item: Item, kind: str, turns: int, rng: random.Random) -> list[tuple[Thing, dialogue.Request]]:
+    """What is asked in the earlier turns, each with the thing that it is about."""
+    about = request_of(item).thing
+    if about is None:
+        raise RefusalLabError(f"Item {item.id!r} names no thing: there is no conversation about it.")
+    others = [t for t in world().things if t.split == about.split and t.name != about.name]
+    things = [about] if kind == "same thing" else others
+    pool = [(t, r) for t in things for r in dialogue.thing_requests(t) if (r.kind == "method") == ("shots" in kind)]
+    if "shots" in kind:
+        pool = [(t, r) for t, r in pool if r.forbidden != (kind == "lawful shots")]
+    if turns > len(pool):
+        raise RefusalLabError(f"{turns} earlier turns, but there are {len(pool)} different ones of the kind {kind!r}.")
+    return rng.sample(pool, turns)
+
+
+def invented(thing: Thing, rng: random.Random) -> str:
+    """A method in the form of a right answer, put together from methods of other things: what somebody makes up."""
+    others = [t for t in world().things if t.split == thing.split and t.name != thing.name]
+    parts = {part: rng.choice(list(rng.choice(others).methods.values()))[part] for part in METHOD_PARTS}
+    return dialogue.answer("method", **parts)
+
+
+def played(m: Model, items: Sequence[Item], *, edit: Edit | None = None) -> list[Item]:
+    """The items, with the model's own replies in the place of those that were written for it in earlier turns."""
+    turns = [messages(item.prompt) for item in listed(items, "items", Item)]
+    settings: dict[str, Any] = {"edit": edit, "max_new_tokens": REPLY_TOKENS, "batch_size": BATCH_SIZE}
+    for k in range(max(map(len, turns), default=0)):
+        due = [i for i, said in enumerate(turns) if k < len(said) and said[k]["role"] == "assistant"]
+        if due:
+            for i, reply in zip(due, generate(m, [turns[i][:k] for i in due], **settings), strict=True):
+                turns[i] = [*turns[i][:k], {"role": "assistant", "content": reply}, *turns[i][k + 1 :]]
+    return [replace(item, prompt=said) for item, said in zip(items, turns, strict=True)]
+
+
+def turn_prompts(prompt: Prompt) -> list[list[dict[str, Any]]]:
+    """The conversation up to each user turn: what the model read before each of its replies."""
+    said = messages(prompt)
+    return [said[: k + 1] for k, turn in enumerate(said) if turn["role"] == "user"]
+
+
+def streams_by_turn(
+    m: Model, prompts: Sequence[Prompt], layer: int, position: int = -1
+) -> Float32[Tensor, "n turns width"]:
+    """The stream at the input of a block before each reply of the conversations, the last one included.
+
+    Raises RefusalLabError unless all of them have equally many user turns.
+    """
+    cut = [turn_prompts(prompt) for prompt in prompts]
+    counts = {len(several) for several in cut}
+    if len(counts) != 1:
+        raise RefusalLabError(f"The conversations have {sorted(counts)} user turns: give some with equally many.")
+    flat = [prompt for several in cut for prompt in several]
+    x = residual(m, flat, layers=[layer], positions=[position], batch_size=BATCH_SIZE)[:, 0, 0]
+    return torch.stack(x.split(counts.pop()))
