@@ -34,6 +34,7 @@ TITLES = (  # as in the names of the notebooks
     "capstone",
     "refusal that thinks",
     "inside causally",
+    "conversations and watchers",
     "weights that resist",
 )
 

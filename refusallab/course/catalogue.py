@@ -118,6 +118,12 @@ HEADERS = (
     Header("12.4", "Only along one direction", 1, 10, 2, "swap_component"),
     Header("12.5", "Bug clinic: the word that did not matter", 2, 15, 2, "word_stream"),
     Header("12.6", "A sparse code", 2, 10, 2, "sparse_code"),
+    Header("13.1", "Words in both mouths", 1, 10, 2, "many_shots"),
+    Header("13.2", "Drift, turn by turn", 1, 10, 2, "drift"),
+    Header("13.3", "A contrast of two system prompts", 2, 10, 2, "contrasted"),
+    Header("13.4", "Several tokens must agree", 1, 10, 2, "rolling_means"),
+    Header("13.5", "Bug clinic: the watcher that cried too often", 2, 15, 3, "stop_threshold"),
+    Header("13.6", "Agreement beyond chance", 1, 10, 2, "kappa"),
     Header("14.1", "Ranks of a difference", 2, 15, 3, "plus_ranks"),
     Header("14.2", "Bug clinic: the direction that came back", 2, 15, 3, "norm_preserving"),
     Header("14.3", "A tent over the layers", 1, 10, 2, "strength_at"),
@@ -139,6 +145,7 @@ QUESTIONS = (
     Question("10.6", "The report", minutes=60, points=10),
     Question("11.7", "What is a thought worth?", minutes=15, points=4),
     Question("12.7", "What does a patch prove?", minutes=15, points=4),
+    Question("13.7", "Who watches the conversation?", minutes=15, points=4),
     Question("14.7", "Which weights would you release?", minutes=15, points=4),
 )
 LABS = tuple(sorted({header.lab for header in HEADERS}))

@@ -129,10 +129,8 @@ def rolling_means(scores: Float[Tensor, " tokens"], window: int) -> Float[Tensor
     """At each token the mean of the last `window` scores; before that many are there, of all so far."""
     if window < 1:
         raise RefusalLabError(f"A window holds at least one token, not {window}.")
-    sums = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
-    ends = torch.arange(1, len(scores) + 1)
-    starts = (ends - window).clamp(min=0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    ends = range(1, len(scores) + 1)
+    return torch.stack([scores[max(0, end - window) : end].mean() for end in ends])
 
 
 def reply_streams(
