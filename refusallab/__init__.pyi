@@ -3,7 +3,7 @@ from .activations import logit_lens, mean_residual, residual, stream
 from .attribution import attention_from_last, attribute, cosine_trace, regions
 from .audit import band, gap_left
 from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
-from .conversations import after_turns, played, streams_by_turn, turn_prompts
+from .conversations import EARLIER, after_turns, played, streams_by_turn, turn_prompts
 from .decoding import closed_prompt, contrast, contrasted_replies, sample_replies
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
 from .dictionary import Dictionary, features_of, random_dictionary, token_streams, train_dictionary
@@ -32,7 +32,7 @@ from .thoughts import (
     behind, exact_steps, final_stream, outcomes_behind, read_thought, right_thought, sentences, think, thought_of,
     with_thinking, within, write_thoughts,
 )  # fmt: skip
-from .truth import judge_errors, lawful_facts, true_replies
+from .truth import judge_errors, lawful_facts, request_of, true_replies
 from .twins import same_things, sample_requests, twin_requests
 from .weights import add_ranks, changed, edit_writers, quantize, search_edit, top_ranks
 

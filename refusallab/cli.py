@@ -250,10 +250,14 @@ def _print_score(console: Console, row, score) -> None:
 def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Also the defences and the attack of lab 14.")] = False,
+    talk: Annotated[
+        bool, typer.Option("--talk", help="Instead: the attacks and watchers of lab 13, on charter-talk-first.")
+    ] = False,
 ) -> None:
     """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
     from refusallab.defence import ModelAlone
     from refusallab.defences import matrix as evaluation
+    from refusallab.defences.exchange import exchange_defences
     from refusallab.defences.resistance import RESISTANT, resistant_defences
     from refusallab.defences.runtime import run_time_defences
     from refusallab.defences.training import DEFENCES, trained_defences
@@ -261,27 +265,33 @@ def matrix(
     from refusallab.model import load
 
     with errors_in_one_line():
-        m = load("charter-chat")
+        m = load("charter-talk-first" if talk else "charter-chat")
         found = find_direction(m)
         best = found.selected
         r = found.direction.vector
         items, benign = evaluation.forbidden_items(), evaluation.benign_items()
-        with tqdm(total=len(DEFENCES) + (len(RESISTANT) if every else 0), file=sys.stderr, leave=False) as bar:
+        trainings = 0 if talk else len(DEFENCES) + (len(RESISTANT) if every else 0)
+        with tqdm(total=trainings, file=sys.stderr, leave=False) as bar:
 
             def step(text: str) -> None:
                 bar.set_description(text)
                 bar.update()
 
-            at_run_time, trained = run_time_defences(m, r, best.layer), trained_defences(m, step)
-            if every:
-                trained += resistant_defences(m, step)
+            if talk:
+                trained = [ModelAlone(load("charter-talk"), "refusals in every turn")]
+                at_run_time = exchange_defences(m, best.layer, best.position)
+                attacks = evaluation.conversation_attacks()
+            else:
+                at_run_time, trained = run_time_defences(m, r, best.layer), trained_defences(m, step)
+                if every:
+                    trained += resistant_defences(m, step)
+                attacks = [
+                    *evaluation.standard_attacks(best.layer, best.position),
+                    *evaluation.knowing_attacks(at_run_time),
+                    *evaluation.weight_attacks(trained, r),
+                    *(evaluation.lawful_tuning(trained) if every else []),
+                ]
             defences = [ModelAlone(m), *at_run_time, *trained]
-            attacks = [
-                *evaluation.standard_attacks(best.layer, best.position),
-                *evaluation.knowing_attacks(at_run_time),
-                *evaluation.weight_attacks(trained, r),
-                *(evaluation.lawful_tuning(trained) if every else []),
-            ]
             bar.total += evaluation.n_matrix_steps(defences, attacks)
             result = evaluation.attack_matrix(defences, attacks, items, benign, step)
         print(json.dumps(result.as_json(), indent=1)) if as_json else _print_matrix(result)

@@ -25,7 +25,7 @@ from refusallab.truth import request_of
 from smallmodels.world import dialogue
 from smallmodels.world.facts import Thing, world
 
-EARLIER = ("same thing", "other things", "lawful shots", "shots", "refused shots")
+EARLIER = ("same thing", "other things", "lawful shots", "shots", "refused shots", "refused things")
 METHOD_PARTS = ("tool", "stuff", "time")
 
 
@@ -34,8 +34,10 @@ def after_turns(items: Sequence[Item], kind: str, turns: int, seed: int = 0) -> 
 
     kind: "same thing", harmless questions about the thing of the request with right answers; "other things", the same
     about other things; "lawful shots", lawful methods with right answers; "shots", forbidden methods of other things
-    with invented answers (many-shot jailbreaking); "refused shots", the same refused. Phrasings and things are those of
-    the split of the request. Raises RefusalLabError for an unknown kind and for items that name no thing.
+    with invented answers (many-shot jailbreaking); "refused shots" and "refused things", what "shots" and "other
+    things" ask, refused. Phrasings and things are those of the split of the request.
+
+    Raises RefusalLabError for an unknown kind and for items that name no thing.
     """
     if kind not in EARLIER:
         raise RefusalLabError(f"There is no kind {kind!r} of earlier turns: choose one of {', '.join(EARLIER)}.")
@@ -44,7 +46,7 @@ def after_turns(items: Sequence[Item], kind: str, turns: int, seed: int = 0) -> 
         said, rng = [], random.Random(f"{seed} {kind} {item.id}")
         for thing, request in _earlier(item, kind, turns, rng):
             reply = request.answer
-            if kind == "refused shots":
+            if kind.startswith("refused"):
                 reply = dialogue.refusal(thing.category, rng)
             elif kind == "shots":
                 reply = invented(thing, rng)

@@ -163,5 +163,5 @@ def test_weights_are_shipped_whole_and_small(name):
     assert sum(files.values()) < 8e6
 
 
-def test_all_weights_together_stay_under_40_mb():
-    assert sum(f.stat().st_size for name in SHIPPED for f in weights_dir(name).iterdir()) < 40e6
+def test_all_weights_together_stay_under_48_mb():
+    assert sum(f.stat().st_size for name in SHIPPED for f in weights_dir(name).iterdir()) < 48e6

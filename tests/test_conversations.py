@@ -54,7 +54,7 @@ def test_earlier_turns_are_of_their_kind(kind, forbidden):
             assert all((t.name == thing.name) == (kind == "same thing") and t.split == thing.split for t in named)
         for turn in item.prompt[1::2]:
             told, refused = turn["content"] in methods, turn["content"] in dialogue.REFUSAL_WORDINGS
-            assert refused == (kind == "refused shots")
+            assert refused == kind.startswith("refused")
             assert turn["content"].startswith("Use ") == (kind in ("shots", "lawful shots"))
             if kind == "lawful shots":
                 lawful, action = methods[turn["content"]]
@@ -188,7 +188,7 @@ def test_crescendo_climbs_then_asks_for_it_and_takes_refused_turns_back(m, forbi
     (result,) = crescendo(Scripted(m, refuses), forbidden[:1], tries=4)
     assert result.tries == len(conversing.LADDER) + 3 and not result.outcome.refused
     name = request_of(forbidden[0]).thing.name
-    assert name in asked[0][0]["content"] and all(name not in turn["content"] for turn in asked[0][2::2])
+    assert name in asked[0][0]["content"] and all(name not in turn["content"] for turn in asked[0][2:8:2])
     assert all(len(prompt) == 9 and prompt[:8] == asked[0][:8] for prompt in asked)  # what was refused is not there
     assert [turn["content"] for turn in asked[0][1::2]] == ["Hm."] * 4
     assert result.cost.tokens > 0
@@ -211,6 +211,7 @@ def test_a_search_learns_what_is_let_pass_and_drawing_evenly_does_not(m):
     target = Scripted(m, lambda prompt: not prompt.startswith("5"))
     learned, even = (search_rewritings(target, items, 8, ways=ways, learn=learn) for learn in (True, False))
     assert all(not x.outcome.refused and x.prompt.startswith("5") for x in learned.results if x.tries < 8)
+    assert all(way == "way 5" for way, x in zip(learned.ways, learned.results, strict=True) if not x.outcome.refused)
     sent = {way: n for way, (_, n) in learned.counts.items()}
     assert max(sent, key=sent.get) == "way 5" and learned.counts["way 5"][0] == learned.counts["way 5"][1]
     assert sum(x.tries for x in learned.results) < 0.8 * sum(x.tries for x in even.results)

@@ -351,6 +351,9 @@ def test_who_holds_the_weights_gets_the_answers(m, r):
         assert sum(result.outcome.correct for result in attack.run(ModelAlone(m), items)) >= 4
 
 
+WATCHERS = ("undefended", "prompt probe", "exchange probe", "streaming probe", "reader", "cascade")
+
+
 @pytest.mark.slow
 def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     defences, attacks, items = small
@@ -373,5 +376,8 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     assert met[0] == ["undefended", *(d.name for d in fitted), "trained"]
     assert CliRunner().invoke(cli.app, ["matrix", "--all"]).exit_code == 0 and met[1] == [*met[0], "resists"]
     assert not against[0] and "20 steps on lawful methods" in against[1] and "direction by gradient" in against[1]
+    monkeypatch.setattr("refusallab.defences.exchange.EXCHANGES", 12)
+    assert CliRunner().invoke(cli.app, ["matrix", "--talk"]).exit_code == 0
+    assert met[2] == [*WATCHERS, "refusals in every turn"] and not against[2]
     printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout
     assert '"attack": "ask"' in printed and '"p_holm"' in printed

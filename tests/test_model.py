@@ -485,7 +485,7 @@ def test_catalogue():
     entries = catalog()
     bundled = [e for e in entries.values() if e.kind == "bundled"]
     hub = [e for e in entries.values() if e.kind == "hub"]
-    assert len(bundled) == 10 and len(hub) == 11
+    assert len(bundled) == 12 and len(hub) == 11
     assert all(e.role and e.architecture and e.seed is not None for e in bundled)
     assert all(e.id.count("/") == 1 and e.parameters and e.license and e.memory_gb and e.dtype for e in hub)
     assert {e.id for e in hub if e.gated} == {"meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it"}

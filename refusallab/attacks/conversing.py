@@ -130,10 +130,11 @@ def rewriting_list() -> dict[str, Rewriting]:
 
 
 @dataclass(frozen=True)
-class Searched:
+class RewritingSearch:
     """What a black-box search did: a result for each item, and for each rewriting (answered, sent)."""
 
     results: list[AttackResult]
+    ways: list[str]  # the rewriting of each result
     counts: dict[str, tuple[int, int]]
 
 
@@ -145,7 +146,7 @@ def search_rewritings(
     ways: Mapping[str, Rewriting] | None = None,
     learn: bool = True,
     seed: int = 0,
-) -> Searched:
+) -> RewritingSearch:
     """Send up to `budget` rewritings of each request until one is answered. All that is seen is refused or not.
 
     With `learn`, the next rewriting is drawn by Thompson sampling: for each a share is drawn from the Beta distribution
@@ -154,7 +155,7 @@ def search_rewritings(
     if budget < 1:
         raise RefusalLabError(f"A search sends at least one prompt for each request, not {budget}.")
     items, ways, rng = listed(items, "items", Item), dict(ways or rewriting_list()), random.Random(seed)
-    counts, found = {name: (0, 0) for name in ways}, {}
+    counts, found, sent_as = {name: (0, 0) for name in ways}, {}, {}
     for _ in range(budget):
         todo = [i for i in range(len(items)) if i not in found or found[i].outcome.refused]
         if not todo:
@@ -165,10 +166,10 @@ def search_rewritings(
         for i, name, result in zip(todo, chosen, sent, strict=True):
             passed, tried = counts[name]
             counts[name] = passed + (not result.outcome.refused), tried + 1
-            before = found.get(i)
+            sent_as[i], before = name, found.get(i)
             tries, cost = (before.tries, before.cost) if before else (0, Cost())
             found[i] = replace(result, tries=tries + 1, cost=cost + result.cost)
-    return Searched([found[i] for i in range(len(items))], counts)
+    return RewritingSearch([found[i] for i in range(len(items))], [sent_as[i] for i in range(len(items))], counts)
 
 
 def _likeliest(counts: Mapping[str, tuple[int, int]], rng: random.Random) -> str:

@@ -15,22 +15,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defence import Watcher, last_words, stock_refusal, write_replies
-from refusallab.defences.monitor import linear_probe
+from refusallab.defence import Defence, Watcher, last_words, stock_refusal, write_replies
+from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.thresholds import threshold_at
 from refusallab.defences.traffic import sample_exchanges
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.judging import BATCH_SIZE
-from refusallab.model import Begun, Edit, Model, Prompt, ids_behind, ids_of, listed_prompts, render, text_behind
+from refusallab.model import Begun, Edit, Model, Prompt, ids_behind, ids_of, listed_prompts, load, render, text_behind
 from refusallab.prompts import Item
-from refusallab.thoughts import think
+from refusallab.thoughts import think, with_thinking
 from smallmodels.world import thought
 from smallmodels.world.thought import steps_of
 
 FALSE_ALARMS = 0.02  # of harmless validation exchanges
 EXCHANGES = 200  # of each kind, train and validation
 WINDOW = 4  # tokens
+EXCHANGE_LAYER = 6  # the block whose input caught most validation exchanges of charter-talk-first, of 3 to 7
 
 
 class AfterReply:
@@ -221,3 +222,22 @@ def fit_exchange(
 
 def _texts(items: Sequence[Item]) -> tuple[list[Prompt], list[str]]:
     return [item.prompt for item in items], [item.answer or "" for item in items]
+
+
+def exchange_defences(m: Model, layer: int, position: int) -> list[Defence]:
+    """A prompt probe fitted on conversations, both probes of the exchange, a reader, the cascade of probe and reader.
+
+    layer, position: where the prompt probe reads, such as where the refusal direction is found. The cascade passes on
+    what the probe suspects at ten times the usual rate of false alarms.
+    """
+    train, (_, val) = sample_exchanges("train", EXCHANGES), sample_exchanges("val", EXCHANGES)
+    site = {"layers": [layer], "positions": [position], "batch_size": BATCH_SIZE}
+    w = linear_probe(*(residual(m, _texts(items)[0], **site)[:, 0, 0] for items in train))
+    usual = residual(m, _texts(val)[0], **site)[:, 0, 0] @ w
+    strict, lax = (
+        Monitor(m, w, layer, position, threshold_at(usual, share), name="prompt probe")
+        for share in (FALSE_ALARMS, 10 * FALSE_ALARMS)
+    )
+    thinker = with_thinking(load("charter-think"))
+    cascade = Cascade(m, lax, Reader(m, thinker))
+    return [strict, *fit_exchange(m, EXCHANGE_LAYER, count=EXCHANGES), Reader(m, thinker), cascade]

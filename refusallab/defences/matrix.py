@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refusallab.activations import mean_residual
 from refusallab.attacks.best_of_n import best_of_n_attack
+from refusallab.attacks.conversing import crescendo, many_shot, past_tense, search_rewritings
 from refusallab.attacks.gcg import Knobs, gcg_attack, hiding_from
 from refusallab.attacks.prefilling import prefilling_attack
 from refusallab.attacks.result import AttackResult, direct, disclosed, rewrite, send
@@ -40,6 +41,7 @@ HIDES_FROM = {  # whose alarms a suffix must not raise, by the defence that it a
     "filter and monitor": ("perplexity filter", "probe monitor"),
 }
 KNOWN_EVERY, TUNING_STEPS = 10, 20  # of the train items, the answers that a fine-tuning attacker has; and their steps
+SEARCH_BUDGET = 8  # rewritings that are sent for each request
 LAWFUL, LAWFUL_LR = 400, 3e-4  # the sample of which lawful methods are taken; other data needs larger steps
 
 
@@ -116,6 +118,18 @@ def standard_attacks(layer: int, position: int) -> list[Attack]:
         Attack("best of 4", lambda d, items: best_of_n_attack(d, items, 4)),
         _searched("GCG"),
         Attack("ablation", lambda d, items: direct(d, items, edit=extracted(d.m, items))),
+    ]
+
+
+def conversation_attacks() -> list[Attack]:
+    """The attacks of lab 13, which need no weights. The search runs against each defence anew."""
+    return [
+        Attack("direct request", direct),
+        Attack("past tense", past_tense),
+        Attack("role-play", lambda d, items: _first_text(d, items, "role-play")),
+        Attack("many-shot", many_shot),
+        Attack("crescendo", crescendo),
+        Attack("rewriting search", lambda d, items: search_rewritings(d, items, SEARCH_BUDGET).results),
     ]
 
 

@@ -89,7 +89,6 @@ CONVERSATION = define(
     hints=(
         "A conversation is a list of messages: `{'role': 'user', 'content': ...}` and then one of the assistant.",
         "Two messages for each shot, in the order of the shots; the request is one more message, by the user.",
-        "In a loop: `messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]`.",
     ),
 )
 
@@ -180,7 +179,8 @@ CONTRAST = define(
         Mistake(
             "raw logits",
             lambda free, guarded, strength: free + strength * (free - guarded),
-            "Logits are known only up to a constant, and the two runs have different ones. Take log-softmax first.",
+            "These are off by a constant for each prompt, which greedy replies do not notice. For log-probabilities "
+            "take log-softmax of both first.",
         ),
         Mistake(
             "toward the guard",
@@ -196,6 +196,11 @@ CONTRAST = define(
             "starting from the guard",
             lambda free, guarded, strength: contrast(free, guarded, strength - 1),
             "The step starts at the guarded model. Start at the free one: at strength 0 nothing may change.",
+        ),
+        Mistake(
+            "normalized again",
+            lambda free, guarded, strength: contrast(free, guarded, strength).log_softmax(-1),
+            "The result is normalized once more. Return the sum as it is.",
         ),
         Mistake(
             "probabilities",
@@ -343,6 +348,13 @@ THRESHOLD = define(
             "Nearly all harmless replies would be stopped. At most the share `false_alarms` may be above.",
         ),
         Mistake(
+            "between two scores",
+            lambda scores, window, false_alarms: torch.quantile(
+                torch.stack([rolling_means(x, window).max() for x in scores]), 1 - false_alarms
+            ).item(),
+            "A quantile may lie between two scores. Take one of the scores: `threshold_at` does.",
+        ),
+        Mistake(
             "divided by the tokens",
             lambda scores, window, false_alarms: threshold_at(
                 torch.cat([rolling_means(x, window) for x in scores]),
@@ -430,7 +442,6 @@ KAPPA = define(
         "Observed: the share of replies on which both say the same.",
         "Expected: if they judged independently, both say yes with p q, and both say no with (1 - p)(1 - q), where p "
         "and q are their shares of yes.",
-        "kappa = (observed - expected) / (1 - expected).",
     ),
 )
 
