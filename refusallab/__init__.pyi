@@ -24,7 +24,7 @@ from .measure import (
     paired_difference, rate, refusal_metric, refused_by_phrases, wilson,
 )  # fmt: skip
 from .orthogonalization import gap_by_layer, orthogonalize, write_strength, written_weights
-from .patching import patch, patched_metrics, read_activations, recovery, swap_component, swap_head
+from .patching import Activations, patch, patched_metrics, read_activations, recovery, swap_component, swap_head
 from .prompts import attack_templates, bundled, prompt_set, refusal_phrases
 from .records import alarming, every_record, recorded, recorded_direction
 from .steering import dose_curve, norm_matched

@@ -108,5 +108,5 @@ def streams_by_turn(
     if len(counts) != 1:
         raise RefusalLabError(f"The conversations have {sorted(counts)} user turns: give some with equally many.")
     flat = [prompt for several in cut for prompt in several]
-    x = residual(m, flat, layers=[layer], positions=[position], batch_size=BATCH_SIZE)[:, 0, 0]
+    x = residual(m, flat, layers=[layer], positions=[position], batch_size=32)[:, 0, 0]  # they are long
     return torch.stack(x.split(counts.pop()))
