@@ -121,7 +121,7 @@ HEADERS = (
     Header("13.1", "Words in both mouths", 1, 10, 2, "many_shots"),
     Header("13.2", "Drift, turn by turn", 1, 10, 2, "drift"),
     Header("13.3", "A contrast of two system prompts", 2, 10, 2, "contrasted"),
-    Header("13.4", "Several tokens must agree", 1, 10, 2, "rolling_means"),
+    Header("13.4", "Several tokens must agree", 1, 10, 2, "window_means"),
     Header("13.5", "Bug clinic: the watcher that cried too often", 2, 15, 3, "stop_threshold"),
     Header("13.6", "Agreement beyond chance", 1, 10, 2, "kappa"),
     Header("14.1", "Ranks of a difference", 2, 15, 3, "plus_ranks"),
