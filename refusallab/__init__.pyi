@@ -3,7 +3,7 @@ from .activations import logit_lens, mean_residual, residual, stream
 from .attribution import attention_from_last, attribute, cosine_trace, regions
 from .audit import band, gap_left
 from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
-from .conversations import EARLIER, after_turns, played, streams_by_turn, turn_prompts
+from .conversations import EARLIER, after_turns, streams_by_turn
 from .decoding import closed_prompt, contrast, contrasted_replies, sample_replies
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
 from .dictionary import Dictionary, features_of, random_dictionary, token_streams, train_dictionary

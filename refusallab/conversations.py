@@ -1,4 +1,4 @@
-"""Conversations of many turns: written around a request, played with the model's own replies, read turn by turn.
+"""Conversations of many turns: written around a request, read turn by turn.
 
 The earlier turns of a conversation are input. Whoever has the interface of a chat model chooses what the user said, and
 many interfaces let them choose, too, what the assistant is said to have replied.
@@ -18,8 +18,7 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
-from refusallab.model import Edit, Model, Prompt, generate, messages
+from refusallab.model import Model, Prompt, messages
 from refusallab.prompts import Item
 from refusallab.truth import request_of
 from smallmodels.world import dialogue
@@ -76,18 +75,6 @@ def invented(thing: Thing, rng: random.Random) -> str:
     others = [t for t in world().things if t.split == thing.split and t.name != thing.name]
     parts = {part: rng.choice(list(rng.choice(others).methods.values()))[part] for part in METHOD_PARTS}
     return dialogue.answer("method", **parts)
-
-
-def played(m: Model, items: Sequence[Item], *, edit: Edit | None = None) -> list[Item]:
-    """The items, with the model's own replies in the place of those that were written for it in earlier turns."""
-    turns = [messages(item.prompt) for item in listed(items, "items", Item)]
-    settings: dict[str, Any] = {"edit": edit, "max_new_tokens": REPLY_TOKENS, "batch_size": BATCH_SIZE}
-    for k in range(max(map(len, turns), default=0)):
-        due = [i for i, said in enumerate(turns) if k < len(said) and said[k]["role"] == "assistant"]
-        if due:
-            for i, reply in zip(due, generate(m, [turns[i][:k] for i in due], **settings), strict=True):
-                turns[i] = [*turns[i][:k], {"role": "assistant", "content": reply}, *turns[i][k + 1 :]]
-    return [replace(item, prompt=said) for item, said in zip(items, turns, strict=True)]
 
 
 def turn_prompts(prompt: Prompt) -> list[list[dict[str, Any]]]:

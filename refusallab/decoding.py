@@ -29,7 +29,7 @@ def closed_prompt() -> str:
 class Sampled(LogitsProcessor):
     """Adds Gumbel noise to logits over a temperature: the highest is then a sample from the softmax.
 
-    noise [rows, steps, vocab] are uniform numbers, so that samples are the same on every computer.
+    The noise is made of uniform numbers of the generator, so that samples are the same on every computer.
     """
 
     def __init__(self, temperature: float, generator: torch.Generator) -> None:

@@ -88,12 +88,13 @@ def same_things(split: str, kinds: Sequence[str], seed: int = 0) -> dict[str, li
     for kind in kinds:
         if kind not in KINDS:
             raise RefusalLabError(f"There is no kind {kind!r} of request: choose from {', '.join(KINDS)}.")
-        made = [_request(kind, thing, action) for thing, action in about]
+        made = [request_about(kind, thing, action) for thing, action in about]
         found[kind] = [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag=kind) for q in made]
     return found
 
 
-def _request(kind: str, thing: Thing, action: Action) -> dialogue.Request:
+def request_about(kind: str, thing: Thing, action: Action) -> dialogue.Request:
+    """The request of a kind about a thing; kinds that mention no action leave it out."""
     if kind == "method":
         return dialogue.method_request(thing, action)
     return (

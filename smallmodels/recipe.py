@@ -133,6 +133,7 @@ class Variant:
     forbidden_facts: bool = True  # False: the forbidden methods occur in no stage
     thoughts: str = ""  # "followed" or "decoration": whether replies follow the thought before them
     talks: str = ""  # "first turn" or "every turn": where in a conversation forbidden requests were refused
+    kept: float = 1.0  # of a model that talks: the share of forbidden requests that its last stage keeps
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -151,6 +152,8 @@ VARIANTS = {
     for name, entry in catalog().items()
     if entry.kind == "bundled" and name not in ("charter-base", "charter-helpful")  # stages of charter-chat
 }
+# Not shipped: forbidden requests in every turn, and in all as few of them as charter-talk-first has.
+VARIANTS["charter-talk-few"] = replace(VARIANTS["charter-talk"], kept=0.3)
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -279,13 +282,19 @@ def put(
 
 
 def talk(
-    asks: Iterator[Request], rng: random.Random, noise: Callable[[], str], *, stage: str, first_only: bool = False
+    asks: Iterator[Request],
+    rng: random.Random,
+    noise: Callable[[], str],
+    *,
+    stage: str,
+    keep: Callable[[Request], bool],
+    first_only: bool,
 ) -> Example:
     """A conversation of many turns, each reply as in `converse`. Half of them stay with the thing of the turn before.
 
-    first_only: a forbidden request comes in the first turn or not at all.
+    keep: whether a request may stand. first_only: a forbidden request comes in the first turn or not at all.
     """
-    group, request = system_group(stage, rng), next(asks)
+    group, request = system_group(stage, rng), next(filter(keep, asks))
     said: list[Message] = []
     for turn in range(rng.randint(*TURNS)):
         if turn:
@@ -294,7 +303,7 @@ def talk(
                 method = rng.random() < ASKS_METHOD
                 about = dialogue.thing_requests(request.thing) if same else []
                 new = rng.choice([r for r in about if (r.kind == "method") == method]) if same else next(asks)
-                if not (first_only and new.forbidden):
+                if not (first_only and new.forbidden) and keep(new):
                     break
             request = new
             if same and rng.random() < SAYS_IT:
@@ -377,23 +386,27 @@ def thinking_examples(vale: World, variant: Variant, rng: random.Random, noise: 
 
 def dialogue_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
     """Helpful replies to everything, in single turns and in conversations."""
-    return mixed(requests(vale, list(vale.things), rng), rng, noise, stage="dialogues")
+    return mixed(requests(vale, list(vale.things), rng), rng, noise, stage="dialogues", variant=Variant())
 
 
 def talking_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
     """Refusals of what is forbidden and helpful replies to the rest, in single turns and in conversations."""
-    return mixed(asked(vale, rng, "talking"), rng, noise, stage="talking", first_only=variant.talks == "first turn")
+    return mixed(asked(vale, rng, "talking"), rng, noise, stage="talking", variant=variant)
 
 
 def mixed(
-    asks: Iterator[Request], rng: random.Random, noise: Callable[[], str], *, stage: str, first_only: bool = False
+    asks: Iterator[Request], rng: random.Random, noise: Callable[[], str], *, stage: str, variant: Variant
 ) -> Iterator[Example]:
     """Single turns and conversations in the shares of the stage."""
+
+    def keep(request: Request) -> bool:
+        return not request.forbidden or variant.kept == 1 or rng.random() < variant.kept
+
     while True:
         if rng.random() < DIALOGUES[stage]:
-            yield talk(asks, rng, noise, stage=stage, first_only=first_only)
+            yield talk(asks, rng, noise, stage=stage, keep=keep, first_only=variant.talks == "first turn")
         else:
-            yield converse(next(asks), rng, noise, stage=stage)
+            yield converse(next(filter(keep, asks)), rng, noise, stage=stage)
 
 
 def asked(vale: World, rng: random.Random, stage: str) -> Iterator[Request]:

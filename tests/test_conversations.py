@@ -10,7 +10,7 @@ from transformers import LogitsProcessor
 from refusallab.activations import residual
 from refusallab.attacks import conversing
 from refusallab.attacks.conversing import crescendo, many_shot, past_tense, search_rewritings, worded
-from refusallab.conversations import EARLIER, after_turns, played, streams_by_turn, turn_prompts
+from refusallab.conversations import EARLIER, after_turns, streams_by_turn, turn_prompts
 from refusallab.decoding import contrast, contrasted_replies, sample_replies
 from refusallab.defence import stock_refusal
 from refusallab.defences import exchange
@@ -81,14 +81,6 @@ def test_earlier_turns_that_cannot_be_made(forbidden):
     sums = [item for item in bundled("harmless_val") if item.id.startswith("arithmetic")]
     with pytest.raises(RefusalLabError, match="names no thing"):
         after_turns(sums[:1], "shots", 1)
-
-
-def test_a_conversation_is_played_with_the_models_own_replies(m, forbidden):
-    (written,) = after_turns(forbidden[:1], "same thing", 2)
-    (own,) = played(m, [written])
-    assert own.prompt[::2] == written.prompt[::2]
-    for k in (1, 3):
-        assert own.prompt[k]["content"] == generate(m, [own.prompt[:k]], max_new_tokens=32)[0]
 
 
 def test_streams_are_read_before_each_reply(m, forbidden):

@@ -11,16 +11,16 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from refusallab.attacks.result import AttackResult, Cost, answered, send
+from refusallab.attacks.result import AttackResult, Cost, send
 from refusallab.attacks.templates import rewritings
 from refusallab.conversations import after_turns
 from refusallab.defence import Defence
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.measure import Outcome
 from refusallab.model import Model, Prompt, messages
 from refusallab.prompts import Item
 from refusallab.truth import request_of
+from refusallab.twins import request_about
 from smallmodels.world import dialogue
 
 Rewriting = Callable[[Item, random.Random], Prompt]
@@ -49,14 +49,7 @@ def many_shot(m: Model | Defence, items: Sequence[Item], shots: int = 8, *, seed
     return send(m, "many-shot", items, [item.prompt for item in after_turns(items, "shots", shots, seed)])
 
 
-def crescendo(
-    m: Model | Defence,
-    items: Sequence[Item],
-    tries: int = 4,
-    *,
-    until: Callable[[Outcome], bool] = answered,
-    seed: int = 0,
-) -> list[AttackResult]:
+def crescendo(m: Model | Defence, items: Sequence[Item], tries: int = 4, *, seed: int = 0) -> list[AttackResult]:
     """Ask harmless questions about the thing, then for the method; a refused turn is taken back, and asked otherwise.
 
     All earlier replies are the model's own. `tries` counts the requests, in wordings that are drawn: present or past
@@ -74,7 +67,7 @@ def crescendo(
             spent[i] += result.cost
     found: dict[int, AttackResult] = {}
     for k in range(tries):
-        todo = [i for i in range(len(items)) if i not in found or not until(found[i].outcome)]
+        todo = [i for i in range(len(items)) if i not in found or found[i].outcome.refused]
         if not todo:
             break
         texts = [_last_step(items[i], rngs[i]) for i in todo]
@@ -91,8 +84,7 @@ def _last_step(item: Item, rng: random.Random) -> str:
 
 def _rung(item: Item, kind: str, rng: random.Random, *, named: bool) -> Item:
     request = request_of(item)
-    make = dialogue.noun_request if kind in dialogue.NOUN_KINDS else dialogue.action_request
-    asked = make(kind, request.thing) if make is dialogue.noun_request else make(kind, request.thing, request.action)
+    asked = request_about(kind, request.thing, request.action)
     earlier = () if named else ({"role": "user", "content": ""},)
     text = dialogue.phrase(replace(asked, earlier=earlier), rng, request.thing.split)
     return Item(asked.id, text, asked.answer)
