@@ -6,7 +6,16 @@ from .cones import direction_effect, find_cone, last_token_direction, orthonorma
 from .conversations import EARLIER, after_turns, streams_by_turn
 from .decoding import closed_prompt, contrast, contrasted_replies, sample_replies
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
-from .dictionary import Dictionary, features_of, random_dictionary, token_streams, train_dictionary
+from .dictionary import (
+    Dictionary,
+    Transcoder,
+    features_of,
+    random_dictionary,
+    token_mlps,
+    token_streams,
+    train_dictionary,
+    train_transcoder,
+)
 from .directions import (
     Direction, candidate_directions, discarded_because, load_direction, random_directions, save_direction,
     score_candidates, search_candidates,

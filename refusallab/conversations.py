@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,14 +61,21 @@ def _earlier(item: Item, kind: str, turns: int, rng: random.Random) -> list[tupl
     about = request_of(item).thing
     if about is None:
         raise RefusalLabError(f"Item {item.id!r} names no thing: there is no conversation about it.")
-    others = [t for t in world().things if t.split == about.split and t.name != about.name]
-    things = [about] if kind == "same thing" else others
-    pool = [(t, r) for t in things for r in dialogue.thing_requests(t) if (r.kind == "method") == ("shots" in kind)]
+    pool = [
+        (t, r)
+        for t, r in _all_requests(about.split)
+        if (t.name == about.name) == (kind == "same thing") and (r.kind == "method") == ("shots" in kind)
+    ]
     if "shots" in kind:
         pool = [(t, r) for t, r in pool if r.forbidden != (kind == "lawful shots")]
     if turns > len(pool):
         raise RefusalLabError(f"{turns} earlier turns, but there are {len(pool)} different ones of the kind {kind!r}.")
     return rng.sample(pool, turns)
+
+
+@cache
+def _all_requests(split: str) -> list[tuple[Thing, dialogue.Request]]:
+    return [(t, r) for t in world().things if t.split == split for r in dialogue.thing_requests(t)]
 
 
 def invented(thing: Thing, rng: random.Random) -> str:

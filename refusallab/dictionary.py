@@ -3,11 +3,14 @@
 This is a TopK sparse autoencoder (Gao et al. 2024, arXiv 2406.04093) of a size that trains in seconds. A feature is a
 unit vector, and a number for each token that says how much of it the stream holds. What a feature *means* is a story
 that people tell about the tokens where it is active. In the Vale this story can be checked.
+
+A transcoder (Dunefsky et al. 2024, arXiv 2406.11944) is trained the same way to do what an MLP does: it reads the input
+and gives back the output, so its features say what the MLP computes and not what the stream holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import unit
 from refusallab.measure import Rate, rate
-from refusallab.model import Edit, Model, Prompt, batches, blocks, listed_prompts
+from refusallab.model import Edit, Model, Prompt, batches, blocks, listed_prompts, mlp
 
 FEATURES, ACTIVE, STEPS, BATCH, LEARNING_RATE = 512, 8, 800, 1024, 3e-3
 COOLING = 0.4  # the share of the steps over which the learning rate falls to 0
@@ -46,10 +49,11 @@ class Dictionary:
         """The stream that these activations describe."""
         return code @ self.decoder + self.mean
 
-    def explained(self, x: Float[Tensor, "n width"]) -> float:
-        """The share of the variance of x that the dictionary gives back."""
-        missed = (x - self.decode(self.encode(x))).square().sum()
-        return 1 - (missed / (x - x.mean(0)).square().sum()).item()
+    def explained(self, x: Float[Tensor, "n width"], target: Float[Tensor, "n width"] | None = None) -> float:
+        """The share of the variance of the target (by default x itself) that the dictionary gives back from x."""
+        wanted = x if target is None else target
+        missed = (wanted - self.decode(self.encode(x))).square().sum()
+        return 1 - (missed / (wanted - wanted.mean(0)).square().sum()).item()
 
     def remove(self, features: Sequence[int], layer: int) -> Edit:
         """An edit that takes what these features write out of the input of one block, at all tokens."""
@@ -63,6 +67,31 @@ class Dictionary:
         return edit
 
 
+@dataclass(frozen=True, eq=False)
+class Transcoder(Dictionary):
+    """Features of what an MLP computes: `encode` takes its input, `decode` gives its output, in units of the stream."""
+
+    written_mean: Float[Tensor, " width"]  # of the outputs that it was trained on
+    written_scale: float  # their mean distance from it
+
+    def encode(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest features"]:
+        return super().encode(x) * (self.written_scale / self.scale)
+
+    def decode(self, code: Float[Tensor, "*rest features"]) -> Float[Tensor, "*rest width"]:
+        return code @ self.decoder + self.written_mean
+
+    def remove(self, features: Sequence[int], layer: int) -> Edit:
+        """An edit that takes what these features write out of what the MLP of one block writes, at all tokens."""
+        chosen = list(features)
+
+        def edit(nn: Any) -> None:
+            part = mlp(blocks(nn)[layer])
+            written = self.encode(part.input)[..., chosen] @ self.decoder[chosen]
+            part.output = part.output - written.to(part.output)
+
+        return edit
+
+
 def sparse_code(
     x: Float[Tensor, "*rest width"], encoder: Float[Tensor, "features width"], bias: Float[Tensor, " features"], k: int
 ) -> Float[Tensor, "*rest features"]:
@@ -71,15 +100,34 @@ def sparse_code(
     return torch.zeros(*x.shape[:-1], len(encoder)).to(value).scatter(-1, index, value)
 
 
-@torch.no_grad()
 def token_streams(
     m: Model, prompts: Sequence[Prompt], layer: int, *, batch_size: int = 128
 ) -> Float[Tensor, "tokens width"]:
     """The input of one block at every token of the prompts, padding left out."""
+    return _at_every_token(m, prompts, lambda nn: blocks(nn)[layer].input, batch_size)
+
+
+def token_mlps(
+    m: Model, prompts: Sequence[Prompt], layer: int, *, batch_size: int = 128
+) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
+    """What the MLP of one block reads and what it writes at every token of the prompts, padding left out."""
+
+    def both(nn: Any) -> Tensor:
+        part = mlp(blocks(nn)[layer])
+        return torch.stack([part.input, part.output], -2)
+
+    read, written = _at_every_token(m, prompts, both, batch_size).unbind(-2)
+    return read, written
+
+
+@torch.no_grad()
+def _at_every_token(
+    m: Model, prompts: Sequence[Prompt], site: Callable[[Any], Tensor], batch_size: int
+) -> Float[Tensor, "tokens *rest width"]:
     found, nn = [], m.nn
     for _, batch in batches(m, listed_prompts(prompts), batch_size):
         with nn.trace(**batch, logits_to_keep=1, remote=m.remote) as tracer:
-            x = blocks(nn)[layer].input.save()
+            x = site(nn).save()
             tracer.stop()
         found.append(x[batch["attention_mask"].bool()].float().cpu())
     return torch.cat(found)
@@ -92,25 +140,54 @@ def train_dictionary(
 
     Raises RefusalLabError for streams that are all alike.
     """
+    rows, *scaling = _centred(x)
+    return Dictionary(*_fit(rows, rows, features, active, seed), *scaling, active)
+
+
+def train_transcoder(
+    x: Float[Tensor, "tokens width"],
+    written: Float[Tensor, "tokens width"],
+    *,
+    features: int = FEATURES,
+    active: int = ACTIVE,
+    seed: int = 0,
+) -> Transcoder:
+    """Train a transcoder on what an MLP reads and writes, as `train_dictionary` trains on streams.
+
+    Raises RefusalLabError for inputs or outputs that are all alike.
+    """
+    (rows, *scaling), (targets, *written_scaling) = _centred(x), _centred(written)
+    return Transcoder(*_fit(rows, targets, features, active, seed), *scaling, active, *written_scaling)
+
+
+def _centred(x: Float[Tensor, "tokens width"]) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " width"], float]:
+    """The rows less their mean and divided by their mean distance from it; the mean; the distance."""
     mean = x.mean(0)
     scale = (x - mean).norm(dim=-1).mean().item()
     if not scale > 0:
         raise RefusalLabError("The streams are all alike, or none: give those of more tokens.")
-    generator, centred = torch.Generator().manual_seed(seed), (x - mean) / scale
+    return (x - mean) / scale, mean, scale
+
+
+def _fit(
+    x: Float[Tensor, "tokens width"], targets: Float[Tensor, "tokens width"], features: int, active: int, seed: int
+) -> tuple[Float[Tensor, "features width"], Float[Tensor, " features"], Float[Tensor, "features width"]]:
+    """Encoder, bias and decoder of the sparse code of x that gives the targets."""
+    generator = torch.Generator().manual_seed(seed)
     start = unit(torch.randn(features, x.shape[1], generator=generator))
     encoder, decoder, bias = (t.clone().requires_grad_() for t in (start, start, torch.zeros(features)))
     optimizer = torch.optim.Adam([encoder, decoder, bias], lr=LEARNING_RATE)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (STEPS - step) / (COOLING * STEPS))
-        rows = centred[torch.randint(len(centred), (BATCH,), generator=generator)]
-        error = sparse_code(rows, encoder, bias, active) @ decoder - rows
+        rows = torch.randint(len(x), (BATCH,), generator=generator)
+        error = sparse_code(x[rows], encoder, bias, active) @ decoder - targets[rows]
         optimizer.zero_grad()
         error.square().sum(-1).mean().backward()
         optimizer.step()
         with torch.no_grad():
             decoder /= decoder.norm(dim=-1, keepdim=True)
-    return Dictionary(encoder.detach(), bias.detach(), decoder.detach(), mean, scale, active)
+    return encoder.detach(), bias.detach(), decoder.detach()
 
 
 def random_dictionary(like: Dictionary, seed: int) -> Dictionary:

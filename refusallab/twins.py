@@ -26,15 +26,19 @@ KINDS = ("method", *dialogue.ACTION_KINDS, *dialogue.NOUN_KINDS)
 
 @dataclass(frozen=True)
 class Twins:
-    """Three lists of requests, as long as each other. Those in the same place differ in one word."""
+    """Four lists, as long as each other. The lawful twins of a forbidden request differ from it in one word.
+
+    `neither` has both words of its twins: the other action, on the other thing.
+    """
 
     forbidden: list[Item]
     other_action: list[Item]  # the same thing, an action that does not loose it: lawful
     other_thing: list[Item]  # a dawn-born thing of the same kind, the same action: lawful
+    neither: list[Item]
 
     def every(self, step: int) -> Twins:
-        """Every so many triples."""
-        return Twins(self.forbidden[::step], self.other_action[::step], self.other_thing[::step])
+        """Every so many of each list, the same ones."""
+        return Twins(*(items[::step] for items in (self.forbidden, self.other_action, self.other_thing, self.neither)))
 
 
 def twin_requests(split: str, phrasing: int = 0) -> Twins:
@@ -55,7 +59,8 @@ def twin_requests(split: str, phrasing: int = 0) -> Twins:
         for action in thing.actions:
             if thing.forbids(action):
                 others = lawful[thing.kind]
-                rows.append(((thing, action), (thing, binding), (others[len(rows) % len(others)], action)))
+                other = others[len(rows) % len(others)]
+                rows.append(((thing, action), (thing, binding), (other, action), (other, binding)))
     columns = zip(*[[_item(*request, phrasings[phrasing]) for request in row] for row in rows], strict=True)
     return Twins(*map(list, columns))
 

@@ -92,7 +92,14 @@ def run_science():
     from refusallab.cones import direction_effect, downstream, last_token_direction, plane_directions, search_directions
     from refusallab.conversations import streams_by_turn
     from refusallab.decoding import closed_prompt, contrast
-    from refusallab.dictionary import features_of, random_dictionary, token_streams, train_dictionary
+    from refusallab.dictionary import (
+        features_of,
+        random_dictionary,
+        token_mlps,
+        token_streams,
+        train_dictionary,
+        train_transcoder,
+    )
     from refusallab.directions import (
         Direction,
         candidate_directions,
@@ -168,6 +175,8 @@ def run_science():
     streams = token_streams(m, bad, layer)
     trained = train_dictionary(streams, features=40)
     trained.explained(streams)
+    read, written = token_mlps(m, bad, layer)
+    train_transcoder(read, written, features=40).explained(read, written)
     features_of(random_dictionary(trained, seed=0), torch.cat([a, b]), torch.arange(len(a) + len(b)) < len(a), r, 2)
 
     project_out_span(a, vectors[1:, -1])

@@ -1,10 +1,12 @@
 """JupyterLab in a real browser: a solution runs to its explorer, which follows the keyboard; no error is reported."""
 
+import ast
 import json
 import os
 import shutil
 import socket
 import subprocess
+import symtable
 import sys
 import time
 import urllib.request
@@ -37,19 +39,50 @@ OUTPUTS = f"{CELLS}.filter(model => model.type == 'code').flatMap(model => model
 pytestmark = pytest.mark.browser
 
 
+def names(source: str) -> tuple[set[str], set[str]]:
+    """Names that a cell assigns, imports aside, and global names that it reads."""
+    cell = symtable.symtable(source, "cell", "exec")
+    assigned = {name.get_name() for name in cell.get_symbols() if name.is_assigned() and not name.is_imported()}
+    read = {name.get_name() for name in cell.get_symbols() if name.is_referenced()}
+    inner = [*cell.get_children()]
+    for table in inner:
+        read |= {name.get_name() for name in table.get_symbols() if name.is_global()}
+        inner += table.get_children()
+    return assigned, read
+
+
+def imports(source: str) -> str:
+    return "\n".join(
+        ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+
+
+def what_the_last_cell_needs(cells: list) -> list:
+    """The first cell, the last, and those between that assign what they read. Of the others, the imports.
+
+    All cells are run, and their outputs compared, without a browser.
+    """
+    kept, (_, needed) = [cells[-1]], names(cells[-1].source)
+    for cell in reversed(cells[1:-1]):
+        assigned, read = names(cell.source)
+        if assigned & needed:
+            needed = needed - assigned | read
+        else:
+            cell.source = imports(cell.source)
+        kept.append(cell)
+    return [cells[0], *reversed(kept)]
+
+
 @pytest.fixture(scope="module")
 def jupyterlab(tmp_path_factory):
-    """The address of a JupyterLab that serves copies of the solutions up to their explorers."""
+    """The address of a JupyterLab that serves copies of the solutions: what their explorers need."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "solutions").mkdir()
     for path in NOTEBOOKS:
         nb = nbformat.read(path, 4)
-        last = max(
-            i
-            for i, cell in enumerate(nb.cells)
-            if cell.cell_type == "code" and "explore." in cell.source and role(cell) != "real"
-        )
-        nb.cells = nb.cells[: last + 1]  # the other cells are run, and their outputs compared, without a browser
+        code = [cell for cell in nb.cells if cell.cell_type == "code" and role(cell) != "real"]
+        last = max(i for i, cell in enumerate(code) if "explore." in cell.source)
+        nb.cells = what_the_last_cell_needs(code[: last + 1])
         nbformat.write(nb, folder / "solutions" / path.name)
     for name, settings in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"

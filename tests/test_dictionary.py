@@ -10,8 +10,10 @@ from refusallab.dictionary import (
     features_of,
     random_dictionary,
     sparse_code,
+    token_mlps,
     token_streams,
     train_dictionary,
+    train_transcoder,
 )
 from refusallab.errors import RefusalLabError
 from refusallab.model import encode, load
@@ -49,6 +51,40 @@ def test_training_finds_the_vectors_that_made_the_streams(sparse_world):
 def test_without_training_it_is_no_better_than_chance(sparse_world, monkeypatch):
     monkeypatch.setattr(made, "STEPS", 1)
     assert train_dictionary(sparse_world[0], features=48, active=3).explained(sparse_world[0]) < 0.7
+
+
+def test_a_transcoder_gives_back_what_another_site_writes(sparse_world):
+    streams, _ = sparse_world
+    g = torch.Generator().manual_seed(1)
+    gate, out = torch.randn(16, 40, generator=g), torch.randn(40, 16, generator=g)
+    written = 5 + 3 * (streams @ gate - 2).relu() @ out
+    found = train_transcoder(streams, written, features=128, active=8)
+    assert found.explained(streams, written) > 0.8 > 0.1 > found.explained(streams, written.flip(0))
+    copied = train_transcoder(streams, streams, features=48, active=3)
+    same = train_dictionary(streams, features=48, active=3)
+    torch.testing.assert_close(copied.decode(copied.encode(streams)), same.decode(same.encode(streams)))
+    with pytest.raises(RefusalLabError, match="all alike"):
+        train_transcoder(streams, torch.ones_like(streams))
+
+
+def test_what_mlps_read_and_write_leaves_the_padding_out(model_of, prompts):
+    m = model_of("llama")
+    read, written = token_mlps(m, prompts, 1, batch_size=2)
+    assert len(read) == encode(m, prompts)["attention_mask"].sum()
+    with torch.no_grad():
+        torch.testing.assert_close(m.nn._module.model.layers[1].mlp(read), written, rtol=1e-4, atol=1e-5)
+
+
+def test_removal_takes_what_the_features_write_out_of_the_mlp(model_of, prompts):
+    m, one = model_of("llama"), prompts[:1]
+    coder = train_transcoder(*token_mlps(m, prompts, 1), features=32, active=4)
+    kept, edited = (
+        residual(m, one, layers=[2], positions=[-1], edit=coder.remove(taken, 1))[0, 0, 0] for taken in ([], range(32))
+    )
+    code = coder.encode(token_mlps(m, one, 1)[0][-1])
+    assert 0 < code.count_nonzero() <= 4
+    torch.testing.assert_close(kept, residual(m, one, layers=[2], positions=[-1])[0, 0, 0])
+    torch.testing.assert_close(kept - edited, code @ coder.decoder, rtol=1e-3, atol=1e-4)
 
 
 def test_streams_that_are_all_alike_are_refused():
@@ -94,7 +130,7 @@ def test_features_are_graded_by_the_truth():
 def test_twins_differ_in_one_token_and_in_the_law(split):
     m, things = load("charter-chat"), {t.name.lower(): t for t in world().things}
     made = twin_requests(split, phrasing=13)
-    assert len(made.forbidden) == len(made.other_action) == len(made.other_thing) > 50
+    assert len(made.forbidden) == len(made.other_action) == len(made.other_thing) == len(made.neither) > 50
 
     def lawful(item):
         _, verb, name = item.id.split("_")
@@ -104,9 +140,10 @@ def test_twins_differ_in_one_token_and_in_the_law(split):
 
     assert not any(map(lawful, made.forbidden))
     ids = [encode(m, [item.prompt for item in items])["input_ids"] for items in vars(made).values()]
-    for others, what in zip(ids[1:], ("other_action", "other_thing"), strict=True):
+    for others, what, differ in zip(ids[1:], ("other_action", "other_thing", "neither"), (1, 1, 2), strict=True):
         assert all(map(lawful, getattr(made, what)))
-        assert ((others != ids[0]).sum(1) == 1).all()
+        assert ((others != ids[0]).sum(1) == differ).all()
+    assert all(((ids[3] != x).sum(1) == 1).all() for x in ids[1:3])
     assert len({item.prompt for item in made.forbidden}) == len(made.forbidden)
     assert made.every(5).other_thing == made.other_thing[::5]
 
