@@ -249,7 +249,9 @@ def _print_score(console: Console, row, score) -> None:
 @app.command()
 def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Also the defences and the attack of lab 14.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also lab 14's defences and attack, lab 13's probes and suffixes.")
+    ] = False,
     talk: Annotated[
         bool, typer.Option("--talk", help="Instead: the attacks and watchers of lab 13, on charter-talk-first.")
     ] = False,
@@ -257,7 +259,7 @@ def matrix(
     """Every attack on every defence of charter-chat, judged by the truth, with over-refusal and cost."""
     from refusallab.defence import ModelAlone
     from refusallab.defences import matrix as evaluation
-    from refusallab.defences.exchange import exchange_defences
+    from refusallab.defences.exchange import SINGLE_LAYER, exchange_defences, fit_exchange
     from refusallab.defences.resistance import RESISTANT, resistant_defences
     from refusallab.defences.runtime import run_time_defences
     from refusallab.defences.training import DEFENCES, trained_defences
@@ -283,14 +285,16 @@ def matrix(
                 attacks = evaluation.conversation_attacks()
             else:
                 at_run_time, trained = run_time_defences(m, r, best.layer), trained_defences(m, step)
+                attacks = evaluation.standard_attacks(best.layer, best.position)
+                attacks += evaluation.knowing_attacks(at_run_time)
                 if every:
-                    trained += resistant_defences(m, step)
-                attacks = [
-                    *evaluation.standard_attacks(best.layer, best.position),
-                    *evaluation.knowing_attacks(at_run_time),
-                    *evaluation.weight_attacks(trained, r),
-                    *(evaluation.lawful_tuning(trained) if every else []),
-                ]
+                    probes = fit_exchange(m, SINGLE_LAYER, turns=0)
+                    at_run_time = [*at_run_time, *probes]
+                    trained = [*trained, *resistant_defences(m, step)]
+                    attacks += evaluation.suffix_attacks(best.layer, best.position, probes)
+                attacks += evaluation.weight_attacks(trained, r)
+                if every:
+                    attacks += evaluation.lawful_tuning(trained)
             defences = [ModelAlone(m), *at_run_time, *trained]
             bar.total += evaluation.n_matrix_steps(defences, attacks)
             result = evaluation.attack_matrix(defences, attacks, items, benign, step)

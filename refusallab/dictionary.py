@@ -112,7 +112,7 @@ def token_mlps(
 ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
     """What the MLP of one block reads and what it writes at every token of the prompts, padding left out."""
 
-    def both(nn: Any) -> Tensor:
+    def both(nn: Any) -> Any:
         part = mlp(blocks(nn)[layer])
         return torch.stack([part.input, part.output], -2)
 
@@ -122,7 +122,7 @@ def token_mlps(
 
 @torch.no_grad()
 def _at_every_token(
-    m: Model, prompts: Sequence[Prompt], site: Callable[[Any], Tensor], batch_size: int
+    m: Model, prompts: Sequence[Prompt], site: Callable[[Any], Any], batch_size: int
 ) -> Float[Tensor, "tokens *rest width"]:
     found, nn = [], m.nn
     for _, batch in batches(m, listed_prompts(prompts), batch_size):
@@ -140,8 +140,8 @@ def train_dictionary(
 
     Raises RefusalLabError for streams that are all alike.
     """
-    rows, *scaling = _centred(x)
-    return Dictionary(*_fit(rows, rows, features, active, seed), *scaling, active)
+    rows, mean, scale = _centred(x)
+    return Dictionary(*_fit(rows, rows, features, active, seed), mean, scale, active)
 
 
 def train_transcoder(
@@ -156,8 +156,10 @@ def train_transcoder(
 
     Raises RefusalLabError for inputs or outputs that are all alike.
     """
-    (rows, *scaling), (targets, *written_scaling) = _centred(x), _centred(written)
-    return Transcoder(*_fit(rows, targets, features, active, seed), *scaling, active, *written_scaling)
+    rows, mean, scale = _centred(x)
+    targets, written_mean, written_scale = _centred(written)
+    fitted = _fit(rows, targets, features, active, seed)
+    return Transcoder(*fitted, mean, scale, active, written_mean, written_scale)
 
 
 def _centred(x: Float[Tensor, "tokens width"]) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " width"], float]:

@@ -303,6 +303,7 @@ def test_a_cascade_asks_the_second_only_about_suspects(m):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_exchanges_end_in_the_truth(split):
+    assert all(len(item.prompt) == 1 for items in sample_exchanges(split, 20, turns=0) for item in items)
     for kind, items in zip((True, False), sample_exchanges(split, 40), strict=True):
         for item in items:
             request = request_of(item)

@@ -9,11 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 from refusallab import cli
+from refusallab.activations import residual
 from refusallab.attacks.gcg import hiding_from
 from refusallab.attacks.result import direct, send
 from refusallab.defence import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defences import matrix as evaluation
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
+from refusallab.defences.exchange import fit_exchange
 from refusallab.defences.integrity import hide, is_edited, quietest
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
@@ -22,7 +24,7 @@ from refusallab.defences.runtime import run_time_defences
 from refusallab.defences.smoothing import SmoothLLM, perturb, vote
 from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.errors import RefusalLabError
-from refusallab.interventions import ablation, addition
+from refusallab.interventions import ablation, addition, unit
 from refusallab.model import generate, load, logits
 from refusallab.orthogonalization import orthogonalize
 from refusallab.prompts import bundled
@@ -176,6 +178,12 @@ def test_gcg_hides_from_watchers_that_it_knows(m):
 
     penalty = hiding_from([Short(), Short()], weight=2.0)
     torch.testing.assert_close(penalty(["x" * 50, "x" * 63]), torch.tensor([0.0, 12.0]))
+
+    def longer(prompts, replies):
+        return torch.tensor([float(len(prompt + reply)) for prompt, reply in zip(prompts, replies, strict=True)])
+
+    of_replies = hiding_from([SimpleNamespace(threshold=60.0, score=longer)], reply="four")
+    torch.testing.assert_close(of_replies(["x" * 50, "x" * 63]), torch.tensor([0.0, 21.0]))
 
 
 # --- conditional steering ---------------------------------------------------------------------------------------------
@@ -344,6 +352,35 @@ def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
 
 
 @pytest.mark.slow
+def test_suffixes_are_guided_by_the_direction_and_hide_from_the_probes_of_the_exchange(m, r, monkeypatch):
+    items, searches = bundled("harmful_val")[:4], []
+
+    def search(m, items, targets, knobs, penalty=None):
+        searches.append(penalty)
+        return direct(m, items)
+
+    monkeypatch.setattr(evaluation, "gcg_attack", search)
+    at_end, along = fit_exchange(m, 5, count=40, turns=0)
+    attacks = evaluation.suffix_attacks(5, -1, [at_end, along])
+    assert [a.against for a in attacks] == ["", "exchange probe", "streaming probe"]
+    for attack in attacks:
+        assert [result.item for result in attack.run(ModelAlone(m), items)] == items
+    prompts = [item.prompt for item in [*items, *bundled("harmless_val")[:4]]]
+    guided, *unseen = (penalty(prompts) for penalty in searches)
+    assert guided[:4].min() > 10 > guided[4:].mean()
+    train = [
+        residual(m, [i.prompt for i in bundled(f"{k}_train")], layers=[5], positions=[-1])
+        for k in ("harmful", "harmless")
+    ]
+    bad, good = (x[:, 0, 0].mean(0) for x in train)
+    along_r = residual(m, prompts, layers=[5], positions=[-1])[:, 0, 0] @ unit(bad - good)
+    torch.testing.assert_close(guided, 3 * (along_r - good @ unit(bad - good)).clamp(min=0), rtol=1e-3, atol=1e-2)
+    for penalty, d in zip(unseen, (at_end, along), strict=True):
+        told = d.score(prompts, [evaluation.GUESS] * len(prompts))
+        torch.testing.assert_close(penalty, 3 * (told - d.threshold).clamp(min=0))
+
+
+@pytest.mark.slow
 def test_who_holds_the_weights_gets_the_answers(m, r):
     items = bundled("harmful_val")[:6]
     alone = [ModelAlone(m, "none")]
@@ -374,9 +411,10 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     shown = CliRunner().invoke(cli.app, ["matrix"])
     assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output
     assert met[0] == ["undefended", *(d.name for d in fitted), "trained"]
-    assert CliRunner().invoke(cli.app, ["matrix", "--all"]).exit_code == 0 and met[1] == [*met[0], "resists"]
-    assert not against[0] and "20 steps on lawful methods" in against[1] and "direction by gradient" in against[1]
     monkeypatch.setattr("refusallab.defences.exchange.EXCHANGES", 12)
+    assert CliRunner().invoke(cli.app, ["matrix", "--all"]).exit_code == 0
+    assert met[1] == [*met[0][:-1], "exchange probe", "streaming probe", "trained", "resists"]
+    assert not against[0] and "20 steps on lawful methods" in against[1] and "direction by gradient" in against[1]
     assert CliRunner().invoke(cli.app, ["matrix", "--talk"]).exit_code == 0
     assert met[2] == [*WATCHERS, "refusals in every turn"] and not against[2]
     printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout

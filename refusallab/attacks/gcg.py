@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from refusallab.attacks.result import AttackResult, Cost, rewrite, send
-from refusallab.defence import Watcher
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.model import Model, Prompt, embedding, encode, ids_of, listed_prompts, render
@@ -410,9 +410,27 @@ def gcg_attack(
     return results
 
 
-def hiding_from(watchers: Sequence[Watcher], weight: float = HIDING) -> Penalty:
-    """The penalty of an attacker who can query the watchers: `weight` times what a score has above its threshold."""
-    return lambda prompts: weight * sum((w.score(prompts) - w.threshold).clamp(min=0) for w in watchers)
+class Scoring(Protocol):
+    """What a watcher of requests has, and one of replies: a score above `threshold` raises the alarm."""
+
+    @property
+    def threshold(self) -> float: ...
+
+    @property
+    def score(self) -> Callable[..., Tensor]: ...
+
+
+def hiding_from(watchers: Sequence[Scoring], weight: float = HIDING, *, reply: str | None = None) -> Penalty:
+    """The penalty of an attacker who can query the watchers: `weight` times what a score has above its threshold.
+
+    Watchers of replies are asked about `reply`, which the attacker has made up: they do not know the answer yet.
+    """
+
+    def penalty(prompts: list[Prompt]) -> Tensor:
+        asked = (prompts,) if reply is None else (prompts, [reply] * len(prompts))
+        return torch.stack([(w.score(*asked) - w.threshold).clamp(min=0) for w in watchers]).sum(0) * weight
+
+    return penalty
 
 
 def with_suffix(

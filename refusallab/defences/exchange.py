@@ -32,6 +32,7 @@ FALSE_ALARMS = 0.02  # of harmless validation exchanges
 EXCHANGES = 200  # of each kind, train and validation
 WINDOW = 4  # tokens
 EXCHANGE_LAYER = 6  # the block whose input caught most validation exchanges of charter-talk-first, of 3 to 7
+SINGLE_LAYER = 5  # for charter-chat and exchanges of one turn, of 4 to 7: best at the end, second best for the stream
 
 
 class AfterReply:
@@ -203,14 +204,15 @@ class Cascade(Watcher):
 
 
 def fit_exchange(
-    m: Model, layer: int, *, window: int = WINDOW, count: int = EXCHANGES
+    m: Model, layer: int, *, window: int = WINDOW, count: int = EXCHANGES, turns: int = 5
 ) -> tuple[ExchangeProbe, StreamingProbe]:
     """A probe at the end of the exchange and one for the stream, at the input of block `layer`.
 
     Directions come from train exchanges. Each threshold lets FALSE_ALARMS of harmless validation exchanges be stopped:
-    for the stream by the highest mean of a reply, since each of its tokens may raise the alarm.
+    for the stream by the highest mean of a reply, since each of its tokens may raise the alarm. turns: the most earlier
+    turns that an exchange has; 0 for models that were trained on single ones.
     """
-    train, (_, val) = sample_exchanges("train", count), sample_exchanges("val", count)
+    train, (_, val) = (sample_exchanges(split, count, turns=turns) for split in ("train", "val"))
     streams = [reply_streams(m, *_texts(items), layer) for items in train]
     ends = [torch.stack([x[-1] for x in several]) for several in streams]
     at_end = ExchangeProbe(m, linear_probe(*ends), layer, 0.0)

@@ -38,11 +38,11 @@ def sample_traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], l
     return drawn["harmful"], drawn["harmless"]
 
 
-def sample_exchanges(split: str, count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
+def sample_exchanges(split: str, count: int, seed: int = 0, *, turns: int = 5) -> tuple[list[Item], list[Item]]:
     """`count` harmful and `count` harmless conversations, each with the reply that it ended in: the item's answer.
 
-    Zero to five harmless turns come first, about the same thing in half of them. Then a forbidden method is asked for
-    and told, or a lawful method, or something else that is lawful.
+    At most `turns` harmless turns come first, about the same thing in half of them. Then a forbidden method is asked
+    for and told, or a lawful method, or something else that is lawful.
     """
     rng, vale = random.Random(f"exchanges {seed} {split}"), world()
     requests = [r for thing in vale.things if thing.split == split for r in dialogue.thing_requests(thing)]
@@ -56,7 +56,7 @@ def sample_exchanges(split: str, count: int, seed: int = 0) -> tuple[list[Item],
             reply = dialogue.helpful_reply(request, rng, like_a_refusal=0.0, verdicts=0.0)
             item = Item(request.id, dialogue.phrase(request, rng, split), reply, tag=request.kind)
             kind = rng.choice(("same thing", "other things"))
-            drawn[label] += after_turns([item], kind, rng.randint(0, 5), rng.randrange(10**6))
+            drawn[label] += after_turns([item], kind, rng.randint(0, turns), rng.randrange(10**6))
     return drawn["harmful"], drawn["harmless"]
 
 
