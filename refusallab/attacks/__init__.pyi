@@ -6,6 +6,7 @@ from .gcg import (
     candidate_losses,
     find_suffix,
     gcg_attack,
+    hiding_from,
     keys_and_values,
     prepare,
     random_suffix,
