@@ -44,8 +44,9 @@ class TestExercises:
         assert run_cases(e, e.reference, seed).problem == ""
 
     @each_mistake
-    def test_a_typical_mistake_is_called_by_its_name(self, e, mistake):
+    def test_a_typical_mistake_is_called_by_its_name(self, e, mistake, monkeypatch):
         assert run_cases(e, mistake.wrong, PUBLIC_SEED).mistake == mistake.name
+        monkeypatch.setattr("refusallab.course.exercise._recognise", lambda *_: None)  # naming is half of the work
         assert not run_cases(e, mistake.wrong, HIDDEN_SEED).passed
 
     @each_exercise

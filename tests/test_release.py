@@ -363,7 +363,7 @@ def succeed(result):
 
 
 @pytest.mark.filterwarnings("ignore:Object of type")  # nbgrader's own business with its database
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestNbgrader:
     points = {e.number: e.points for e in HEADERS if e.lab == "02"}
 

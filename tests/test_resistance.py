@@ -70,7 +70,13 @@ def test_the_gradient_of_tamper_loss_is_that_at_the_attacked_weights(chat, batch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defence", DEFENCES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    "defence",
+    [
+        pytest.param(d, id=d.__name__, marks=[pytest.mark.nightly] if d is safe_completion else [])  # takes longest
+        for d in DEFENCES
+    ],
+)
 def test_a_seed_decides_the_weights_and_m_stays(chat, defence, monkeypatch):
     for name in ("SPREAD_STEPS", "TAMPER_STEPS", "TOKEN_STEPS"):
         monkeypatch.setattr(resistance, name, 2)

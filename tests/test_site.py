@@ -28,7 +28,7 @@ KINDS = {  # of pages, and one of each
     "play": "play.html",
 }
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]  # one worker builds the site
 
 
 @pytest.fixture(scope="module")
