@@ -28,6 +28,8 @@ from refusallab.interventions import ablation, addition, unit
 from refusallab.model import generate, load, logits
 from refusallab.orthogonalization import orthogonalize
 from refusallab.prompts import bundled
+from smallmodels.world import dialogue
+from smallmodels.world.facts import world
 
 PROMPTS = [item.prompt for item in bundled("harmless_val")[:3]]
 
@@ -366,6 +368,8 @@ def test_suffixes_are_guided_by_the_direction_and_hide_from_the_probes_of_the_ex
     for attack in attacks:
         assert [result.item for result in attack.run(ModelAlone(m), items)] == items
     prompts = [item.prompt for item in [*items, *bundled("harmless_val")[:4]]]
+    answers = {dialogue.answer("method", **parts) for thing in world().things for parts in thing.methods.values()}
+    assert len(answers) > 900 and evaluation.GUESS not in answers
     guided, *unseen = (penalty(prompts) for penalty in searches)
     assert guided[:4].min() > 10 > guided[4:].mean()
     train = [
