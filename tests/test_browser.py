@@ -148,7 +148,7 @@ def test_a_notebook_runs_and_its_explorer_answers_the_keyboard(path, jupyterlab,
     control, keys = next((page.locator(c).first, keys) for c, keys in CONTROLS.items() if page.locator(c).count())
     view = page.locator(".jp-OutputArea-output", has=control).locator(".widget-html-content").last
     before = view.inner_text()
-    for left in reversed(range(5)):  # JupyterLab takes the focus back now and then when its cells have just been run
+    for left in reversed(range(5)):  # a key that comes right behind the last cell is lost now and then
         control.focus()
         for key in keys:
             page.keyboard.press(key)
