@@ -415,10 +415,10 @@ def test_the_command_prints_every_cell_and_its_json(m, r, small, monkeypatch):
     shown = CliRunner().invoke(cli.app, ["matrix"])
     assert shown.exit_code == 0 and "ask louder" in shown.output and "extra forward passes" in shown.output
     assert met[0] == ["undefended", *(d.name for d in fitted), "trained"]
-    monkeypatch.setattr("refusallab.defences.exchange.EXCHANGES", 12)
     assert CliRunner().invoke(cli.app, ["matrix", "--all"]).exit_code == 0
     assert met[1] == [*met[0][:-1], "exchange probe", "streaming probe", "trained", "resists"]
     assert not against[0] and "20 steps on lawful methods" in against[1] and "direction by gradient" in against[1]
+    monkeypatch.setattr("refusallab.defences.exchange.EXCHANGES", 12)
     assert CliRunner().invoke(cli.app, ["matrix", "--talk"]).exit_code == 0
     assert met[2] == [*WATCHERS, "refusals in every turn"] and not against[2]
     printed = CliRunner().invoke(cli.app, ["matrix", "--json"]).stdout
