@@ -124,13 +124,19 @@ def token_mlps(
 def _at_every_token(
     m: Model, prompts: Sequence[Prompt], site: Callable[[Any], Any], batch_size: int
 ) -> Float[Tensor, "tokens *rest width"]:
-    found, nn = [], m.nn
-    for _, batch in batches(m, listed_prompts(prompts), batch_size):
+    nn, found, filled = m.nn, torch.empty(0), 0
+    passes = [batch for _, batch in batches(m, listed_prompts(prompts), batch_size)]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in passes)
+    for batch in passes:
         with nn.trace(**batch, logits_to_keep=1, remote=m.remote) as tracer:
             x = site(nn).save()
             tracer.stop()
-        found.append(x[batch["attention_mask"].bool()].float().cpu())
-    return torch.cat(found)
+        rows = x[batch["attention_mask"].bool()]
+        if not filled:
+            found = torch.empty(tokens, *rows.shape[1:])  # once: pieces put together at the end would take twice as much
+        found[filled : filled + len(rows)] = rows
+        filled += len(rows)
+    return found
 
 
 def train_dictionary(
@@ -140,8 +146,13 @@ def train_dictionary(
 
     Raises RefusalLabError for streams that are all alike.
     """
-    rows, mean, scale = _centred(x)
-    return Dictionary(*_fit(rows, rows, features, active, seed), mean, scale, active)
+    mean, scale = _centre(x)
+
+    def standard(rows: Tensor) -> tuple[Tensor, Tensor]:
+        given = (x[rows] - mean) / scale
+        return given, given
+
+    return Dictionary(*_fit(standard, x.shape, features, active, seed), mean, scale, active)
 
 
 def train_transcoder(
@@ -156,34 +167,41 @@ def train_transcoder(
 
     Raises RefusalLabError for inputs or outputs that are all alike.
     """
-    rows, mean, scale = _centred(x)
-    targets, written_mean, written_scale = _centred(written)
-    fitted = _fit(rows, targets, features, active, seed)
+    (mean, scale), (written_mean, written_scale) = _centre(x), _centre(written)
+
+    def standard(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return (x[rows] - mean) / scale, (written[rows] - written_mean) / written_scale
+
+    fitted = _fit(standard, x.shape, features, active, seed)
     return Transcoder(*fitted, mean, scale, active, written_mean, written_scale)
 
 
-def _centred(x: Float[Tensor, "tokens width"]) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " width"], float]:
-    """The rows less their mean and divided by their mean distance from it; the mean; the distance."""
+def _centre(x: Float[Tensor, "tokens width"]) -> tuple[Float[Tensor, " width"], float]:
+    """The mean of the rows, and their mean distance from it."""
     mean = x.mean(0)
     scale = (x - mean).norm(dim=-1).mean().item()
     if not scale > 0:
         raise RefusalLabError("The streams are all alike, or none: give those of more tokens.")
-    return (x - mean) / scale, mean, scale
+    return mean, scale
 
 
 def _fit(
-    x: Float[Tensor, "tokens width"], targets: Float[Tensor, "tokens width"], features: int, active: int, seed: int
+    standard: Callable[[Tensor], tuple[Tensor, Tensor]], shape: Sequence[int], features: int, active: int, seed: int
 ) -> tuple[Float[Tensor, "features width"], Float[Tensor, " features"], Float[Tensor, "features width"]]:
-    """Encoder, bias and decoder of the sparse code of x that gives the targets."""
+    """Encoder, bias and decoder of a sparse code of some rows that gives others.
+
+    standard: from the numbers of rows to what is read and what is to be given back, standardised. shape: tokens, width.
+    """
     generator = torch.Generator().manual_seed(seed)
-    start = unit(torch.randn(features, x.shape[1], generator=generator))
+    tokens, width = shape
+    start = unit(torch.randn(features, width, generator=generator))
     encoder, decoder, bias = (t.clone().requires_grad_() for t in (start, start, torch.zeros(features)))
     optimizer = torch.optim.Adam([encoder, decoder, bias], lr=LEARNING_RATE)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (STEPS - step) / (COOLING * STEPS))
-        rows = torch.randint(len(x), (BATCH,), generator=generator)
-        error = sparse_code(x[rows], encoder, bias, active) @ decoder - targets[rows]
+        read, wanted = standard(torch.randint(tokens, (BATCH,), generator=generator))
+        error = sparse_code(read, encoder, bias, active) @ decoder - wanted
         optimizer.zero_grad()
         error.square().sum(-1).mean().backward()
         optimizer.step()
