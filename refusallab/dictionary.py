@@ -132,8 +132,8 @@ def _at_every_token(
             x = site(nn).save()
             tracer.stop()
         rows = x[batch["attention_mask"].bool()]
-        if not filled:
-            found = torch.empty(tokens, *rows.shape[1:])  # once: pieces put together at the end would take twice as much
+        if not filled:  # room for all: pieces put together at the end would be there twice
+            found = torch.empty(tokens, *rows.shape[1:])
         found[filled : filled + len(rows)] = rows
         filled += len(rows)
     return found
