@@ -1,4 +1,6 @@
-"""JupyterLab in a real browser: a solution runs to its explorer, which follows the keyboard; no error is reported."""
+"""JupyterLab in a real browser: a solution runs to its explorer, which follows the keyboard, and no error is reported;
+the labs that students open have no accessibility issue that jupyterlab-a11y-checker finds.
+"""
 
 import ast
 import json
@@ -14,12 +16,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
 from playwright.sync_api import TimeoutError, sync_playwright
 
 from refusallab.course.notebook import role
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LABS = sorted(ROOT.glob("labs/*.ipynb"))
 NOTEBOOKS = [path for path in sorted(ROOT.glob("solutions/*.ipynb")) if "explore." in path.read_text(encoding="utf-8")]
 CONTROLS = {  # of an explorer, and what a person without a mouse does to them
     ".widget-slider [role=slider]": ["ArrowLeft"],
@@ -35,6 +39,14 @@ KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kerne
 WAITING = "[...document.querySelectorAll('.jp-InputPrompt')].filter(prompt => prompt.innerText == '[*]:').length"
 CELLS = "window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model)"
 OUTPUTS = f"{CELLS}.filter(model => model.type == 'code').flatMap(model => model.outputs.toJSON())"
+
+FAULTY = new_notebook(
+    cells=[
+        new_markdown_cell("# One\n\n### Three"),
+        new_markdown_cell("![](figure.png)\n\n[here](https://example.org)"),
+    ]
+)
+FAULTS = {"heading-wrong-order", "image-missing-alt", "link-discernible-text"}
 
 pytestmark = pytest.mark.browser
 
@@ -75,15 +87,17 @@ def what_the_last_cell_needs(cells: list) -> list:
 
 @pytest.fixture(scope="module")
 def jupyterlab(tmp_path_factory):
-    """The address of a JupyterLab that serves copies of the solutions: what their explorers need."""
+    """The address of a JupyterLab that serves copies: of the solutions what their explorers need, of the labs all."""
     folder = tmp_path_factory.mktemp("lab")
-    (folder / "solutions").mkdir()
+    shutil.copytree(ROOT / "labs", folder / "served" / "labs")
+    (folder / "served" / "solutions").mkdir()
     for path in NOTEBOOKS:
         nb = nbformat.read(path, 4)
         code = [cell for cell in nb.cells if cell.cell_type == "code" and role(cell) != "real"]
         last = max(i for i, cell in enumerate(code) if "explore." in cell.source)
         nb.cells = what_the_last_cell_needs(code[: last + 1])
-        nbformat.write(nb, folder / "solutions" / path.name)
+        nbformat.write(nb, folder / "served" / "solutions" / path.name)
+    nbformat.write(FAULTY, folder / "served" / "faulty.ipynb")
     for name, settings in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
@@ -92,7 +106,7 @@ def jupyterlab(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--IdentityProvider.token="]
-    options = {"ServerApp.root_dir": folder / "solutions", "ServerApp.port": port, "LabApp.expose_app_in_browser": True}
+    options = {"ServerApp.root_dir": folder / "served", "ServerApp.port": port, "LabApp.expose_app_in_browser": True}
     environment = os.environ | {
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
@@ -127,6 +141,7 @@ def page(tmp_path):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1600})
         page.set_default_timeout(3 * MINUTE)
+        page.route("https://fonts.googleapis.com/**", lambda route: route.fulfill(content_type="text/css", body=""))
         yield page
         page.screenshot(path=tmp_path / "page.png")
         browser.close()
@@ -137,7 +152,7 @@ def test_a_notebook_runs_and_its_explorer_answers_the_keyboard(path, jupyterlab,
     errors = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(f"{jupyterlab}/doc/tree/{path.name}")
+    page.goto(f"{jupyterlab}/doc/tree/solutions/{path.name}")
     page.wait_for_function(f"{KERNEL}?.status == 'idle'")
     page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(f"{WAITING} > 0")
@@ -159,3 +174,20 @@ def test_a_notebook_runs_and_its_explorer_answers_the_keyboard(path, jupyterlab,
         except TimeoutError:
             assert left, f"{keys} changed nothing:\n{before}"
     assert errors == []
+
+
+def issues(page, address: str) -> list[str]:
+    """What jupyterlab-a11y-checker finds in a notebook. It looks at what is written, and runs nothing."""
+    page.goto(address)
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.context?.isReady")
+    report = page.evaluate("window.jupyterapp.commands.execute('jupyterlab-a11y-checker:scan-notebook')")
+    return [issue["violationId"] for issue in report["issues"]]
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_a_lab_has_no_accessibility_issue(path, jupyterlab, page):
+    assert issues(page, f"{jupyterlab}/doc/tree/labs/{path.name}") == []
+
+
+def test_accessibility_issues_are_found(jupyterlab, page):
+    assert set(issues(page, f"{jupyterlab}/doc/tree/faulty.ipynb")) == FAULTS

@@ -8,6 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from refusallab import cli, findings, records
+from refusallab.defences.matrix import HIDES_FROM, conversation_attacks, standard_attacks
+from refusallab.defences.resistance import RESISTANT
+from refusallab.defences.training import DEFENCES
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.model import load
@@ -15,6 +18,10 @@ from refusallab.prompts import prompt_set
 from refusallab.records import Sizes
 
 ROOT = Path(__file__).parent.parent
+MATRICES = [
+    ("matrix_all", [*HIDES_FROM, *DEFENCES, *RESISTANT], [attack.name for attack in standard_attacks(0, -1)]),
+    ("matrix_talk", [], [attack.name for attack in conversation_attacks()]),
+]
 SMALL = Sizes(train=32, val=8, test=8, positions=1, random=2, replied=1, shuffled=1, tries=2)
 
 
@@ -244,6 +251,13 @@ def test_the_page_has_every_claim_of_every_model():
 def test_the_page_is_that_of_the_records():
     found = records.every_record()
     assert found and (ROOT / "docs" / "replication.md").read_text(encoding="utf-8") == findings.page(found)
+
+
+@pytest.mark.parametrize(("name", "defences", "attacks"), MATRICES)
+def test_the_stored_matrix_has_every_defence_and_attack(name, defences, attacks):
+    record = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert set(defences) <= set(record["benign"])
+    assert set(attacks) <= {cell["attack"] for cell in record["cells"]}
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

@@ -22,6 +22,7 @@ KINDS = {  # of pages, and one of each
     "start": "index.html",
     "lab": "labs/02_the_refusal_direction.html",
     "table": "docs/replication.html",
+    "wide table": "docs/matrix.html",
     "text": "docs/decisions.html",
     "api": "api/refusallab.attacks.html",
     "plan": "teach/routes.html",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib
+import json
 import re
 import runpy
 import shutil
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 PAGES = (
     "CONTRIBUTING.md",
+    "docs/benchmarks.md",
     "docs/decisions.md",
     "docs/glossary.md",
     "docs/grading.md",
@@ -49,6 +51,8 @@ FACES = {
 HIDDEN = ("answer", "written", "check")  # roles whose outputs would give answers away
 FORMULA = re.compile(r"\s*\$\$(.+?)\$\$\s*", re.DOTALL)  # on lines of its own, for Sphinx
 REFERENCE = re.compile(r"^\* (.+)$", re.MULTILINE)
+MATRICES = {"matrix_all": "Single requests", "matrix_talk": "Conversations"}  # records in docs/results
+COLUMNS = 5  # defences beside each other
 
 
 def gather(source: Path) -> None:
@@ -74,6 +78,7 @@ def gather(source: Path) -> None:
         "# References\n\nAll that the labs cite.\n\n" + "\n".join(f"* {line}" for line in sorted(cited)) + "\n",
         encoding="utf-8",
     )
+    (source / "docs" / "matrix.md").write_text(_matrix(), encoding="utf-8")
     (source / "slides.md").write_text(_slides(), encoding="utf-8")
     (source / "api").mkdir()
     for name, title in FACES.items():
@@ -107,6 +112,43 @@ def _references(nb: nbformat.NotebookNode) -> list[str]:
     """The lines under "References" in a lab, without what follows the address."""
     texts = [cell.source.partition("## References")[2] for cell in nb.cells if cell.cell_type == "markdown"]
     return [line.split("): ")[0] + ")" * ("): " in line) for text in texts for line in REFERENCE.findall(text)]
+
+
+def _matrix() -> str:
+    """The page of attacks against defences, from the records."""
+    lines = [(HERE / "matrix_head.md").read_text(encoding="utf-8").rstrip(), ""]
+    for name, title in MATRICES.items():
+        record = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        cells = {(c["attack"], c["defence"]): _share(c["disclosed"], c["p_holm"]) for c in record["cells"]}
+        attacks, benign = list(dict.fromkeys(attack for attack, _ in cells)), record["benign"]
+        undefended, *defences = benign
+        n = record["cells"][0]["disclosed"]["n"]
+        lines += [f"## {title}", "", f"### Exact forbidden answers of {record['model']}, n = {n}", ""]
+        for start in range(0, len(defences), COLUMNS - 1):
+            shown = [undefended, *defences[start : start + COLUMNS - 1]]
+            met = [attack for attack in attacks if any((attack, d) in cells for d in shown[1:])]
+            lines += _table("attack", shown, {attack: [cells.get((attack, d), "") for d in shown] for attack in met})
+        sets = {name: rate["n"] for name, rate in benign[undefended]["exact"].items()}
+        headings = [f"{kind}, {name}" for name in sets for kind in ("refused", "exact")]
+        lines += ["### What the defences cost, n = " + ", ".join(f"{n} ({name})" for name, n in sets.items()), ""]
+        price = {
+            defence: [
+                *(t for k in sets for t in (_share(cost["refused"][k]), _share(cost["exact"][k], cost["p"][k]))),
+                f"{cost['extra_passes']:.1f}",
+            ]
+            for defence, cost in benign.items()
+        }
+        lines += _table("defence", [*headings, "extra passes"], price)
+    return "\n".join(lines)
+
+
+def _share(rate: dict, p: float = 1.0) -> str:
+    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]{' *' if p < 0.05 else ''}"
+
+
+def _table(corner: str, headings: list[str], rows: dict[str, list[str]]) -> list[str]:
+    lines = [f"| {corner} | {' | '.join(headings)} |", "|---|" + "---|" * len(headings)]
+    return [*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in rows.items()), ""]
 
 
 def _slides() -> str:
