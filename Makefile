@@ -96,7 +96,7 @@ test-sandbox: develop
 	$(PYTEST) $(PARALLEL) -m "sandbox and not nightly" $(TESTS)
 
 test-browser: develop
-	$(PYTEST) -n 2 --dist loadgroup -m browser tests
+	$(PYTEST) -n 2 --dist loadgroup -m "browser and not nightly" tests
 
 # What takes minutes, whole labs above all: unsolved and with wrong answers they fail at their checks and nowhere
 # else. They stand in one file, so each goes to the next free worker.

@@ -184,6 +184,7 @@ def issues(page, address: str) -> list[str]:
     return [issue["violationId"] for issue in report["issues"]]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
 def test_a_lab_has_no_accessibility_issue(path, jupyterlab, page):
     assert issues(page, f"{jupyterlab}/doc/tree/labs/{path.name}") == []

@@ -379,7 +379,7 @@ class TestMake:
                     "-m slow and",
                     "solutions",
                     "-m sandbox and not nightly",
-                    "-m browser",
+                    "-m browser and not nightly",
                     "-m nightly",
                     "-m real",
                     "-m cpu",

@@ -143,7 +143,7 @@ def _matrix() -> str:
 
 
 def _share(rate: dict, p: float = 1.0) -> str:
-    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]{' *' if p < 0.05 else ''}"
+    return f"{rate['value']:.2f}{' *' if p < 0.05 else ''}<br>[{rate['low']:.2f}, {rate['high']:.2f}]"
 
 
 def _table(corner: str, headings: list[str], rows: dict[str, list[str]]) -> list[str]:
