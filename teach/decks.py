@@ -15,8 +15,8 @@ IMAGE = re.compile(r"!\[\]\((lab\d\d/\d+)\)")
 
 
 def names() -> list[str]:
-    """The decks: "lab02" for each lab that has one, and "workshop"."""
-    return sorted(path.stem for path in SLIDES.glob("*.md") if path.stem != "outlines")
+    """The decks: "lab02" for each lab, and "workshop"."""
+    return sorted(path.stem for path in SLIDES.glob("*.md"))
 
 
 def gather(source: Path) -> None:
