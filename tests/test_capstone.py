@@ -284,6 +284,7 @@ class Odd(ModelAlone):
             "nothing": None,
             "counts": [f"{text} {self.extra_passes}" for text in said],
             "refuses all": [stock_refusal(self.m)] * len(said),
+            "refuses edits": said if edit is None else [stock_refusal(self.m)] * len(said),
         }
         return changed.get(self.way, said)
 
@@ -301,6 +302,7 @@ class TestInterface:
         ("way", "words"),
         [
             ("edit dropped", "edit does not reach"),
+            ("refuses edits", "even one that changes nothing"),
             ("prefill dropped", "starts again"),
             ("sorted", "in the order"),
             ("one short", "a list of 6 texts"),

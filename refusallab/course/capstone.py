@@ -351,7 +351,7 @@ def check_interface(defence: Any) -> None:
     items = spread(bundled("harmless_val"), 6)
     asked = [messages(item.prompt) if k % 2 else item.prompt for k, item in enumerate(items)]  # both kinds of prompts
     plain, turned = replies(defence, asked), replies(defence, asked[::-1])
-    _check_edit(defence, items, asked)
+    _check_edit(defence, items, asked, plain)
     if plain[::-1] != turned and sorted(plain) == sorted(turned):
         raise RefusalLabError("replies() must give the replies in the order of the prompts.")
     starts = [" ".join((item.answer or "").split()[:3]) for item in items]
@@ -375,8 +375,11 @@ def _check_types(defence: Any) -> None:
         raise RefusalLabError("A defence has a method replies(prompts, *, edit=None, prefill='').")
 
 
-def _check_edit(defence: Defence, items: Sequence[Item], asked: Sequence[Prompt]) -> None:
-    """Every run of the model that answers has the attacker's edit in it, and there is such a run where it answers."""
+def _check_edit(defence: Defence, items: Sequence[Item], asked: Sequence[Prompt], plain: Sequence[str]) -> None:
+    """Every run of the model that answers has the attacker's edit in it, and there is such a run where it answers.
+
+    An edit that changes nothing must not have replies refused that were given without it (`plain`).
+    """
     edited: list[bool] = []
     runs: list[bool] = []
 
@@ -390,11 +393,19 @@ def _check_edit(defence: Defence, items: Sequence[Item], asked: Sequence[Prompt]
         said = replies(defence, asked, edit=spy)
     finally:
         hook.remove()
-    answers = not all(judge(defence.m, item, text).refused for item, text in zip(items, said, strict=True))
-    if (answers and not runs) or sum(edited) < len(runs) or not all(edited):
+    before, after = (
+        [not judge(defence.m, item, text).refused for item, text in zip(items, texts, strict=True)]
+        for texts in (plain, said)
+    )
+    if (any(after) and not runs) or sum(edited) < len(runs) or not all(edited):
         raise RefusalLabError(
             "replies() runs a model that an attacker's edit does not reach: pass edit on whenever the model runs, and "
             "let `m` be the model that answers."
+        )
+    if sum(a < b for a, b in zip(after, before, strict=True)) > sum(before) / 2:
+        raise RefusalLabError(
+            "replies() refuses because there is an edit, even one that changes nothing: decide by prompts, replies and "
+            "activations. Attackers who hold the weights run the model themselves and hand nothing over."
         )
 
 

@@ -104,7 +104,7 @@ HEADERS = (
     Header("10.1", "A guard that keeps to the interface", 2, 20, 3, "guarded_replies"),
     Header("10.2", "Two guards in a row", 1, 10, 2, "cascade"),
     Header("10.3", "One budget for two guards", 3, 20, 3, "two_thresholds"),
-    Header("10.4", "A score that nobody can game", 1, 10, 2, "capstone_points"),
+    Header("10.4", "A score that refusing at random cannot raise", 1, 10, 2, "capstone_points"),
     Header("10.5", "The worst case, and what has really changed", 2, 20, 3, "verdict"),
     Header("11.1", "Thought and answer", 1, 10, 2, "split_reply"),
     Header("11.2", "Bug clinic: the thought that changed nothing", 2, 15, 3, "after_thought"),
