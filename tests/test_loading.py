@@ -432,12 +432,6 @@ def adapter_beside(folder):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
-def adapter_alone(folder):
-    adapter_beside(folder)
-    (folder / "config.json").unlink()
-    without_weights(folder, "adapter_model.safetensors")
-
-
 def encoder_decoder(folder):
     transformers.T5Config(d_model=32, num_layers=1).save_pretrained(folder)
 
@@ -473,7 +467,6 @@ def pictures(folder):
         (lambda f: without_weights(f, "consolidated.safetensors"), ["no *.safetensors", "as transformers names them"]),
         (adapter_beside, ["whole model and an adapter", "merge_and_unload", "adapter_config.json"]),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), ["adapter_model.safetensors"]),
-        (adapter_alone, ["an adapter without the model", "merge_and_unload"]),
         (encoder_decoder, ["encoder with a decoder", "such as qwen2.5-0.5b"]),
         (bert, ["does not predict the next token (BertForMaskedLM)"]),
         (clip, ["does not predict the next token"]),

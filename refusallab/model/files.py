@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from refusallab.errors import RefusalLabError, first_line
 from refusallab.model.gguf import dequantize, fetch_file, folder_for, read_header, sha256_of_file, version_of
+from refusallab.model.merging import find_adapter
 from refusallab.model.parts import equivalence_class, final_norm
 from smallmodels import catalog, weights_dir
 
@@ -92,6 +93,8 @@ def fetch(name: str, patterns: list[str], commit: str | None = None) -> Path:
 def is_on_disk(name: str) -> bool:
     """Whether a model can be loaded without a download."""
     entry = catalog().get(name)
+    if adapter := find_adapter(name):
+        return is_on_disk(adapter.base)
     if (entry and entry.kind == "bundled") or Path(name).is_dir():
         return True
     if entry and entry.file:
@@ -126,8 +129,8 @@ def read_config(folder: Path, name: str) -> transformers.PreTrainedConfig:
     if not (folder / "config.json").is_file():
         if adapters:
             raise RefusalLabError(
-                f"{name} is an adapter without the model that it changes: merge the two with merge_and_unload() of "
-                "peft, save the result and load that."
+                f"{name} is an adapter of another model. Download it (hf download {name} --local-dir FOLDER) and give "
+                "the folder: load() merges the two."
             )
         raise RefusalLabError(_no_weights(folder, name, f"no config.json in {folder}"))
     if adapters:

@@ -31,6 +31,7 @@ from refusallab.model.files import (
     reading_failed,
     sha256_of_weights,
 )
+from refusallab.model.merging import find_adapter, merge
 from refusallab.model.parts import Model, embedding, equivalence_class
 from refusallab.model.selftest import try_stream, try_weights
 from refusallab.model.templates import post_instruction_positions, stop_ids
@@ -41,6 +42,7 @@ from smallmodels import catalog
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False) -> Model:
     """Load a bundled model, a local folder, a GGUF file, or a hub model (an alias of the catalogue or "owner/name").
 
+    A folder with a LoRA adapter alone is merged with the model that it names as its base, which is loaded first.
     Only safetensors and GGUF are read and no code from a repository is run. Configuration and tokenizer are looked at
     before any weights are fetched or read, and the memory that is free before they are read. `remote=True` runs the
     model on NDIF through nnsight: that needs a hub id, a network and an NDIF key. `remote="local"` rehearses the same
@@ -49,16 +51,20 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     if remote is True:
         return _load_remote(name)
     _check_place(dtype, device)
-    folder, commit = find_files(name)
-    config = read_config(folder, name)
+    adapter = find_adapter(name)
+    whole = adapter.base if adapter else name
+    folder, commit = find_files(whole)
+    config = read_config(folder, whole)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:  # many libraries read the files, and each has its own exceptions
-        raise RefusalLabError(reading_failed(name, error)) from error
+        raise RefusalLabError(reading_failed(whole, error)) from error
+    if adapter and (template := adapter.file.with_name("chat_template.jinja")).is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     post_instruction_positions(tokenizer, name)  # a base model is not worth the rest
     if commit == folder.name:
-        folder = fetch(name, HUB_FILES, commit)
-    check_memory(check_weights(folder, name) * dtype.itemsize, name, f"in {str(dtype).removeprefix('torch.')}")
+        folder = fetch(whole, HUB_FILES, commit)
+    check_memory(check_weights(folder, whole) * dtype.itemsize, name, f"in {str(dtype).removeprefix('torch.')}")
     try:
         with _no_progress_bar():
             hf, report = AutoModelForCausalLM.from_pretrained(
@@ -72,8 +78,12 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         hf = hf.to(device)
     except Exception as error:
         raise RefusalLabError(reading_failed(name, error)) from error
-    check_report(report, name, type(hf).__name__)
-    return wrap(hf, tokenizer, name, commit or sha256_of_weights(folder), remote=remote)
+    check_report(report, whole, type(hf).__name__)
+    commit = commit or sha256_of_weights(folder)
+    if adapter:
+        merge(hf, adapter, name)
+        commit = f"{commit}, adapter sha256:{adapter.sha256}"
+    return wrap(hf, tokenizer, name, commit, remote=remote)
 
 
 def fetch_model(name: str, source: str = "") -> str:
