@@ -13,6 +13,7 @@ from refusallab.model import is_on_disk, load, render
 from refusallab.model.files import read_config
 from refusallab.model.merging import find_adapter
 
+IA3 = '{"peft_type": "IA3", "base_model_name_or_path": "base"}'
 MAPS = {"llama": ["q_proj", "down_proj"], "llama-tied": ["o_proj", "gate_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
@@ -55,11 +56,12 @@ def test_a_merged_adapter_is_what_peft_makes_of_it(adapted, architecture, settin
     assert changed and all(any(part in name for part in MAPS[architecture]) for name in changed)
 
 
-def test_name_commit_and_template_are_those_of_the_adapter(adapted):
+def test_name_commit_and_template_are_those_of_the_adapter(adapted, make):
     folder, *_ = adapted()
     plain = load(str(folder.with_name("base")))
+    assert render(load(str(folder)), "Hello") == render(plain, "Hello")
     turn = "{% for m in messages %}<|start|>{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}<|start|>assistant: "
-    (folder / "chat_template.jinja").write_text(turn)
+    make.tokenizer(turn).save_pretrained(folder)
     m = load(str(folder))
     assert m.name == str(folder) and m.commit.startswith(f"{plain.commit}, adapter sha256:")
     assert render(m, "Hello") == "<|start|>user: Hello<|end|><|start|>assistant: "
@@ -109,10 +111,10 @@ def pickled(folder):
     [
         (lambda f: change(f, use_dora=True), "more than a plain LoRA adapter (use_dora): merge it with"),
         (lambda f: change(f, bias="all", modules_to_save=["lm_head"]), "(modules_to_save, bias): merge it with"),
-        (lambda f: change(f, peft_type="IA3"), "more than a plain LoRA adapter (IA3)"),
+        (lambda f: (f / "adapter_config.json").write_text(IA3), "more than a plain LoRA adapter (IA3)"),
         (lambda f: change(f, base_model_name_or_path=None), "does not say which model it changes: name it in"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json is damaged ('r')"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json is damaged ('peft_type')"),
         (pickled, "has no adapter_model.safetensors (pickled weights are not read)"),
         (cut, "adapter_model.safetensors is cut off or damaged"),
         (lambda f: edit(f, lambda t, key: t.update(other=t[key].clone())), "more than a plain LoRA adapter (other)"),

@@ -42,7 +42,8 @@ from smallmodels import catalog
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False) -> Model:
     """Load a bundled model, a local folder, a GGUF file, or a hub model (an alias of the catalogue or "owner/name").
 
-    A folder with a LoRA adapter alone is merged with the model that it names as its base, which is loaded first.
+    A folder with a LoRA adapter alone is merged with the model that it names as its base, which is loaded first. If it
+    has a tokenizer, that one is taken.
     Only safetensors and GGUF are read and no code from a repository is run. Configuration and tokenizer are looked at
     before any weights are fetched or read, and the memory that is free before they are read. `remote=True` runs the
     model on NDIF through nnsight: that needs a hub id, a network and an NDIF key. `remote="local"` rehearses the same
@@ -56,11 +57,10 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     folder, commit = find_files(whole)
     config = read_config(folder, whole)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        words = (adapter and adapter.tokenizer) or folder
+        tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
     except Exception as error:  # many libraries read the files, and each has its own exceptions
-        raise RefusalLabError(reading_failed(whole, error)) from error
-    if adapter and (template := adapter.file.with_name("chat_template.jinja")).is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        raise RefusalLabError(reading_failed(name, error)) from error
     post_instruction_positions(tokenizer, name)  # a base model is not worth the rest
     if commit == folder.name:
         folder = fetch(whole, HUB_FILES, commit)

@@ -30,6 +30,12 @@ class Adapter:
     transposed: bool  # for modules that keep W as [in, out], as GPT-2 does
 
     @property
+    def tokenizer(self) -> Path | None:
+        """The folder, if the tokenizer and the chat template of the fine-tuned model are there too."""
+        folder = self.file.parent
+        return folder if (folder / "tokenizer_config.json").is_file() else None
+
+    @property
     def sha256(self) -> str:
         """The first 12 digits, which name the adapter."""
         return sha256_of_file(self.file)[:12]
@@ -46,8 +52,8 @@ def find_adapter(name: str) -> Adapter | None:
         return None
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        rank, alpha = settings["r"], settings["lora_alpha"]
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
+        rank, alpha = (settings["r"], settings["lora_alpha"]) if kind == "LORA" else (1, 1)
     except (ValueError, KeyError, TypeError) as error:
         raise RefusalLabError(
             f"{name}: adapter_config.json is damaged ({first_line(error)}): fetch it again."
