@@ -210,7 +210,7 @@ PROBE = define(
     ),
     hints=(
         "Three steps: the covariance within the kinds, the probe that it gives, the threshold on fresh streams.",
-        "Centre each kind, concatenate, S = X^T X / n; S = 0.9 S + 0.1 mean(diag S) I; "
+        "Centre each kind, concatenate, S = X^T X / N; S = 0.9 S + 0.1 mean(diag S) I; "
         "`torch.linalg.solve(S, difference)`.",
         "Sort the calibration scores; with k = int(false_alarms * n), the threshold is the score with exactly k above "
         "it: `scores.sort().values[n - 1 - k]`.",

@@ -188,7 +188,7 @@ AFTER = define(
         ),
     ),
     hints=(
-        "Print her text. Whose turn is it at the end, and what has the model to write next?",
+        "Print her text. Whose turn is it at the end, and what will the model write next?",
         "A message is a finished turn. What you need is the *beginning* of a turn: the template cannot write it, but "
         "you can append it to what the template gives.",
         "Render `messages` alone, with `add_generation_prompt=True` and `enable_thinking=True`; then append "
