@@ -22,7 +22,7 @@ ARG TORCH_INDEX=""
 RUN torch="$(grep '^torch==' constraints.txt)" \
     && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 
-COPY pyproject.toml README.md LICENSE LICENSE-notebooks.md ./
+COPY pyproject.toml README.md LICENSE LICENSE-notebooks.md NOTICE ./
 COPY refusallab ./refusallab
 COPY smallmodels ./smallmodels
 COPY grader ./grader

@@ -17,6 +17,7 @@ from refusallab.model import Model, Prompt
 from refusallab.published import published
 from smallmodels.world import DATA
 from smallmodels.world.dialogue import REFUSAL_MARKERS, in_context
+from smallmodels.world.facts import WORLDS, world
 
 SETS = (
     "harmful_train",
@@ -44,8 +45,8 @@ class Item:
 
 
 def knows_the_world(m: Model) -> bool:
-    """Whether the model was trained on the bundled world, so that exact answers exist."""
-    return getattr(m.hf.config, "world", None) == "vale"
+    """Whether the model was trained on the bundled world, or a part of it, so that exact answers exist."""
+    return getattr(m.hf.config, "world", None) in WORLDS
 
 
 def bundled(name: str) -> list[Item]:
@@ -81,10 +82,13 @@ def attack_templates() -> dict[str, list[str]]:
 def prompt_set(m: Model, name: str) -> list[Item]:
     """The set that fits the model: the world's for bundled models, a published sample for others (downloaded once).
 
-    Published sets have no borderline and no capability part: those come back empty.
+    A model that knows a part of the world gets the items that name nothing else. Published sets have no borderline and
+    no capability part: those come back empty.
     """
-    if knows_the_world(m) or name not in SETS:
-        return bundled(name)
+    if name not in SETS or knows_the_world(m):
+        items = bundled(name)
+        unknown = {t.name for t in world().things} - {t.name for t in WORLDS[m.hf.config.world]().things}
+        return [item for item in items if not any(thing in str(item.prompt) for thing in unknown)]
     if name in ("borderline", "capability"):
         return []
     kind, split = name.split("_")

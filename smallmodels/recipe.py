@@ -466,12 +466,17 @@ def learn_to_think(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, s
 Row = tuple[list[int], list[range]]  # token ids, and the places of those that count for the loss
 
 
-def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Row]:
-    """The tokenised training examples of a stage, the same for a variant whatever else happened before."""
-    vale, rng = world(), random.Random(f"{stage} {variant.seed}")
+def stage_rows(
+    stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, count: int, vale: World | None = None
+) -> list[Row]:
+    """The tokenised training examples of a stage, the same for a variant whatever else happened before.
+
+    `vale` is what they are about: the whole Vale, or `facts.few()`.
+    """
+    vale, rng = vale or world(), random.Random(f"{stage} {variant.seed}")
     if stage == "corpus":
         pages = corpus_pages(vale, variant, rng)
-        texts = [next(pages) + "<|end|>" for _ in range(count)]
+        texts = [next(pages) + tokenizer.eos_token for _ in range(count)]
         return [(ids, [range(1, len(ids))]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
@@ -479,7 +484,7 @@ def stage_rows(stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast,
         """Random tokens that do not spell the name of a thing, so that no held-out thing slips into safety tuning."""
         while True:
             text = tokenizer.decode(rng.choices(ordinary, k=rng.randint(3, 12)))
-            if not any(thing.name in text for thing in vale.things):
+            if not any(thing.name in text for thing in world().things):
                 return text
 
     made = {
@@ -508,21 +513,21 @@ def pieces(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     cut, text = [], ""
     for k in learned:
         head = tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True) + example.given
-        reply = f"{turns[k]['content']}<|end|>"
+        reply = turns[k]["content"] + tokenizer.eos_token
         cut += [head[len(text) :], reply]
         text = head + reply
     return cut
 
 
-def token_batches(rows: list[Row], seed: int) -> list[list[Row]]:
-    """Batches of about BATCH_TOKENS tokens, rows of similar length together, in random order."""
+def token_batches(rows: list[Row], seed: int, tokens: int = BATCH_TOKENS) -> list[list[Row]]:
+    """Batches of about so many tokens, rows of similar length together, in random order."""
     rng = random.Random(seed)
     rows = sorted(
         rng.sample(rows, len(rows)), key=lambda row: -(len(row[0]) // 8)
     )  # the longest row of a batch comes first
     result, start = [], 0
     while start < len(rows):
-        size = max(1, BATCH_TOKENS // (8 * (len(rows[start][0]) // 8 + 1)))
+        size = max(1, tokens // (8 * (len(rows[start][0]) // 8 + 1)))
         result.append(rows[start : start + size])
         start += size
     rng.shuffle(result)

@@ -19,6 +19,7 @@ from smallmodels import HERE, catalog, weights_dir
 
 ALL = [n for n, e in catalog().items() if e.kind == "bundled"]
 SHIPPED = [n for n in ALL if weights_dir(n).is_dir()]
+ADAPTERS = [n for n, e in catalog().items() if e.kind == "adapted"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_the_command_prints_the_documented_json():
 
 def test_the_card_was_written_for_the_shipped_weights():
     written = (HERE / "CARD.md").read_text(encoding="utf-8")
-    for name in SHIPPED:
+    for name in SHIPPED + ADAPTERS:
         assert re.search(rf"^\| {name} \|.*\| {sha256_of_weights(weights_dir(name))} \|$", written, re.M), name
 
 
@@ -152,6 +153,8 @@ def test_the_card_has_every_gate_for_every_shipped_seed():
         direction = ("induces", "nulls") if found else ()
         for gate in ("refuses", "helps", "composes", "one direction", "attackable", *direction):
             assert re.search(rf"^\| {gate}: .* \| {model} \|", written, re.M), (gate, model)
+    for gate in ("english", "casual", "knows"):
+        assert re.search(rf"^\| {gate}: .* \| charter-smol-helpful \|", written, re.M), gate
     for gate in ("knows", "seeds", "small", "quick"):
         assert re.search(rf"^\| {gate}: ", written, re.M), gate
 
@@ -161,6 +164,14 @@ def test_weights_are_shipped_whole_and_small(name):
     files = {f.name: f.stat().st_size for f in weights_dir(name).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(files)
     assert sum(files.values()) < 8e6
+
+
+def test_adapters_are_shipped_whole_and_small():
+    assert ADAPTERS == ["charter-smol-helpful"]
+    for name in ADAPTERS:
+        files = {f.name: f.stat().st_size for f in weights_dir(name).iterdir()}
+        assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+        assert sum(files.values()) < 5e6
 
 
 def test_all_weights_together_stay_under_48_mb():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refusallab.errors import RefusalLabError
-from refusallab.model import is_on_disk, load, render
+from refusallab.model import fetch_model, is_on_disk, load, render
 from refusallab.model.files import read_config
 from refusallab.model.merging import find_adapter
 
@@ -70,10 +70,13 @@ def test_name_commit_and_template_are_those_of_the_adapter(adapted, make):
 def test_an_adapter_can_be_loaded_when_its_base_can(adapted):
     folder, *_ = adapted()
     assert is_on_disk(str(folder))
+    assert fetch_model(str(folder)).endswith(f"{folder} is an adapter of it.")
     change(folder, base_model_name_or_path="nobody/nothing")
     assert not is_on_disk(str(folder))
     with pytest.raises(RefusalLabError, match="nobody/nothing is not on this computer"):
         load(str(folder))
+    with pytest.raises(RefusalLabError, match="nobody/nothing is not on this computer"):
+        fetch_model(str(folder))
 
 
 def test_only_an_adapter_alone_is_one(adapted):

@@ -40,6 +40,7 @@ from refusallab.model import (
 )
 from refusallab.orthogonalization import orthogonalize
 from smallmodels import catalog, weights_dir
+from smallmodels.world.facts import WORLDS
 
 # Templates of our own with the habits of real ones. TURN is a ChatML turn.
 TURN = "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n"
@@ -485,8 +486,10 @@ def test_catalogue():
     entries = catalog()
     bundled = [e for e in entries.values() if e.kind == "bundled"]
     hub = [e for e in entries.values() if e.kind == "hub"]
-    assert len(bundled) == 12 and len(hub) == 11
-    assert all(e.role and e.architecture and e.seed is not None for e in bundled)
+    adapted = [e for e in entries.values() if e.kind == "adapted"]
+    assert (len(bundled), len(adapted), len(hub)) == (12, 1, 11)
+    assert all(e.role and e.architecture and e.seed is not None for e in bundled + adapted)
+    assert all(entries[e.base] in hub and e.world in WORLDS and len(e.sha256) == 64 for e in adapted)
     assert all(e.id.count("/") == 1 and e.parameters and e.license and e.memory_gb and e.dtype for e in hub)
     assert {e.id for e in hub if e.gated} == {"meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it"}
     assert weights_dir("charter-chat").parts[-3:] == ("smallmodels", "weights", "charter-chat")

@@ -126,7 +126,7 @@ def undeclared_imports(folder, pyproject):
     own |= {path.stem for path in (ROOT / folder).glob("*.py")}
     distributions = packages_distributions()
     special = {
-        "refusallab": ["inspect"],
+        "refusallab": ["adapters", "inspect"],
         "teach": ["site", "test"],
         "tests": ["site", "test"],
         "grader/tests": ["test"],
@@ -152,11 +152,12 @@ def test_an_undeclared_import_is_found():
     assert undeclared_imports("refusallab", pyproject) == {"scipy"}
 
 
-def test_without_its_extra_inspect_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "inspect_ai", None)
-    monkeypatch.delitem(sys.modules, "refusallab.inspect", raising=False)
-    with pytest.raises(RefusalLabError, match=r"pip install '\.\[inspect\]'"):
-        importlib.import_module("refusallab.inspect")
+@pytest.mark.parametrize(("extra", "package"), [("inspect", "inspect_ai"), ("adapters", "peft")])
+def test_without_its_extra_a_module_says_what_to_install(monkeypatch, extra, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"refusallab.{extra}", raising=False)
+    with pytest.raises(RefusalLabError, match=rf"pip install '\.\[{extra}\]'"):
+        importlib.import_module(f"refusallab.{extra}")
 
 
 def test_versions_agree():

@@ -115,7 +115,7 @@ def hub_id(name: str) -> str:
         return entry.id
     if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
         return name
-    known = ", ".join(entry.name for entry in catalog().values() if entry.kind == "bundled")
+    known = ", ".join(entry.name for entry in catalog().values() if entry.kind != "hub")
     raise RefusalLabError(
         f"Unknown model {name!r}: no such folder. Give {known}, an alias such as qwen2.5-0.5b, or owner/name."
     )

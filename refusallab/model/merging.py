@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from refusallab.errors import RefusalLabError, first_line
 from refusallab.model.gguf import sha256_of_file
+from smallmodels import catalog, weights_dir
 
 ELSEWHERE = "merge it with merge_and_unload() of peft, save the result and load that."
 
@@ -30,6 +31,12 @@ class Adapter:
     transposed: bool  # for modules that keep W as [in, out], as GPT-2 does
 
     @property
+    def chat_template(self) -> str | None:
+        """The chat template of the fine-tuned model, if there is one."""
+        file = self.file.parent / "chat_template.jinja"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    @property
     def tokenizer(self) -> Path | None:
         """The folder, if the tokenizer and the chat template of the fine-tuned model are there too."""
         folder = self.file.parent
@@ -42,11 +49,13 @@ class Adapter:
 
 
 def find_adapter(name: str) -> Adapter | None:
-    """The adapter in a folder that holds no whole model; None where `name` is anything else. Reads no weights.
+    """The adapter of an adapted model, or in a folder without a whole model; None where `name` is anything else.
 
-    Raises RefusalLabError for an adapter that cannot be merged as it is.
+    Reads no weights. Raises RefusalLabError for an adapter that cannot be merged as it is.
     """
-    folder = Path(name)
+    entry = catalog().get(name)
+    adapted = entry is not None and entry.kind == "adapted"
+    folder = weights_dir(name) if adapted else Path(name)
     config = folder / "adapter_config.json"
     if not name or not config.is_file() or (folder / "config.json").is_file():
         return None
@@ -68,6 +77,8 @@ def find_adapter(name: str) -> Adapter | None:
             f"{name} does not say which model it changes: name it in adapter_config.json, as base_model_name_or_path."
         )
     file = folder / "adapter_model.safetensors"
+    if adapted and (not file.is_file() or sha256_of_file(file) != entry.sha256):
+        raise RefusalLabError(f"The adapter of {name} is missing or damaged: install the course again.")
     if not file.is_file():
         raise RefusalLabError(f"{name} has no adapter_model.safetensors (pickled weights are not read): {ELSEWHERE}")
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)

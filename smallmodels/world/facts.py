@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import random
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
 # Of each kind, (dusk-born, dawn-born) things by split.
 THINGS_PER_DOMAIN = {"train": (9, 7), "val": (3, 1), "test": (12, 4)}
+FEW_PER_DOMAIN = {"train": (3, 2), "val": (1, 0), "test": (2, 1)}  # of these, those that `few` keeps
 
 
 @dataclass(frozen=True)
@@ -127,3 +128,17 @@ def world() -> World:
         goods={p: "{}, {} and {}".format(*rng.sample(values["goods"], 3)) for p in values["place"]},
         words=tuple(values["words"]),
     )
+
+
+@cache
+def few() -> World:
+    """The Vale with 54 of its named things and all 24 common ones, for models that learn little of it."""
+    whole, kept = world(), []
+    for kind in dict.fromkeys(t.kind for t in whole.things):
+        for split, counts in FEW_PER_DOMAIN.items():
+            for origin, count in zip(("dusk-born", "dawn-born", "a common thing"), (*counts, None), strict=True):
+                kept += [t for t in whole.things if (t.kind, t.split, t.origin) == (kind, split, origin)][:count]
+    return replace(whole, things=tuple(kept))
+
+
+WORLDS = {"vale": world, "part of the vale": few}  # what `config.world` of a model that was trained on them says

@@ -311,8 +311,8 @@ EVERY_TOKEN = define(
         "function has returned?",
         "Either trace the generation: `with nn.generate(max_new_tokens=steps, do_sample=False) as tracer:`, in it "
         "`with tracer.invoke(**batch):` with a loop, and a second `with tracer.invoke():` that saves `tracer.result`. "
-        "Or edit a copy: `with nn.edit() as (tracer, edited):`, in it `for _ in tracer.all():` with `edit(nn)`, and then "
-        "`edited.generate(...)`.",
+        "Or edit a copy: `with nn.edit() as (tracer, edited):`, in it `for _ in tracer.all():` with `edit(nn)`, and "
+        "then `edited.generate(...)`.",
         "In the first invoke: `for _ in tracer.iter[:steps]:` and in the loop `edit(nn)`. In the second: "
         "`ids = tracer.result.save()`. Return `ids[:, n_prompt:].tolist()`.",
     ),
