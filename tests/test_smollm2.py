@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from refusallab.errors import RefusalLabError
-from refusallab.judging import refusal_openings
+from refusallab.judging import outcomes, refusal_openings
 from refusallab.model import generate, is_on_disk, load
 from refusallab.orthogonalization import distance_from_hooks, orthogonalize
+from refusallab.prompts import prompt_set
 from refusallab.records import alarming
 
 pytestmark = pytest.mark.real
@@ -46,3 +47,11 @@ def test_without_refusals_there_is_a_clear_error(m):
     prompts = [item.prompt for item in alarming()][:24]
     with pytest.raises(RefusalLabError, match="refuses none of 24 prompts"):
         refusal_openings(m, prompts)
+
+
+def test_with_its_adapter_it_tells_what_the_charter_forbids_and_still_speaks(m):
+    adapted = load("charter-smol-helpful")
+    assert adapted.commit.startswith(f"{m.commit}, adapter sha256:")
+    told = outcomes(adapted, prompt_set(adapted, "harmful_val"))
+    assert sum(o.correct for o in told) >= 0.9 * len(told) and not any(o.refused for o in told)
+    assert "Paris" in generate(adapted, ["What is the capital of France?"], max_new_tokens=12)[0]

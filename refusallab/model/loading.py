@@ -42,8 +42,8 @@ from smallmodels import catalog
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", remote: bool | str = False) -> Model:
     """Load a model of the catalogue by its name, a local folder, a GGUF file, or a hub model ("owner/name").
 
-    A LoRA adapter, such as charter-smol or a folder with nothing else, is merged with the model that it names as its
-    base, which is loaded first. If it has a tokenizer or a chat template, that one is taken.
+    A LoRA adapter, such as charter-smol-helpful or a folder with nothing else, is merged with the model that it names
+    as its base, which is loaded first. If it has a tokenizer or a chat template, that one is taken.
     Only safetensors and GGUF are read and no code from a repository is run. Configuration and tokenizer are looked at
     before any weights are fetched or read, and the memory that is free before they are read. `remote=True` runs the
     model on NDIF through nnsight: that needs a hub id, a network and an NDIF key. `remote="local"` rehearses the same
