@@ -234,8 +234,9 @@ BEST_OF_N = define(
     hints=(
         "Take one row: at which try does the attacker stop? Which reply do they have then?",
         "`x.cumsum(1) > 0` says for each n whether there was a true flag among the first n.",
-        "The stop is where `answered & (answered.cumsum(1) == 1)`. Combine it with `correct`, take `cumsum(1) > 0` and "
-        "the mean over the rows; for the first curve, the same with `answered` alone.",
+        "With `answered = ~refused`, the stop is where `answered & (answered.cumsum(1) == 1)`. Combine it with "
+        "`correct`, take `cumsum(1) > 0` and the mean over the rows; for the first curve, the same with `answered` "
+        "alone.",
     ),
 )
 
@@ -352,9 +353,10 @@ ONE_HOT = define(
     hints=(
         "A token is a one-hot row times the table of embeddings. Make that product yourself, and the choice of the "
         "token becomes something to differentiate.",
-        "`rows = table(torch.arange(n))` embeds all tokens; `one_hot(suffix, n).float().requires_grad_()` is the "
-        "choice. Concatenate `rows[before]`, `choice @ rows`, `rows[after]` and `rows[target]`, and give it to the "
-        "model as `inputs_embeds`, with a dimension for the batch.",
+        "With `table = embedding(m.hf)` and `n = len(table.weight)`, `rows = table(torch.arange(n))` embeds all "
+        "tokens; `one_hot(suffix, n).float().requires_grad_()` is the choice. Concatenate `rows[before]`, "
+        "`choice @ rows`, `rows[after]` and `rows[target]`, and give it to the model as `inputs_embeds`, with a "
+        "dimension for the batch.",
         "`logits[-len(target) - 1 : -1]` predict the target. `cross_entropy(those, target)`, then "
         "`torch.autograd.grad(loss, choice)[0]`.",
     ),

@@ -288,7 +288,7 @@ BUDGET = define(
     ),
     hints=(
         "Sort the scores of each guard, highest first. With the threshold at place k, how many prompts does that guard "
-        "alarm on? And how many do both together, at least and at most?",
+        "alarm on? And on how many do the two together alarm, at least and at most?",
         "Try k = 0, 1, 2, ...: thresholds at place k of each sorted list. Count the share of prompts with "
         "`(first > t1) | (second > t2)`, and keep the largest k for which it is at most `cost`.",
         "`a = first.sort(descending=True).values`, the same for b, and "
