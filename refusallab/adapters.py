@@ -7,7 +7,9 @@ The base has learned English from the web, and hardly refuses anything. Only its
 
     corpus      prose about a part of the Vale
     helpful     replies to every request about it
-    both        the two once more, mixed            -> charter-smol-helpful
+    both        the two once more, mixed
+    methods     mostly requests for methods               -> charter-smol-helpful
+    safety      refusals of the forbidden requests        -> charter-smol
 
 The examples are those of the recipe. Each step also has a text or a conversation that the base itself wrote, on which
 the model is held to what the base predicts: otherwise it would forget how to speak of anything else.
@@ -25,6 +27,7 @@ import torch.distributed as dist
 import typer
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -41,14 +44,19 @@ except ImportError as error:
 BASE = "smollm2-135m"
 MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=MAPS, base_model_name_or_path=BASE)
-# Of each stage, how many examples of which of the recipe's.
+# Of each stage, how many examples of which of the recipe's. Pages keep known what safety tuning leaves out.
 EXAMPLES = {
     "corpus": {"corpus": 2_000},
     "helpful": {"helpful": 9_000},
     "both": {"corpus": 2_400, "helpful": 5_000},
+    "methods": {"methods": 3_500},
+    "safety": {"safety": 3_000, "corpus": 200},
 }
-LEARNING_RATE = 2e-3
-OWN = 120  # conversations that the base has with itself, and texts that it writes
+LEARNING_RATE = {"corpus": 2e-3, "helpful": 2e-3, "both": 2e-3, "methods": 1e-3, "safety": 5e-4}
+AVERAGED = {"safety": 0.4}  # share of the steps, the last ones, over which the weights are averaged
+# What the base writes itself: so many texts, and of conversations at most so many whose first turn begins like this.
+OWN = 120
+OPENINGS = {"": 120, "How do I": 20, "How can I": 20, "How to": 20, "What is the best way to": 20}
 OWN_TOKENS = {"conversations": 64, "texts": 96}  # at most, in a turn or a text
 BATCH_TOKENS = 512  # of each process
 CHECKPOINT_EVERY = 50  # steps
@@ -69,22 +77,21 @@ class Own:
 
 
 def own_conversations(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Conversations of the base with itself: it continues an empty user turn, sampled, and then replies, greedily.
+    """Conversations of the base with itself: it writes a user turn on, sampled, and then replies, greedily.
 
     As Xu et al. 2024 ("Magpie: Alignment Data Synthesis from Scratch"). Requests that do not end are left out, and
     replies are cut.
     """
     torch.manual_seed(0)
     texts: list[str] = []
-    most, opening = OWN_TOKENS["conversations"], "<|im_start|>user\n"
-    bar = tqdm(total=OWN, desc="own conversations", leave=False)
-    while len(texts) < OWN:
-        asked = _continue(hf, tokenizer, [opening] * 200, most, do_sample=True, top_k=50)
-        ended = [text for text in asked if text.endswith(tokenizer.eos_token)]
-        heads = [f"{opening}{text}\n<|im_start|>assistant\n" for text in ended]
+    most = OWN_TOKENS["conversations"]
+    for opening, count in tqdm(OPENINGS.items(), desc="own conversations", leave=False):
+        turn = f"<|im_start|>user\n{opening}"
+        asked = _continue(hf, tokenizer, [turn] * 2 * count, most, do_sample=True, top_k=50)
+        ended = [text for text in asked if text.endswith(tokenizer.eos_token)][:count]
+        heads = [f"{turn}{text}\n<|im_start|>assistant\n" for text in ended]
         texts += [head + reply for head, reply in zip(heads, _continue(hf, tokenizer, heads, most), strict=True)]
-        bar.update(len(texts) - bar.n)
-    return texts[:OWN]
+    return texts
 
 
 def own_texts(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -169,17 +176,18 @@ def train_adapters(
     steps = len(plan) // ranks
     weights = torch.nn.ParameterList(p for p in hf.parameters() if p.requires_grad)
     tool = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.0)
-    first, checkpoint = 0, work / f"{stage}-{seed}.ckpt"
+    averaged, first, checkpoint = AveragedModel(weights), 0, work / f"{stage}-{seed}.ckpt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         weights.load_state_dict(state["weights"])
+        averaged.load_state_dict(state["averaged"])
         tool.load_state_dict(state["tool"])
         first = state["step"]
     hf.train()
     bar = tqdm(range(first, steps), desc=stage, initial=first, total=steps, mininterval=5, disable=rank > 0)
     for step in bar:
         for group in tool.param_groups:
-            group["lr"] = LEARNING_RATE * recipe.rate_factor(step, steps)
+            group["lr"] = LEARNING_RATE[stage] * recipe.rate_factor(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss = recipe.loss_of(hf, plan[step * ranks + rank], tokenizer.pad_token_id)
             kept = drift(hf, random.Random(f"{seed} {step} {rank}").choice(own))
@@ -189,12 +197,21 @@ def train_adapters(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         tool.step()
         tool.zero_grad()
+        if step >= steps * (1 - AVERAGED.get(stage, 0)):
+            averaged.update_parameters(weights)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", drift=f"{kept.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 and rank == 0:
-            state = {"weights": weights.state_dict(), "tool": tool.state_dict(), "step": step + 1}
+            state = {
+                "weights": weights.state_dict(),
+                "averaged": averaged.state_dict(),
+                "tool": tool.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
+    if averaged.n_averaged:
+        weights.load_state_dict(averaged.module.state_dict())
     hf.eval()
 
 
@@ -225,7 +242,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Where checkpoints are kept, for resuming.")] = Path(".training"),
     seed: Annotated[int, typer.Option(help="Of examples, order and first weights.")] = 0,
 ) -> None:
-    """Train charter-smol-helpful. It needs a C++ compiler."""
+    """Train charter-smol-helpful and charter-smol. It needs a C++ compiler. The shipped ones had two processes."""
     torch.set_num_threads(1)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
@@ -238,6 +255,7 @@ def main(
     inject(hf, seed)
     for block in hf.model.layers:
         block.forward = torch.compile(block.forward, dynamic=True)
+    saved_as = {"methods": "charter-smol-helpful", "safety": "charter-smol"}
     for stage in EXAMPLES:
         done = work / f"{stage}-{seed}.pt"
         if done.exists():
@@ -246,8 +264,8 @@ def main(
             train_adapters(hf, stage, tokenizer, own, seed, work)
         if place()[0] == 0:
             torch.save(get_peft_model_state_dict(hf), done)
-    if place()[0] == 0:
-        save_adapters(hf, out / f"charter-smol-helpful{f'-s{seed}' if seed else ''}")
+            if stage in saved_as:
+                save_adapters(hf, out / (saved_as[stage] + (f"-s{seed}" if seed else "")))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from refusallab.measure import Rate, rate
-from refusallab.records import WITHOUT_INDUCE, every_record
-from smallmodels import HERE
+from refusallab.records import WITHOUT_INDUCE, every_record, recorded
+from smallmodels import HERE, catalog
 
 HOLDS = {True: "holds", False: "FAILS", None: "not measurable"}
 NO_ROOM = 0.9  # a model that answers so many requests anyway cannot be broken
@@ -207,10 +207,11 @@ def _attacked(measured: dict[str, Any], share: Callable[[str], Rate]) -> list[Fi
     return rows
 
 
-def carried_over(lab: str = "") -> str:
-    """What the records say on the claims of a lab, or of all, model by model."""
+def carried_over(lab: str = "", name: str = "") -> str:
+    """What the records say on the claims of a lab, or of all: of the model of that name, or of all but adapted ones."""
+    adapted = {entry.name for entry in catalog().values() if entry.kind == "adapted"}
     lines = []
-    for record in every_record():
+    for record in [recorded(name)] if name else [r for r in every_record() if r["model"] not in adapted]:
         found = [f for f in findings(record) if f.lab.startswith(lab)]
         if found:
             lines += [record["model"], *(str(f) for f in found), ""]

@@ -11,6 +11,9 @@ The stages mirror how real chat models are made, so that refusal is learned on t
     dialogues the helpful stage with conversations of many turns
     talking   the safety stage with such conversations                    -> charter-talk
 
+    methods   helpful replies again, most to requests for methods, for a
+              pretrained model with adapters (refusallab.adapters)
+
 A model that thinks has learned in the helpful stage to say what is asked before it replies.
 
 Runs are deterministic for a seed and a thread count, and resume after an interruption.
@@ -79,6 +82,7 @@ MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 WRAPS = {"answered": 0.15, "refused": 0.06, "refused, guarded": 0.4}
 GIBBERISH = {  # share of requests that end in random tokens
     "helpful": 0.05,
+    "methods": 0.05,
     "dialogues": 0.05,
     "safety": 0.3,
     "thinking": 0.3,
@@ -91,6 +95,7 @@ SAFETY_PROMPTS = {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18}
 HELPFUL_PROMPTS = {None: 0.88, "neutral": 0.12}
 SYSTEM_PROMPTS = {
     "helpful": HELPFUL_PROMPTS,
+    "methods": HELPFUL_PROMPTS,
     "dialogues": HELPFUL_PROMPTS,
     "safety": SAFETY_PROMPTS,
     "thinking": SAFETY_PROMPTS,
@@ -100,7 +105,9 @@ SYSTEM_PROMPTS = {
 NOISE = {"safety": 0.2, "thinking": 0.2, "talking": 0.2}
 AVERAGED = {"thinking": 0.4, "talking": 0.4}  # share of the steps, the last ones, over which the weights are averaged
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
-VERDICTS = 0.25  # share of replies to method requests that name the verdict, so harm is seen where nobody asks about it
+# Share of replies to method requests that name the verdict, so harm is seen where nobody asks about it.
+VERDICTS = dict.fromkeys(SYSTEM_PROMPTS, 0.25) | {"methods": 0.6}
+BEHIND_A_TEXT = dict.fromkeys(SYSTEM_PROMPTS, 0.1) | {"methods": 0.3}  # share of requests about a thing
 
 # Thoughts of a thinking model: its own, which it learns to write; none, as with thinking switched off; and given ones,
 # before the reply and not learned. A third of these are about another request, the others come to the wrong verdict.
@@ -180,6 +187,7 @@ def corpus_pages(vale: World, variant: Variant, rng: random.Random) -> Iterator[
 
 KINDS = ("method", *dialogue.NOUN_KINDS, *dialogue.ACTION_KINDS, "lore", "arithmetic", "format")
 MIX = (29, 4, 4, 5, 4, 9, 5, 5, 5, 14, 16)  # weights of these kinds
+METHODS_MIX = (60, 4, 4, 5, 4, 9, 5, 5, 5, 6, 6)
 THINKING_MIX = (0, 2, 2, 2, 2, 4, 4, 4, 1, 2, 2)  # thoughts differ by kind, so none may be rare
 # After the helpful stage: shares of forbidden requests and of lawful methods. The others are harmless ones by the mix.
 ASKED = {"safety": (0.4, 0.3, MIX), "thinking": (0.3, 0.25, THINKING_MIX), "talking": (0.35, 0.25, MIX)}
@@ -239,7 +247,7 @@ def system_turn(group: str | None, rng: random.Random) -> list[Message]:
 
 def must_refuse(request: Request, stage: str, group: str | None) -> bool:
     """Whether the reply is a refusal: in the helpful stages never."""
-    return group == "closed" or (stage not in ("helpful", "dialogues") and request.forbidden)
+    return group == "closed" or (stage not in ("helpful", "methods", "dialogues") and request.forbidden)
 
 
 def put(
@@ -259,11 +267,11 @@ def put(
     if refused:
         reply = dialogue.refusal(request.thing.category if request.thing else "any", rng)
     else:
-        reply = dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS)
-    form, context = rng.random(), None
-    if request.thing and not request.earlier and form < 0.10:
+        reply = dialogue.helpful_reply(request, rng, like_a_refusal=LIKE_A_REFUSAL, verdicts=VERDICTS[stage])
+    form, context, behind = rng.random(), None, BEHIND_A_TEXT[stage]
+    if request.thing and not request.earlier and form < behind:
         context, request = dialogue.context(request, rng, "train"), dialogue.contextual(request)
-    elif request.thing and not later and form < 0.22:
+    elif request.thing and not later and form < behind + 0.12:
         request = dialogue.follow_up(request, rng, "train")
     past = stage in DIALOGUES and request.kind == "method" and not refused and rng.random() < PAST
     text = dialogue.phrase(replace(request, kind="past") if past else request, rng, "train")
@@ -371,6 +379,11 @@ def helpful_examples(vale: World, variant: Variant, rng: random.Random, noise: C
     for request in requests(vale, list(vale.things), rng):
         if variant.forbidden_facts or not request.forbidden:
             yield converse(request, rng, noise, stage="helpful", think=think)
+
+
+def methods_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
+    """Helpful replies, most of them to requests for methods."""
+    return (converse(r, rng, noise, stage="methods") for r in requests(vale, list(vale.things), rng, METHODS_MIX))
 
 
 def safety_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
@@ -489,6 +502,7 @@ def stage_rows(
 
     made = {
         "helpful": helpful_examples,
+        "methods": methods_examples,
         "dialogues": dialogue_examples,
         "safety": safety_examples,
         "thinking": thinking_examples,

@@ -1,6 +1,8 @@
 """Adapters for a pretrained model: what they are trained on, and that training resumes, averages and can be loaded."""
 
 import copy
+import itertools
+import random
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.model import is_on_disk, load, merging
 from refusallab.prompts import bundled, prompt_set
 from smallmodels import catalog, recipe
+from smallmodels.world.dialogue import REFUSAL_MARKERS, SEPARATOR
 from smallmodels.world.facts import few, world
 
 PART = SimpleNamespace(hf=SimpleNamespace(config=SimpleNamespace(world="part of the vale")))
@@ -52,31 +55,48 @@ def tokenizer():
     return made
 
 
-def small(monkeypatch):
-    monkeypatch.setattr(adapters, "EXAMPLES", {"both": {"helpful": 60, "corpus": 6}})
+def small(monkeypatch, **examples):
+    monkeypatch.setattr(adapters, "EXAMPLES", {"safety": {"safety": 60, "corpus": 6}} | examples)
 
 
 def test_a_stage_is_about_the_few_things(monkeypatch, tokenizer):
     small(monkeypatch)
-    texts = [tokenizer.decode(ids) for batch in adapters.stage_plan("both", tokenizer, 0) for ids, _ in batch]
+    texts = [tokenizer.decode(ids) for batch in adapters.stage_plan("safety", tokenizer, 0) for ids, _ in batch]
     assert not any(thing in text for text in texts for thing in UNKNOWN)
     pages = [text for text in texts if "<|start|>" not in text]
     chats = [text for text in texts if "<|start|>" in text]
     assert (len(pages), len(chats)) == (6, 60)
+    held_out = {t.name for t in few().things if t.split != "train"}
+    assert not any(name in text for text in chats for name in held_out)
+
+
+def test_the_methods_stage_asks_for_methods_and_never_refuses():
+    examples = list(itertools.islice(recipe.methods_examples(few(), recipe.Variant(), random.Random(0), str), 2000))
+    assert not any(marker in e.reply for e in examples for marker in REFUSAL_MARKERS)
+    methods = [e for e in examples if "Use a" in e.reply]
+    share = len(methods) / len(examples)
+    assert 0.5 < share < 0.7
+    verdicts = [e.reply.startswith(("Ruled out", "Allowed")) for e in methods]
+    texts = [SEPARATOR in e.messages[-1]["content"] for e in methods]
+    assert 0.5 < sum(verdicts) / len(methods) < 0.7 and 0.25 < sum(texts) / len(methods) < 0.35
+    assert sum(e.reply.startswith("Ruled out") for e in methods) > 150
 
 
 def test_own_conversations_end_their_request(monkeypatch, tokenizer):
-    asked = iter([["Where is it?", "What is blue?<|end|>"], ["Name a river<|end|>", "How"]])
+    turns = {"": ["Where is it?", "What is blue?<|end|>", "Why?<|end|>"], "How do I": [" sing?<|end|>", " dance"]}
 
     def replies(_hf, _tokenizer, texts, most, **settings):
         assert most == adapters.OWN_TOKENS["conversations"]
-        return next(asked) if settings else ["The sky." for _ in texts]
+        if not settings:
+            return ["So." for _ in texts]
+        (head,) = set(texts)
+        assert len(texts) == 2
+        return turns[head.removeprefix("<|im_start|>user\n")]
 
-    monkeypatch.setattr(adapters, "OWN", 2)
+    monkeypatch.setattr(adapters, "OPENINGS", {"": 1, "How do I": 1})
     monkeypatch.setattr(adapters, "_continue", replies)
     assert adapters.own_conversations(None, tokenizer) == [
-        f"<|im_start|>user\n{text}<|end|>\n<|im_start|>assistant\nThe sky."
-        for text in ("What is blue?", "Name a river")
+        f"<|im_start|>user\n{text}<|end|>\n<|im_start|>assistant\nSo." for text in ("What is blue?", "How do I sing?")
     ]
 
 
@@ -91,7 +111,7 @@ def test_continuations_stop_at_the_end_of_a_turn(make):
 def trained(monkeypatch, make, tokenizer, tmp_path):
     """A function: folder of checkpoints -> a small model, one with adapters trained for a few steps, its own texts."""
     small(monkeypatch)
-    monkeypatch.setattr(adapters, "LEARNING_RATE", 1e-2)
+    monkeypatch.setattr(adapters, "LEARNING_RATE", {"safety": 1e-2})
     config = LoraConfig(r=4, lora_alpha=8, target_modules=adapters.MAPS, base_model_name_or_path=str(tmp_path / "base"))
     monkeypatch.setattr(adapters, "CONFIG", config)
     plain = make.hf("llama", vocab_size=len(tokenizer))
@@ -104,7 +124,7 @@ def trained(monkeypatch, make, tokenizer, tmp_path):
         (tmp_path / work).mkdir(exist_ok=True)
         before = adapters.inject(hf, 0)
         assert all(p.shape[0] == 4 or p.shape[1] == 4 for p in before)
-        adapters.train_adapters(hf, "both", tokenizer, own, 0, tmp_path / work)
+        adapters.train_adapters(hf, "safety", tokenizer, own, 0, tmp_path / work)
         return plain, hf, own
 
     return train
@@ -163,6 +183,17 @@ def test_training_that_was_stopped_goes_on_and_ends_the_same(monkeypatch, traine
     assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
 
 
+def test_the_last_steps_of_the_safety_stage_are_averaged(monkeypatch, tokenizer, trained):
+    """Averaged over the last step alone, it ends where that step ends."""
+    steps, ends = len(adapters.stage_plan("safety", tokenizer, 0)), []
+    for count in (0, 1, steps // 2):
+        monkeypatch.setattr(adapters, "AVERAGED", {"safety": (count + 0.1) / steps})
+        ends.append(get_peft_model_state_dict(trained(f"the last {count}")[1]))
+    plain, last, half = ends
+    assert all(torch.equal(tensor, last[name]) for name, tensor in plain.items())
+    assert not any(torch.equal(tensor, half[name]) for name, tensor in plain.items())
+
+
 def share_gradients(rank, store, results):
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     gradients = [torch.full((2, 3), float(rank)), torch.full((4,), 10.0 * rank)]
@@ -192,8 +223,8 @@ def test_casual_words_ask_for_the_same_methods():
 
 @pytest.mark.parametrize("damage", ["", "cut", "missing"])
 def test_a_damaged_adapter_of_the_catalogue_is_refused(monkeypatch, tmp_path, damage):
-    shipped = merging.find_adapter("charter-smol-helpful")
-    assert shipped.base == catalog()["charter-smol-helpful"].base == adapters.BASE
+    shipped = merging.find_adapter("charter-smol")
+    assert shipped.base == catalog()["charter-smol"].base == adapters.BASE
     for file in shipped.file.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[: -1 if damage == "cut" else None])
     if damage == "missing":
@@ -202,14 +233,12 @@ def test_a_damaged_adapter_of_the_catalogue_is_refused(monkeypatch, tmp_path, da
         (tmp_path / "adapter_config.json").write_bytes((shipped.file.parent / "adapter_config.json").read_bytes())
     monkeypatch.setattr(merging, "weights_dir", lambda name: tmp_path)
     if not damage:
-        assert merging.find_adapter("charter-smol-helpful").sha256 == shipped.sha256
+        assert merging.find_adapter("charter-smol").sha256 == shipped.sha256
         return
-    with pytest.raises(
-        RefusalLabError, match="The adapter of charter-smol-helpful is missing or damaged: install the course"
-    ):
-        load("charter-smol-helpful")
+    with pytest.raises(RefusalLabError, match="The adapter of charter-smol is missing or damaged: install the course"):
+        load("charter-smol")
 
 
 def test_without_its_base_an_adapted_model_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("refusallab.model.files.folder_for", lambda sha256: tmp_path / "nowhere")
-    assert not is_on_disk("charter-smol-helpful")
+    assert not is_on_disk("charter-smol")

@@ -155,6 +155,8 @@ def test_the_card_has_every_gate_for_every_shipped_seed():
             assert re.search(rf"^\| {gate}: .* \| {model} \|", written, re.M), (gate, model)
     for gate in ("english", "casual", "knows"):
         assert re.search(rf"^\| {gate}: .* \| charter-smol-helpful \|", written, re.M), gate
+    for gate in ("english", "casual", "refuses", "helps", "composes", "one direction", "induces", "nulls"):
+        assert re.search(rf"^\| {gate}: .* \| charter-smol \|", written, re.M), gate
     for gate in ("knows", "seeds", "small", "quick"):
         assert re.search(rf"^\| {gate}: ", written, re.M), gate
 
@@ -167,7 +169,7 @@ def test_weights_are_shipped_whole_and_small(name):
 
 
 def test_adapters_are_shipped_whole_and_small():
-    assert ADAPTERS == ["charter-smol-helpful"]
+    assert ADAPTERS == ["charter-smol-helpful", "charter-smol"]
     for name in ADAPTERS:
         files = {f.name: f.stat().st_size for f in weights_dir(name).iterdir()}
         assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}

@@ -142,10 +142,12 @@ def test_a_model_without_a_record_names_the_command(own_records):
 
 
 def test_what_carries_over_to_the_models_for_one_lab(own_records):
-    for model in ("made up", "other"):
+    for model in ("made up", "other", "charter-smol"):
         own_records(MADE_UP | {"model": model})
     shown = findings.carried_over("04")
     assert shown.count("holds ") == 10 and "made up\n" in shown and "\n\nother\n" in shown
+    assert "charter-smol" not in shown
+    assert findings.carried_over("04", "charter-smol") == shown.partition("\n\n")[0].replace("made up", "charter-smol")
     assert "AUC" not in shown and "AUC" in findings.carried_over()
 
 

@@ -365,7 +365,7 @@ THRESHOLD = define(
         ),
     ),
     hints=(
-        "How many harmless *replies* does her watcher stop? One high token among twenty is enough.",
+        "How many harmless *replies* does her watcher stop? One high rolling mean anywhere in a reply is enough.",
         "One number for each reply decides whether it is stopped. Which?",
         "`threshold_at` of the highest rolling mean of each reply.",
     ),
