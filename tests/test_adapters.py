@@ -55,8 +55,8 @@ def tokenizer():
     return made
 
 
-def small(monkeypatch, **examples):
-    monkeypatch.setattr(adapters, "EXAMPLES", {"safety": {"safety": 60, "corpus": 6}} | examples)
+def small(monkeypatch):
+    monkeypatch.setattr(adapters, "EXAMPLES", {"safety": {"safety": 60, "corpus": 6}})
 
 
 def test_a_stage_is_about_the_few_things(monkeypatch, tokenizer):
