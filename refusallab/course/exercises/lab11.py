@@ -14,7 +14,7 @@ from refusallab.course.exercises.common import prompts, thinking_model
 from refusallab.directions import random_directions
 from refusallab.interventions import addition
 from refusallab.model import Edit, Model, Prompt, generate, load
-from refusallab.thoughts import behind, sentences, think
+from refusallab.thoughts import behind, sentences, think, with_thinking
 from smallmodels.world import thought
 from smallmodels.world.dialogue import thing_requests
 from smallmodels.world.facts import world
@@ -407,7 +407,7 @@ DECIDED = define(
 
 # --- 11.6 ----------------------------------------------------------------------------------------------------------
 
-TOKENS, LAYER = 16, 4  # of a reply, and where something is added, in the cases
+TOKENS, LAYER = 16, 4  # of a thought and of a reply, and where something is added, in the cases
 
 
 def _steered(m: Model, prompts: list[Prompt], edit: Edit, max_new_tokens: int) -> dict[str, list[str]]:
@@ -445,7 +445,7 @@ def _unthinking(m: Model, prompts: list[Prompt], edit: Edit, max_new_tokens: int
 
 def _on_thinking_model(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     made = {**inputs, "edit": addition(inputs["edit"], LAYER), "max_new_tokens": TOKENS}
-    return function(thinking_model(), **made)
+    return function(with_thinking(load("charter-think"), TOKENS), **made)
 
 
 def _strong(seed: int) -> Tensor:
