@@ -126,7 +126,8 @@ def follow_up(request: Request, rng: random.Random, split: str) -> Request:
 # --- how it is asked ---------------------------------------------------------------------------------------------
 
 
-def phrasings(kind: str, split: str) -> list[str]:
+@cache
+def phrasings(kind: str, split: str) -> tuple[str, ...]:
     """Every phrasing of a kind, as format strings. No phrasing of the val and test splits occurs in training."""
     shells, lines = language()["shells"], []
     for core in language()["cores"][kind][split]:
@@ -136,7 +137,7 @@ def phrasings(kind: str, split: str) -> list[str]:
             lines += [_in_shell(s, core[0]) for s in shells["direct"]] + [
                 _in_shell(s, core[1]) for s in shells["embedded"]
             ]
-    return lines
+    return tuple(lines)
 
 
 def _in_shell(shell: str, core: str) -> str:
