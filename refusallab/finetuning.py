@@ -97,7 +97,7 @@ def reply_loss(m: Model, prompts: Sequence[Prompt], replies: Sequence[str], edit
     batch, counted = encode_texts(m, replies, prompts)
     kept = counted.shape[1] - int(counted.any(0).float().argmax()) + 1  # from before the first token that counts
     nn = m.nn
-    with all_rows(), nn.trace(**batch, logits_to_keep=kept, remote=m.remote):
+    with all_rows(), nn.trace(**batch, logits_to_keep=kept, use_cache=False, remote=m.remote):
         edit(nn)
         logits = nn.output.logits.save()  # [batch, kept, vocab]
     return next_token_loss(logits, batch["input_ids"][:, -kept:], counted[:, -kept:]).mean()
