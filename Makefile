@@ -94,8 +94,9 @@ test-lab: develop
 	$(if $(LAB),,$(error Name the lab: make test-lab LAB=02))
 	$(NOTEBOOKS) $(wildcard tests/test_lab$(LAB).py) $(wildcard solutions/$(LAB)_*.ipynb)
 
+# Three workers: submissions that sleep or loop are waited for, most of the time.
 test-sandbox: develop
-	$(PYTEST) $(PARALLEL) -m "sandbox and not nightly" $(TESTS)
+	$(PYTEST) -n 3 --dist loadfile -m "sandbox and not nightly" $(TESTS)
 
 test-browser: develop
 	$(PYTEST) -n 2 --dist loadgroup -m "browser and not nightly" tests

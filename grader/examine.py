@@ -251,8 +251,8 @@ class Run:
             inputs, _ = hidden_inputs(exercise, self.task.seed)
             call = f"observe_answer({exercise.number!r}, globals(), {inputs!r})"
             reply = self._run("", f"__import__('refusallab.course.observing', fromlist=['x']).{call}")
-            if reply.timed_out or '"cases"' not in reply.observed:
-                self._stop()  # what it left behind goes with the kernel
+            if reply.timed_out or not _has_cases(reply.observed):
+                self._stop()  # what it left behind goes with the kernel, and a new one has another user
             if reply.timed_out and not fresh:
                 return self.probe(exercise)  # the time may have gone into what an earlier answer left running
             if reply.timed_out:
@@ -264,6 +264,14 @@ class Run:
         except OutOfTime as limit:
             self._stop()
             return to_json({"timeout": f"{limit} for all"})
+
+
+def _has_cases(text: str) -> bool:
+    """Whether what the sandbox says is plain data with cases. An answer that forks says several things at once."""
+    try:
+        return "cases" in from_json(text)
+    except Exception:
+        return False
 
 
 class OutOfTime(Exception):

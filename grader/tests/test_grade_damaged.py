@@ -47,6 +47,7 @@ THREADS = f"import hashlib, threading\n{WORK}\n{KL}\n    threading.Thread(target
 STOPS = f"import os\n{KL}\n    os.kill(os.getpid(), 19)"
 PASTED = f"# from\u2028the web\n{KL}\n    s = 'One\u2029two\x0cthree.'\n{BODY}"
 COURSE = "from refusallab.course.exercises.lab02 import EXERCISES\n_, kl, *_ = (e.reference for e in EXERCISES)"
+TWICE = f"import os\n{KL}\n    os.fork()\n{BODY}"
 LOUD = "print('x' * 50_000_000)"
 EDITED = [answer("2.1", WRONG["2.1"][0][0]), cell("print('all right')", nbgrader=LOCKED), *CELLS[1:]]
 ALL, NONE = 11, 0
@@ -80,6 +81,7 @@ DAMAGED = {
     "memory": (answers(HOG), 9, "2.2", "MemoryError"),
     "memory-at-once": (answers(f"import torch\n{KL} return torch.ones(10**11)"), 9, "2.2", "RuntimeError"),
     "processes": (answers(f"import os\n{KL}\n    while True: os.fork()"), 9, "2.2", ""),
+    "answers-twice": (answers(TWICE), 9, "2.2", "not plain data"),
     "syntax-error": (answers("def kl(base_logits)\n    return base_logits"), 9, "2.2", "line 1"),
     "stub": (answers(STUB["2.2"]), 9, "2.2", "not written yet"),
     "duplicated-answer": (save([*CELLS, answer("2.1", STUB["2.1"])]), ALL, "", ""),
@@ -115,7 +117,7 @@ def graded(tmp_path_factory):
     for name, file in RENAMED.items():
         put(folder, name, notebook(), file)
     records = Records(f"sqlite:///{folder / 'grades.sqlite'}")
-    batch = grade_class(folder, records, SEED, limits=LIMITS)
+    batch = grade_class(folder, records, SEED, limits=LIMITS, workers=4)  # several sleep until they are late
     assert (batch.graded, batch.failed) == (len(DAMAGED) + len(RENAMED), [])
     write_feedback(records, folder / "feedback")
     return records, folder / "feedback"
