@@ -209,7 +209,7 @@ def _fit(
             group["lr"] = LEARNING_RATE * min(1.0, (STEPS - step) / (COOLING * STEPS))
         read, wanted = standard(torch.randint(tokens, (BATCH,), generator=generator))
         value, index = _largest(read, encoder, bias, active)
-        # a sum of k rows: a product with the whole decoder takes twice as long, and nearly all of that is times 0
+        # a sum of k rows: with the product, nearly all of it times 0, a step takes half as long again
         given = embedding_bag(index, decoder, per_sample_weights=value, mode="sum")
         optimizer.zero_grad()
         (given - wanted).square().sum(-1).mean().backward()
