@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 # Python compiles what it imports; compiling everything that pip unpacks takes longer than most of it is ever used.
-# Some containers forbid it to keep what it compiled: then each process takes ten seconds more for torch and its kin.
+# Some containers forbid it to keep what it compiled: then each process compiles torch and its kin anew.
 unexport PYTHONDONTWRITEBYTECODE
 CONSTRAINTS := --constraint constraints.txt
 INSTALL := $(RUN) pip install --no-compile $(CONSTRAINTS) --editable

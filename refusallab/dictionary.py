@@ -209,7 +209,7 @@ def _fit(
             group["lr"] = LEARNING_RATE * min(1.0, (STEPS - step) / (COOLING * STEPS))
         read, wanted = standard(torch.randint(tokens, (BATCH,), generator=generator))
         value, index = _largest(read, encoder, bias, active)
-        # a sum of k rows: with the product, nearly all of it times 0, a step takes half as long again
+        # a sum of k rows: in the product with the whole decoder nearly all is times 0
         given = embedding_bag(index, decoder, per_sample_weights=value, mode="sum")
         optimizer.zero_grad()
         (given - wanted).square().sum(-1).mean().backward()

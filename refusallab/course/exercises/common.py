@@ -19,9 +19,9 @@ def chat_model() -> Model:
 
 
 @cache
-def thinking_model() -> Model:
-    """The model on which answers about thoughts are tried."""
-    return with_thinking(load("charter-think"))
+def thinking_model(tokens: int) -> Model:
+    """The model on which answers about thoughts are tried. `tokens`: how many a thought may take."""
+    return with_thinking(load("charter-think"), tokens)
 
 
 def prompts(name: str, seed: int, count: int) -> list[str]:

@@ -14,7 +14,7 @@ from refusallab.course.exercises.common import prompts, thinking_model
 from refusallab.directions import random_directions
 from refusallab.interventions import addition
 from refusallab.model import Edit, Model, Prompt, generate, load
-from refusallab.thoughts import behind, sentences, think, with_thinking
+from refusallab.thoughts import behind, sentences, think
 from smallmodels.world import thought
 from smallmodels.world.dialogue import thing_requests
 from smallmodels.world.facts import world
@@ -445,12 +445,12 @@ def _unthinking(m: Model, prompts: list[Prompt], edit: Edit, max_new_tokens: int
 
 def _on_thinking_model(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     made = {**inputs, "edit": addition(inputs["edit"], LAYER), "max_new_tokens": TOKENS}
-    return function(with_thinking(load("charter-think"), TOKENS), **made)
+    return function(thinking_model(TOKENS), **made)
 
 
 def _strong(seed: int) -> Tensor:
     """A vector that changes thoughts as well as replies."""
-    return 80 * random_directions(thinking_model().width, 1, seed=1100 + seed)[0]
+    return 80 * random_directions(thinking_model(TOKENS).width, 1, seed=1100 + seed)[0]
 
 
 STEERED = define(
