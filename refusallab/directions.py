@@ -36,7 +36,7 @@ from refusallab.prefix import PromptRuns
 HOOK = "resid_pre"  # candidates are block inputs
 OPERATION = "mean(harmful) - mean(harmless)"
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8
-BATCH_SIZE = 16  # prompts of similar length in one forward pass: with many candidates, padding costs the most
+BATCH_SIZE = 32  # prompts in one forward pass, at most
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Many edits of the same prompts: what they have in common is run once.
 
 A chat template with a system prompt gives all prompts the same first tokens. These are run once for an edit, and their
-keys and values serve every prompt. And an edit of the stream from some block on leaves the blocks before it as they
-were, so those are not run again.
+keys and values serve every prompt. An edit of the stream from some block on leaves the blocks before it as they were,
+so those are not run again. Prompts are grouped so that there is little padding. And the head reads its weights once for
+all rows of a batch: as transformers slices the last position, it would read them again for each.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import DynamicCache
 
-from refusallab.model import Edit, Model, Prompt, batches, blocks, encode, positional_embedding, trace_logits
+from refusallab.model import Edit, Model, Prompt, blocks, encode, positional_embedding, trace_logits, unembedding
 from refusallab.watch import all_rows
 
 WORTH = 8  # tokens; sharing a shorter beginning costs more than it saves
+A_PASS = 64  # tokens that could be run in the time that one more forward pass costs
 
 
 class PromptRuns:
@@ -28,7 +30,9 @@ class PromptRuns:
     def __init__(self, m: Model, prompts: Sequence[Prompt], batch_size: int, *, streams: bool = False) -> None:
         self.m, self.n = m, len(prompts)
         self.shared = shared_tokens(m, prompts)  # [1, shared]
-        self.batches = [(rows, self._rest(batch)) for rows, batch in batches(m, prompts, batch_size)]
+        lengths = encode(m, prompts)["attention_mask"].sum(1).tolist()
+        groups = groups_of_like_length(lengths, batch_size)
+        self.batches = [(rows, self._rest(encode(m, [prompts[i] for i in rows]))) for rows in groups]
         self.untouched = self._read_shared()
         self.streams = [self._streams(batch, self.untouched) for _, batch in self.batches] if streams else []
         self.shared_stream = self._streams({"input_ids": self.shared}) if streams and self._shares else None
@@ -39,7 +43,7 @@ class PromptRuns:
         cache = self._read_shared(edit)
         out = torch.empty(self.n, self.m.vocab_size)
         for rows, batch in self.batches:
-            out[rows] = trace_logits(self.m, _behind(cache, batch), edit).cpu()
+            out[rows] = trace_logits(self.m, _behind(cache, batch), _at_once(edit)).cpu()
         return out
 
     @torch.no_grad()
@@ -52,7 +56,7 @@ class PromptRuns:
         out = torch.empty(self.n, self.m.vocab_size)
         for (rows, batch), stream in zip(self.batches, self.streams, strict=True):
             resumed = _resumed(layer, stream[layer], edit)
-            out[rows] = trace_logits(self.m, _behind(cache, batch), resumed).cpu()
+            out[rows] = trace_logits(self.m, _behind(cache, batch), _at_once(resumed)).cpu()
         return out
 
     @property
@@ -77,11 +81,12 @@ class PromptRuns:
         """Keys and values of the shared tokens, or None if there are none."""
         if not self._shares:
             return None
-        nn = self.m.nn
-        with all_rows(), nn.trace(self.shared, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1):
+        nn, cache = self.m.nn, DynamicCache()
+        with all_rows(), nn.trace(self.shared, past_key_values=cache, use_cache=True) as tracer:
             if edit:
                 edit(nn)
-            cache = nn.output.past_key_values.save()
+            blocks(nn)[-1].output  # noqa: B018  an edit may end before
+            tracer.stop()  # the head of a large model takes as long as several blocks
         return cache
 
     def _streams(self, batch: dict[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
@@ -90,6 +95,26 @@ class PromptRuns:
         with nn.trace(**_behind(cache, batch), logits_to_keep=1, remote=self.m.remote):
             streams = torch.stack([block.input for block in blocks(nn)]).save()
         return streams
+
+
+def groups_of_like_length(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """The places of all lengths, in groups of at most `most` that are quick to run.
+
+    Every row of a group takes as long as the longest one, and each group takes a pass. Sorted by length, the best
+    groups of the first k prompts are found from those of fewer.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    costs, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        cost, start = min((costs[start] + (end - start) * longest, start) for start in range(max(0, end - most), end))
+        costs.append(cost + A_PASS)
+        starts.append(start)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[starts[end] : end])
+        end = starts[end]
+    return groups[::-1]
 
 
 def shared_tokens(m: Model, prompts: Sequence[Prompt]) -> Tensor:
@@ -130,3 +155,14 @@ def _resumed(layer: int, stream: Tensor, edit: Edit) -> Edit:
         edit(nn)
 
     return resumed
+
+
+def _at_once(edit: Edit) -> Edit:
+    """The edit, with one multiplication in the head for all rows."""
+
+    def at_once(nn: Any) -> None:
+        edit(nn)
+        head = unembedding(nn)
+        head.input = head.input.contiguous()
+
+    return at_once

@@ -5,7 +5,7 @@ import torch
 from test_directions import HARMFUL, HARMLESS, TOKENS, hooked_scores
 
 from refusallab import directions, prefix
-from refusallab.interventions import ablation
+from refusallab.interventions import ablation, addition
 from refusallab.model import encode, unchecked_logits, wrap
 
 pytestmark = pytest.mark.slow
@@ -57,3 +57,41 @@ def test_what_is_shared_is_the_whole_common_beginning_and_no_more(spoken):
 
 def test_a_short_beginning_is_not_shared(model_of):
     assert prefix.shared_tokens(model_of("llama"), HARMFUL).shape == (1, 0)
+
+
+@pytest.mark.parametrize("most", (1, 3, 8))
+def test_groups_take_the_least_time(most):
+    lengths = [15, 40, 16, 90, 15, 38, 41, 300]
+
+    def time_of(groups):
+        return sum(prefix.A_PASS + len(group) * max(lengths[i] for i in group) for group in groups)
+
+    def every(places):
+        """All ways to split sorted places into groups that follow one another."""
+        if not places:
+            yield []
+        for n in range(1, min(most, len(places)) + 1):
+            yield from ([places[:n], *rest] for rest in every(places[n:]))
+
+    groups = prefix.groups_of_like_length(lengths, most)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    assert max(map(len, groups)) <= most
+    assert time_of(groups) == min(map(time_of, every(sorted(range(len(lengths)), key=lengths.__getitem__))))
+
+
+def test_the_head_reads_its_weights_once_for_all_rows(spoken, monkeypatch):
+    """A batch that is not contiguous would be multiplied row by row."""
+    m, seen = spoken("llama"), []
+    runs = prefix.PromptRuns(m, HARMFUL, 64, streams=True)
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight, *bias):
+        if weight is m.hf.lm_head.weight:
+            seen.append(x)
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    runs.logits(ablation(torch.randn(m.width)))
+    runs.logits_from(1, addition(torch.randn(m.width), 1))
+    assert [x.shape[:2] for x in seen] == [(len(HARMFUL), 1)] * 2  # once each; what is shared needs no head
+    assert all(x.is_contiguous() for x in seen)

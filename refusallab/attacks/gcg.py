@@ -241,9 +241,8 @@ def candidate_losses(
 
 def _target_logits(m: Model, case: SuffixPrompt, ids: Tensor, cache: DynamicCache) -> Tensor:
     """Logits that predict the target: fp32 [n, target, vocab]. ids [n, ...] follow the cache and end before its end."""
-    return m.hf(
-        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=len(case.target_ids)
-    ).logits.float()
+    kept = torch.arange(-len(case.target_ids), 0)  # as a number, the head would read its weights again for each row
+    return m.hf(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits.float()
 
 
 # ---------------------------------------------------------------------------------------------------------
