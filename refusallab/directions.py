@@ -29,7 +29,8 @@ from refusallab.model import (
     Prompt,
     digest_of_weights,
     listed_prompts,
-    logits,
+    no_edit,
+    require_finite,
 )
 from refusallab.prefix import PromptRuns
 
@@ -129,8 +130,9 @@ class Scorer:
     ) -> None:
         harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
         self.tokens, self.n = refusal_tokens, len(harmful)
-        self.base = logits(m, [*harmful, *harmless], batch_size=BATCH_SIZE)
         self.all = PromptRuns(m, [*harmful, *harmless], BATCH_SIZE)
+        self.base = self.all.logits(no_edit)
+        require_finite(m, self.base, None)
         self.harmless = PromptRuns(m, harmless, BATCH_SIZE, streams=True)
 
     def __call__(self, r: Float[Tensor, " width"], layer: int, position: int) -> Candidate:

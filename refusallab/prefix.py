@@ -92,8 +92,9 @@ class PromptRuns:
     def _streams(self, batch: dict[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
         """All that enters the blocks: [layers, batch, seq, width]."""
         nn = self.m.nn
-        with nn.trace(**_behind(cache, batch), logits_to_keep=1, remote=self.m.remote):
+        with nn.trace(**_behind(cache, batch), remote=self.m.remote) as tracer:
             streams = torch.stack([block.input for block in blocks(nn)]).save()
+            tracer.stop()
         return streams
 
 
