@@ -20,7 +20,7 @@ from refusallab.model import Edit, Model, Prompt, blocks, encode, positional_emb
 from refusallab.watch import all_rows
 
 WORTH = 8  # tokens; sharing a shorter beginning costs more than it saves
-A_PASS = 64  # tokens that could be run in the time that one more forward pass costs
+A_PASS = 64  # tokens: what one more forward pass weighs, between what it costs on a small and on a large model
 
 
 class PromptRuns:
