@@ -76,7 +76,7 @@ SPECIAL := sandbox or browser or nightly or cpu or real
 # environment, none is begun after it, and those that were not are listed.
 KERNEL := $(if $(filter Linux,$(shell uname)),--nbval-kernel-name refusallab,--nbval-current-env)
 NBVAL := --nbval $(KERNEL) --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg
-NOTEBOOKS := JUPYTER_PATH=$(CURDIR)/refusallab/sandbox $(PYTEST) $(NBVAL)
+NOTEBOOKS := JUPYTER_PATH=$(CURDIR)/refusallab/sandbox TQDM_DISABLE=1 $(PYTEST) $(NBVAL)
 
 test: test-fast test-slow test-notebooks
 

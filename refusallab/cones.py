@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from refusallab.activations import residual
+from refusallab.bars import with_bar
 from refusallab.directions import DEPTH, Candidate, candidate_directions, random_directions, score_candidates
 from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, shuffled
@@ -95,7 +96,7 @@ def find_cone(
     optimizer = torch.optim.Adam([vectors], lr=step_size)
     generator, losses = torch.Generator().manual_seed(seed), []
     queues = [(items, shuffled(len(items), batch_size, seed)) for items in (harmful, harmless)]
-    for step in range(steps):
+    for step in with_bar(range(steps), "gradient descent", steps):
         bad, good = ([items[i] for i in next(queue)] for items, queue in queues)
         basis = orthonormal(torch.cat([fixed, vectors]))[len(fixed) :]
         turn = step % (len(basis) + 1)

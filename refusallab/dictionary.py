@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from refusallab.bars import with_bar
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import unit
 from refusallab.measure import Rate, rate
@@ -103,8 +104,8 @@ def sparse_code(
 
 def _largest(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What `sparse_code` keeps of each row, and the numbers of these features: [*rest, k] each."""
-    value, index = (x @ encoder.T + bias).relu().topk(k, -1)
-    return value, index
+    value, index = (x @ encoder.T + bias).topk(k, -1)
+    return value.relu(), index  # relu after the choice: its gradient is that of k numbers a row, not of all
 
 
 def token_streams(
@@ -204,7 +205,7 @@ def _fit(
     start = unit(torch.randn(features, width, generator=generator))
     encoder, decoder, bias = (t.clone().requires_grad_() for t in (start, start, torch.zeros(features)))
     optimizer = torch.optim.Adam([encoder, decoder, bias], lr=LEARNING_RATE)
-    for step in range(STEPS):
+    for step in with_bar(range(STEPS), "training", STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (STEPS - step) / (COOLING * STEPS))
         read, wanted = standard(torch.randint(tokens, (BATCH,), generator=generator))

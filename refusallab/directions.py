@@ -20,6 +20,7 @@ from torch import Tensor
 
 from refusallab import __version__
 from refusallab.activations import mean_residual
+from refusallab.bars import with_bar
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition
 from refusallab.judging import Openings, refusal_openings, refuses
@@ -167,11 +168,11 @@ def score_candidates(
     vectors: as from `candidate_directions`. `progress(n)` is called with the number that are done.
     """
     score, candidates = Scorer(m, harmful, harmless, refusal_tokens), []
-    for layer in range(vectors.shape[0]):
-        for index, position in enumerate(m.positions):
-            candidates.append(score(vectors[layer, index], layer, position))
-            if progress:
-                progress(len(candidates))
+    sites = [(layer, index) for layer in range(vectors.shape[0]) for index in range(len(m.positions))]
+    for layer, index in with_bar(sites, "candidates", len(sites)):
+        candidates.append(score(vectors[layer, index], layer, m.positions[index]))
+        if progress:
+            progress(len(candidates))
     return candidates
 
 

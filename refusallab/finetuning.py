@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refusallab.bars import with_bar
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.measure import next_token_loss
@@ -76,7 +77,7 @@ def train_copy(
     copied = wrap(copy.deepcopy(m.hf), m.tokenizer, name, m.commit, remote=m.remote)
     copied.hf.requires_grad_(True)
     optimizer = torch.optim.AdamW(copied.hf.parameters(), lr=lr, weight_decay=0.0)
-    for step in range(steps):
+    for step in with_bar(range(steps), "training", steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - 0.98 * step / steps) if decay else lr
         value = loss(copied)

@@ -177,6 +177,28 @@ class TestSearch:
         assert (found.reached, len(found.losses)) == (False, 3)
         assert len(found.text) < len(gcg.find_suffix(chat, [prompt], ["I must decline"], knobs).text)
 
+    def test_a_penalty_is_asked_about_those_that_could_be_the_best_and_no_others(self, chat, harmful):
+        cases = [gcg.prepare(chat, item.prompt, "Use", " the the") for item in harmful[:2]]
+        generator = torch.Generator().manual_seed(0)
+        words = chat.tokenizer([" a", " of", " in", " pot", " sand", " for"], add_special_tokens=False)["input_ids"]
+        pairs = torch.tensor([a + b for a in words for b in words])
+        losses = torch.rand(len(pairs), generator=generator)
+        asked = []
+
+        def penalty(prompts):
+            asked.extend(prompts)
+            return torch.tensor([len(prompt) % 5 / 10 for prompt in prompts])
+
+        everyone = torch.stack([penalty(gcg.with_each(chat, case, pairs)) for case in cases])
+        asked.clear()
+        hit = torch.ones(len(pairs), dtype=torch.bool)
+        total, reached = gcg._penalised(chat, cases, pairs, losses, hit, penalty)
+        full = losses + everyone.mean(0)
+        best = int(full.argmin())
+        assert (int(total.argmin()), total[best]) == (best, full[best])
+        assert reached[best] == (everyone[:, best] == 0).all()
+        assert 2 * gcg.PENALISED_AT_ONCE <= len(asked) < 2 * len(pairs)
+
     @pytest.mark.slow
     def test_prompts_enter_one_by_one(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:3]]
@@ -307,11 +329,7 @@ class TestSearch:
     @pytest.mark.slow
     def test_the_attack_gives_results_with_history_and_the_whole_cost(self, chat, harmful):
         knobs = Knobs(steps=2, search_width=16, init=" the the the the", early_stop=False)
-        steps = []
-        results = gcg.gcg_attack(
-            chat, harmful[:2], ["Certainly."] * 2, knobs, progress=lambda step, _: steps.append(step)
-        )
-        assert steps == [1, 2, 3, 4]
+        results = gcg.gcg_attack(chat, harmful[:2], ["Certainly."] * 2, knobs)
         for item, r in zip(harmful, results, strict=False):
             assert (r.attack, r.item, len(r.losses)) == ("GCG", item, 2)
             assert r.prompt.startswith(item.prompt)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from refusallab.attacks.result import AttackResult, Cost, send
 from refusallab.attacks.templates import rewritings
+from refusallab.bars import with_bar
 from refusallab.conversations import after_turns
 from refusallab.defence import Defence
 from refusallab.errors import RefusalLabError
@@ -148,7 +149,7 @@ def search_rewritings(
         raise RefusalLabError(f"A search sends at least one prompt for each request, not {budget}.")
     items, ways, rng = listed(items, "items", Item), dict(ways or rewriting_list()), random.Random(seed)
     counts, found, sent_as = {name: (0, 0) for name in ways}, {}, {}
-    for _ in range(budget):
+    for _ in with_bar(range(budget), "rewritings", budget):
         todo = [i for i in range(len(items)) if i not in found or found[i].outcome.refused]
         if not todo:
             break

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from refusallab.attacks.result import AttackResult, Cost, rewrite, send
+from refusallab.bars import bar
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.model import Model, Prompt, embedding, encode, ids_of, listed_prompts, render
@@ -31,6 +32,7 @@ from refusallab.prompts import Item
 
 Penalty = Callable[[list[Prompt]], Tensor]
 HIDING = 3.0  # nats per token for each unit of a score above its threshold
+PENALISED_AT_ONCE = 16  # candidates
 
 
 @dataclass(frozen=True)
@@ -331,11 +333,9 @@ def _step(
         loss, hit, n_tokens = candidate_losses(m, case, candidates, suffix, cache, batch_size=knobs.batch_size)
         losses, reached = losses + loss / len(used), hit & reached
         state.forward_passes += len(candidates) + 3
-        if penalty:
-            added = penalty(with_each(m, case, candidates)).to(losses)
-            losses, reached = losses + added / len(used), reached & (added == 0)
         state.tokens += n_tokens + 3 * (len(suffix) + len(case.after_ids) + len(case.target_ids) - 1)
-
+    if penalty:
+        losses, reached = _penalised(m, used, candidates, losses, reached, penalty)
     chosen = int(losses.argmin())
     if not losses[chosen].isfinite():
         raise RefusalLabError(
@@ -350,6 +350,24 @@ def _step(
     if state.reached and state.in_use < len(cases):  # the next prompt enters; it is judged from here on
         state.in_use += 1
         state.best_loss, state.reached = float("inf"), False
+
+
+def _penalised(
+    m: Model, cases: list[SuffixPrompt], candidates: Tensor, losses: Tensor, reached: Tensor, penalty: Penalty
+) -> tuple[Tensor, Tensor]:
+    """Losses with the mean penalty of the cases, and whether the target is reached without one: [n] each.
+
+    A penalty only adds. Candidates are taken in the order of their losses, so those left when the next loss is above
+    the best sum cannot win: they need no penalty, and their loss is set to infinity.
+    """
+    total = torch.full_like(losses, torch.inf)
+    for rows in losses.argsort(stable=True).split(PENALISED_AT_ONCE):
+        if losses[rows[0]] >= total.min():
+            break
+        added = torch.stack([penalty(with_each(m, case, candidates[rows])) for case in cases]).to(losses)
+        total[rows] = losses[rows] + added.mean(0)
+        reached[rows] &= (added == 0).all(0)
+    return total, reached
 
 
 def _draw(
@@ -390,23 +408,22 @@ def gcg_attack(
     *,
     system: str | None = None,
     penalty: Penalty | None = None,
-    progress: Callable[[int, float], None] | None = None,
 ) -> list[AttackResult]:
-    """A separate suffix for each item. The targets are chosen by the attacker, who does not know the answers.
-
-    `progress(steps done, loss)` counts the steps of all items.
-    """
+    """A separate suffix for each item. The targets are chosen by the attacker, who does not know the answers."""
     items, targets = listed(items, "items", Item), listed(targets, "targets", str)
     if len(items) != len(targets):
         raise RefusalLabError(f"{len(items)} items and {len(targets)} targets: give one target for each item.")
-    results, done = [], 0
-    for item, target in zip(items, targets, strict=True):
-        count = progress and (lambda step, loss, done=done: progress(done + step, loss))
-        found = find_suffix(m, [item.prompt], [target], knobs, system=system, penalty=penalty, progress=count)
-        (sent,) = with_suffix(m, [item], found.text, attack="GCG", system=system)
-        results.append(replace(sent, cost=found.cost + sent.cost, losses=found.losses))
-        done += knobs.steps
-    return results
+    found = []
+    with bar("GCG", len(items) * knobs.steps) as drawn:
+        for item, target in zip(items, targets, strict=True):
+            settings = {"system": system, "penalty": penalty, "progress": lambda *_: drawn.update()}
+            found.append(find_suffix(m, [item.prompt], [target], knobs, **settings))
+            drawn.update(len(found) * knobs.steps - drawn.n)  # it may have ended early
+    prompts = [
+        rewrite(item.prompt, lambda request, s=s: request + s.text) for item, s in zip(items, found, strict=True)
+    ]
+    sent = send(m, "GCG", items, prompts, system=system)
+    return [replace(x, cost=s.cost + x.cost, losses=s.losses) for x, s in zip(sent, found, strict=True)]
 
 
 class Scoring(Protocol):

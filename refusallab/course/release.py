@@ -121,8 +121,9 @@ def execute(root: Path, path: Path, *, real: bool = False) -> None:
         run, timeout=None if real else 900, skip_cells_with_tag="" if real else SKIPPED, resources=here, **options
     )
     with tempfile.TemporaryDirectory() as folder:
-        # One thread, and no progress made before: the same outputs everywhere.
-        settings = {"REFUSALLAB_PROGRESS": f"{folder}/progress.sqlite"} | ({} if real else {"OMP_NUM_THREADS": "1"})
+        # One thread, no progress made before and no bars: the same outputs everywhere.
+        settings = {"REFUSALLAB_PROGRESS": f"{folder}/progress.sqlite", "TQDM_DISABLE": "1"}
+        settings |= {} if real else {"OMP_NUM_THREADS": "1"}
         try:
             client.execute(env=os.environ | settings)
         except CellExecutionError as error:

@@ -21,6 +21,7 @@ from refusallab.attacks.prefilling import prefilling_attack
 from refusallab.attacks.result import AttackResult, direct, disclosed, rewrite, send
 from refusallab.attacks.templates import rewritings, template
 from refusallab.attacks.white_box import fine_tuning_attack, gradient_direction
+from refusallab.bars import with_bar
 from refusallab.defence import Defence, ModelAlone
 from refusallab.defences.exchange import ExchangeProbe, StreamingProbe
 from refusallab.defences.monitor import Monitor
@@ -251,7 +252,8 @@ def attack_matrix(
     if other := next((a.name for a in attacks if a.run is not rows[a.name].run), ""):
         raise RefusalLabError(f"Two attacks are called {other!r} and do different things: give each its own name.")
     judged: dict[tuple[str, str], tuple[Outcome, ...]] = {}
-    for attack, d in _pairs(defences, attacks):
+    pairs = _pairs(defences, attacks)
+    for attack, d in with_bar(pairs, "attacks", len(pairs)):
         progress(f"{attack.name} / {d.name}")
         if (attack.name, d.name) not in judged:
             judged[attack.name, d.name] = tuple(result.outcome for result in attack.run(d, items))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from refusallab.bars import with_bar
 from refusallab.errors import RefusalLabError
 from refusallab.model.parts import Begun, Edit, Model, Prompt
 from refusallab.model.prompts import batches, check_length, listed_prompts, text_behind
@@ -66,21 +68,21 @@ def generate(
     prefill: str = "",
     max_new_tokens: int = 40,
     batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
     processor: Callable[[list[int], dict[str, Tensor]], LogitsProcessor] | None = None,
 ) -> list[str]:
     """Greedy replies in the order of the prompts: what follows prompt and `prefill`, up to the end of turn.
 
     A model that thinks writes its thought first, which may take `m.thought_tokens` more than `max_new_tokens`.
-    `edit` is applied in the forward pass of every token. `progress(n)` is called with the number of finished
-    prompts after each batch. `processor(rows, batch)` makes what changes the logits of every step, for a batch of the
-    prompts with the numbers `rows`. Raises RefusalLabError, with the prompt, where logits are not finite.
+    `edit` is applied in the forward pass of every token. `processor(rows, batch)` makes what changes the logits of
+    every step, for a batch of the prompts with the numbers `rows`. Raises RefusalLabError, with the prompt, where
+    logits are not finite.
     """
     prompts = listed_prompts(prompts)
     max_new_tokens += m.thought_tokens
     replies = [""] * len(prompts)
-    n_done, (_, end), tags = 0, end_of_turn(m.tokenizer), _thought_tokens(m)
-    for rows, batch in batches(m, prompts, batch_size, system=system, prefill=prefill):
+    (_, end), tags = end_of_turn(m.tokenizer), _thought_tokens(m)
+    encoded = batches(m, prompts, batch_size, system=system, prefill=prefill)
+    for rows, batch in with_bar(encoded, "replies", math.ceil(len(prompts) / batch_size)):
         width = batch["input_ids"].shape[1]
         check_length(m, width + max_new_tokens)
         highest = _Highest(width, m.stop_ids)
@@ -107,9 +109,6 @@ def generate(
             replies[i] = _text(m, head, new[:stop], tags)
             if end:
                 replies[i] = replies[i].partition(end)[0]
-        n_done += len(rows)
-        if progress:
-            progress(n_done)
     unfinished = sum(isinstance(reply, str) and bool(reply.strip()) and not spoken(reply).strip() for reply in replies)
     if unfinished:
         warnings.warn(
