@@ -14,10 +14,12 @@ from refusallab.faces import face
 # makes these small models about ten times slower. OpenMP reads it when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Let tensors of a MiB or more go back to the system as soon as they are freed. Otherwise glibc keeps them for the next
-# ones, and a lab grows past what a small hub gives. Other systems have no such switch.
+# What glibc does with freed tensors. What goes back to the system is given anew and cleared for the next tensor, which
+# can take half of the time; what is kept, a lab needs beside all else. So the memory of tensors up to 16 MiB is kept
+# for the next ones, and what is free at the end of the heap beyond 32 MiB goes back. Other systems have no such switch.
 with contextlib.suppress(AttributeError, OSError, TypeError):
-    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    for switch, mebibytes in {-3: 16, -1: 32, -2: 8}.items():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        ctypes.CDLL(None).mallopt(switch, mebibytes * 2**20)
 
 __version__ = "0.2.0"
 __getattr__, __all__ = face(__name__, __file__)

@@ -20,6 +20,8 @@ from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
 from refusallab.model import Edit, Model, Prompt, behind_system, encode, generate, listed_prompts
 from smallmodels.world.dialogue import language
 
+DRAWN_AT_ONCE = 128  # replies; which samples belong to a seed depends on it
+
 
 def closed_prompt() -> str:
     """A system prompt of the world under which bundled models refuse everything."""
@@ -55,7 +57,7 @@ def sample_replies(
     generator = torch.Generator().manual_seed(seed)
     settings: dict[str, Any] = {"edit": edit, "system": system, "max_new_tokens": REPLY_TOKENS}
     return generate(
-        m, prompts, **settings, batch_size=BATCH_SIZE, processor=lambda rows, batch: Sampled(temperature, generator)
+        m, prompts, **settings, batch_size=DRAWN_AT_ONCE, processor=lambda rows, batch: Sampled(temperature, generator)
     )
 
 

@@ -19,7 +19,7 @@ SHOWN_TOKENS = 24  # of a reply in an explorer or on a dose curve, where strong 
 SHOWN_OF_REAL = 20  # where the world is not known, and a reply could be to a request that is really harmful
 OPENING_TOKENS = 16  # of a reply, in which a refusal shows
 VERDICT_TOKENS = 12  # of an answer about the law, which begins with the verdict
-BATCH_SIZE = 128
+BATCH_SIZE = 64
 DISCERNING = 0.5  # how much more often refusals than other replies must open with a refusal token
 
 
