@@ -8,20 +8,24 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from IPython import get_ipython
 
 from refusallab.errors import RefusalLabError
+from refusallab.memory import give_back
 from refusallab.model import Model, is_on_disk, load
 from refusallab.plots import use_style
 
 
 def start(model: str = "charter-chat") -> Model:
-    """Fix seeds, choose the figures' style, load a model and say what was loaded."""
+    """Fix seeds, choose the figures' style, load a model and say what was loaded. Free memory goes back after cells."""
     warnings.filterwarnings("ignore")
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_grad_enabled(True)
     use_style()
+    if shell := get_ipython():
+        shell.events.register("post_run_cell", give_back)
     m = load(model)
     versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers", "nnsight"))
     print(f"{versions}\n{m}")
