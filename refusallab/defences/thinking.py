@@ -18,6 +18,7 @@ from refusallab.activations import residual
 from refusallab.defence import ModelAlone
 from refusallab.defences.exchange import AfterReply
 from refusallab.finetuning import reply_loss, train_copy
+from refusallab.memory import give_back
 from refusallab.model import Begun, Edit, Model, Prompt, embedding, thought_of, unembedding
 from refusallab.thoughts import behind, layout, sentences
 from smallmodels import recipe
@@ -110,6 +111,7 @@ def recovering(m: Model, *, seed: int = 0) -> ModelAlone:
     starts = iter(range(0, len(prompts), RECOVERY_BATCH))
 
     def loss(copied: Model) -> Tensor:
+        give_back()  # lessons are long: without it, lab 11 takes 100 MB more
         start = next(starts)
         rows = slice(start, start + RECOVERY_BATCH)
         for table in (embedding(copied.hf), unembedding(copied.hf)):
