@@ -179,25 +179,21 @@ class TestSearch:
 
     def test_a_penalty_is_asked_about_those_that_could_be_the_best_and_no_others(self, chat, harmful):
         cases = [gcg.prepare(chat, item.prompt, "Use", " the the") for item in harmful[:2]]
-        generator = torch.Generator().manual_seed(0)
         words = chat.tokenizer([" a", " of", " in", " pot", " sand", " for"], add_special_tokens=False)["input_ids"]
         pairs = torch.tensor([a + b for a in words for b in words])
-        losses = torch.rand(len(pairs), generator=generator)
-        asked = []
+        numbers = {prompt: i for case in cases for i, prompt in enumerate(gcg.with_each(chat, case, pairs))}
+        best, losses, asked = 20, torch.linspace(0, 1, len(pairs)), []
 
         def penalty(prompts):
             asked.extend(prompts)
-            return torch.tensor([len(prompt) % 5 / 10 for prompt in prompts])
+            return torch.tensor([float(numbers[prompt] < best) for prompt in prompts])
 
-        everyone = torch.stack([penalty(gcg.with_each(chat, case, pairs)) for case in cases])
-        asked.clear()
         hit = torch.ones(len(pairs), dtype=torch.bool)
         total, reached = gcg._penalised(chat, cases, pairs, losses, hit, penalty)
-        full = losses + everyone.mean(0)
-        best = int(full.argmin())
-        assert (int(total.argmin()), total[best]) == (best, full[best])
-        assert reached[best] == (everyone[:, best] == 0).all()
-        assert 2 * gcg.PENALISED_AT_ONCE <= len(asked) < 2 * len(pairs)
+        assert (int(total.argmin()), total[best]) == (best, losses[best])
+        assert reached[best]
+        assert not reached[:best].any()
+        assert len(asked) == len(cases) * 2 * gcg.PENALISED_AT_ONCE < len(cases) * len(pairs)
 
     @pytest.mark.slow
     def test_prompts_enter_one_by_one(self, chat, harmful):
