@@ -111,7 +111,7 @@ def recovering(m: Model, *, seed: int = 0) -> ModelAlone:
     starts = iter(range(0, len(prompts), RECOVERY_BATCH))
 
     def loss(copied: Model) -> Tensor:
-        give_back()  # lessons are long: without it, lab 11 takes 100 MB more
+        give_back()  # lessons are long: without it, lab 11 takes more than 1 GiB
         start = next(starts)
         rows = slice(start, start + RECOVERY_BATCH)
         for table in (embedding(copied.hf), unembedding(copied.hf)):
