@@ -314,7 +314,8 @@ EVERY_TOKEN = define(
         "Or edit a copy: `with nn.edit() as (tracer, edited):`, in it `for _ in tracer.all():` with `edit(nn)`, and "
         "then `edited.generate(...)`.",
         "In the first invoke: `for _ in tracer.iter[:steps]:` and in the loop `edit(nn)`. In the second: "
-        "`ids = tracer.result.save()`. Return `ids[:, n_prompt:].tolist()`.",
+        "`ids = tracer.result.save()`. Return `ids[:, n:].tolist()`, where n is the length of a prompt: "
+        '`batch["input_ids"].shape[1]`.',
     ),
 )
 
