@@ -241,7 +241,7 @@ def _print_score(console: Console, row, score) -> None:
         p = "p < 0.001" if score.p[name] < 0.001 else f"p = {score.p[name]:.3f}"
         table.add_row(name, "yes" if name in shown else "no", str(share), p)
     console.print(table)
-    kept = ", ".join(f"{kind} {share:.2f}" for kind, share in score.kept.items())
+    kept = ", ".join(f"{kind} {share}" for kind, share in score.served.items())
     console.print(f"Ordinary traffic kept: {kept}. Refused: {score.over_refusal}.", highlight=False)
     console.print(f"{row.name}: {score.points:.1f} points. {score_in_words(score)}", highlight=False)
 

@@ -426,7 +426,8 @@ FULL = define(
     hints=(
         "Go through what enters the stream: token embedding, position embedding if there is one, and for each block "
         "two matrices with their biases, if any. Then ask of each tensor whether another module uses it.",
-        "`positional_embedding(hf)` is None where there is none; `module.bias` likewise. "
+        "`positional_embedding(hf)` is None where there is none. "
+        '`getattr(module, "bias", None)` is None where there is no bias, also for an embedding. '
         "`unembedding(hf).weight is embedding(hf).weight` tells whether the head is tied. "
         "`isinstance(module, torch.nn.Linear)` tells the layouts apart.",
         "Untie the head first: `head = unembedding(hf)`, then "
