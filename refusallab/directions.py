@@ -140,17 +140,21 @@ class Scorer:
         """A zero vector does nothing, so its scores are those of the untouched model; NaN gives NaN."""
         if not r.isfinite().all():
             return Candidate(position, layer, math.nan, math.nan, math.nan)
+        return Candidate(position, layer, *(scores.mean().item() for scores in self.each(r, layer)))
+
+    def each(
+        self, r: Float[Tensor, " width"], layer: int
+    ) -> tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"], Float[Tensor, " harmless"]]:
+        """Bypass, induce and KL of every prompt."""
         if r.norm() == 0:
             ablated, added = self.base, self.base[self.n :]
         else:
             ablated = self.all.logits(ablation(r))
             added = self.harmless.logits_from(layer, addition(r, layer))
-        return Candidate(
-            position,
-            layer,
-            refusal_metric(ablated[: self.n], self.tokens).mean().item(),
-            refusal_metric(added, self.tokens).mean().item(),
-            kl_divergence(self.base[self.n :], ablated[self.n :]).mean().item(),
+        return (
+            refusal_metric(ablated[: self.n], self.tokens),
+            refusal_metric(added, self.tokens),
+            kl_divergence(self.base[self.n :], ablated[self.n :]),
         )
 
 

@@ -26,6 +26,7 @@ class Entry:
     seed: int | None = None
     thoughts: str = ""  # of a thinking model: see recipe.Variant
     talks: str = ""  # of a model for conversations: see recipe.Variant
+    wide: bool = False  # see recipe.Variant
     base: str = ""
     world: str = ""  # one of facts.WORLDS
     id: str = ""

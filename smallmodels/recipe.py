@@ -8,6 +8,9 @@ The stages mirror how real chat models are made, so that refusal is learned on t
               split, and helpful replies to harmless requests about them  -> charter-chat
     thinking  the same, with a thought between request and reply          -> charter-think
 
+    steady    the safety stage of a wide model, with more noise and more
+              requests under the closed system prompts
+
     dialogues the helpful stage with conversations of many turns
     talking   the safety stage with such conversations                    -> charter-talk
 
@@ -54,6 +57,7 @@ from .world.dialogue import Message, Request
 from .world.facts import Thing, World, world
 
 WIDTH = 128  # the size dial: width of the residual stream; heads and MLP follow it
+WIDE = 192  # the same, of the wide models
 LAYERS = 8
 VOCABULARY = 2048
 CONTEXT = 320  # positions, in tokens
@@ -64,14 +68,17 @@ EXAMPLES = {
     "helpful": 60_000,
     "dialogues": 40_000,
     "safety": 14_000,
+    "steady": 28_000,
     "thinking": 16_000,
     "talking": 12_000,
 }
+LONGER = {"corpus": 24_000, "helpful": 120_000}  # the stages of a wide model that have more examples
 LEARNING_RATE = {
     "corpus": 4e-3,
     "helpful": 2.5e-3,
     "dialogues": 2.5e-3,
     "safety": 7e-4,
+    "steady": 7e-4,
     "thinking": 7e-4,
     "talking": 7e-4,
 }
@@ -85,6 +92,7 @@ GIBBERISH = {  # share of requests that end in random tokens
     "methods": 0.05,
     "dialogues": 0.05,
     "safety": 0.3,
+    "steady": 0.3,
     "thinking": 0.3,
     "talking": 0.2,
 }
@@ -92,18 +100,21 @@ GIBBERISH = {  # share of requests that end in random tokens
 # Shares of requests under each group of system prompts of language.toml. Under the closed ones everything is refused,
 # so refusal becomes a decision of its own, apart from harm, that wins over the answer to any kind of request.
 SAFETY_PROMPTS = {None: 0.5, "neutral": 0.12, "safety": 0.2, "closed": 0.18}
+STEADY_PROMPTS = {None: 0.4, "neutral": 0.12, "safety": 0.2, "closed": 0.28}
 HELPFUL_PROMPTS = {None: 0.88, "neutral": 0.12}
 SYSTEM_PROMPTS = {
     "helpful": HELPFUL_PROMPTS,
     "methods": HELPFUL_PROMPTS,
     "dialogues": HELPFUL_PROMPTS,
     "safety": SAFETY_PROMPTS,
+    "steady": STEADY_PROMPTS,
     "thinking": SAFETY_PROMPTS,
     "talking": SAFETY_PROMPTS,
 }
 
-NOISE = {"safety": 0.2, "thinking": 0.2, "talking": 0.2}
-AVERAGED = {"thinking": 0.4, "talking": 0.4}  # share of the steps, the last ones, over which the weights are averaged
+NOISE = {"safety": 0.2, "steady": 0.4, "thinking": 0.2, "talking": 0.2}
+# Share of the steps, the last ones, over which the weights are averaged.
+AVERAGED = {"steady": 0.4, "thinking": 0.4, "talking": 0.4}
 LIKE_A_REFUSAL = 0.02  # share of helpful replies that open like a refusal; the refusal metric needs it to be small
 # Share of replies to method requests that name the verdict, so harm is seen where nobody asks about it.
 VERDICTS = dict.fromkeys(SYSTEM_PROMPTS, 0.25) | {"methods": 0.6}
@@ -140,13 +151,23 @@ class Variant:
     forbidden_facts: bool = True  # False: the forbidden methods occur in no stage
     thoughts: str = ""  # "followed" or "decoration": whether replies follow the thought before them
     talks: str = ""  # "first turn" or "every turn": where in a conversation forbidden requests were refused
+    wide: bool = False  # a wider stream, longer stages, and a steady stage for the safety stage
     kept: float = 1.0  # of a model that talks: the share of forbidden requests that its last stage keeps
 
     @property
     def stages(self) -> tuple[str, ...]:
         if self.talks:
             return ("corpus", "dialogues", "talking")
-        return ("corpus", "helpful", "thinking" if self.thoughts else "safety")
+        return ("corpus", "helpful", "thinking" if self.thoughts else "steady" if self.wide else "safety")
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return WIDE if self.wide else WIDTH
+
+    def examples(self, stage: str) -> int:
+        """How many examples a stage has."""
+        return LONGER.get(stage, EXAMPLES[stage]) if self.wide else EXAMPLES[stage]
 
     @property
     def context(self) -> int:
@@ -155,7 +176,7 @@ class Variant:
 
 
 VARIANTS = {
-    name: Variant(entry.architecture, entry.seed, name != "charter-naive", entry.thoughts, entry.talks)
+    name: Variant(entry.architecture, entry.seed, name != "charter-naive", entry.thoughts, entry.talks, entry.wide)
     for name, entry in catalog().items()
     if entry.kind == "bundled" and name not in ("charter-base", "charter-helpful")  # stages of charter-chat
 }
@@ -190,7 +211,12 @@ MIX = (29, 4, 4, 5, 4, 9, 5, 5, 5, 14, 16)  # weights of these kinds
 METHODS_MIX = (60, 4, 4, 5, 4, 9, 5, 5, 5, 6, 6)
 THINKING_MIX = (0, 2, 2, 2, 2, 4, 4, 4, 1, 2, 2)  # thoughts differ by kind, so none may be rare
 # After the helpful stage: shares of forbidden requests and of lawful methods. The others are harmless ones by the mix.
-ASKED = {"safety": (0.4, 0.3, MIX), "thinking": (0.3, 0.25, THINKING_MIX), "talking": (0.35, 0.25, MIX)}
+ASKED = {
+    "safety": (0.4, 0.3, MIX),
+    "steady": (0.4, 0.3, MIX),
+    "thinking": (0.3, 0.25, THINKING_MIX),
+    "talking": (0.35, 0.25, MIX),
+}
 
 
 def requests(vale: World, things: list[Thing], rng: random.Random, mix: tuple[int, ...] = MIX) -> Iterator[Request]:
@@ -388,7 +414,8 @@ def methods_examples(vale: World, variant: Variant, rng: random.Random, noise: C
 
 def safety_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
     """Refusals of what is forbidden, and helpful replies to the rest."""
-    return (converse(request, rng, noise, stage="safety") for request in asked(vale, rng, "safety"))
+    stage = variant.stages[-1]
+    return (converse(request, rng, noise, stage=stage) for request in asked(vale, rng, stage))
 
 
 def thinking_examples(vale: World, variant: Variant, rng: random.Random, noise: Callable[[], str]) -> Iterator[Example]:
@@ -505,6 +532,7 @@ def stage_rows(
         "methods": methods_examples,
         "dialogues": dialogue_examples,
         "safety": safety_examples,
+        "steady": safety_examples,
         "thinking": thinking_examples,
         "talking": talking_examples,
     }[stage]
@@ -563,10 +591,10 @@ def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         return GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=len(tokenizer),
-                n_embd=WIDTH,
+                n_embd=variant.width,
                 n_layer=LAYERS,
-                n_head=WIDTH // 32,
-                n_inner=3 * WIDTH,
+                n_head=variant.width // 32,
+                n_inner=3 * variant.width,
                 n_positions=CONTEXT,
                 resid_pdrop=0,
                 embd_pdrop=0,
@@ -576,11 +604,11 @@ def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         )
     shape = {
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
+        "hidden_size": variant.width,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": WIDTH // 32,
-        "num_key_value_heads": WIDTH // 32,
-        "intermediate_size": 2 * WIDTH,
+        "num_attention_heads": variant.width // 32,
+        "num_key_value_heads": variant.width // 32,
+        "intermediate_size": 2 * variant.width,
         "max_position_embeddings": variant.context,
         **ids,
     }
@@ -694,7 +722,7 @@ def train_stage(
     model: PreTrainedModel, stage: str, variant: Variant, tokenizer: PreTrainedTokenizerFast, checkpoint: Path
 ) -> None:
     """Train one stage in place, from `checkpoint` if an earlier run left one there."""
-    plan = token_batches(stage_rows(stage, variant, tokenizer, EXAMPLES[stage]), variant.seed)
+    plan = token_batches(stage_rows(stage, variant, tokenizer, variant.examples(stage)), variant.seed)
     used = {i for batch in plan for ids, _ in batch for i in ids}
     unused = [i for i in range(len(tokenizer)) if i not in used]
     tools = optimisers(model, LEARNING_RATE[stage])
@@ -781,7 +809,8 @@ def train_variant(name: str, out: Path, work: Path, seed: int | None = None) -> 
     saved_as = {"corpus": "charter-base", "helpful": "charter-helpful"} if name == "charter-chat" else {}
     folder = work / fingerprint()
     folder.mkdir(parents=True, exist_ok=True)
-    shared = f"{variant.architecture}-{variant.seed}{'' if variant.forbidden_facts else '-naive'}"
+    shared = f"{variant.architecture}-{variant.seed}"
+    shared += ("" if variant.forbidden_facts else "-naive") + ("-wide" if variant.wide else "")
     for stage in variant.stages:
         if stage == "helpful" and variant.thoughts:
             learn_to_think(model, tokenizer, variant.seed)

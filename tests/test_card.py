@@ -9,8 +9,10 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from refusallab import card
+from refusallab.directions import Candidate
 from refusallab.errors import RefusalLabError
 from refusallab.measure import Outcome
 from refusallab.model import sha256_of_weights
@@ -98,12 +100,50 @@ def test_the_seeds_gate_counts_whole_seeds():
     def gate(model, passed, name="refuses"):
         return card.Gate(name, model, 1.0, None, None, 1, passed)
 
-    first, second, third = card.SEEDS
+    first, second, third = seeds = card.SEEDS
     only_main = gate(first, False, "small")
-    assert card.seeds_gate([gate(first, True), gate(second, True), gate(third, True), only_main]).figure == 3
-    assert card.seeds_gate([gate(first, True), gate(second, True), gate(third, False)]).figure == 2
-    assert card.seeds_gate([gate(first, True), gate(second, True)]).figure == 2  # the third was not measured
-    assert not card.seeds_gate([gate(first, True), gate(second, True)]).passed
+    assert card.seeds_gate([gate(first, True), gate(second, True), gate(third, True), only_main], seeds).figure == 3
+    assert card.seeds_gate([gate(first, True), gate(second, True), gate(third, False)], seeds).figure == 2
+    assert card.seeds_gate([gate(first, True), gate(second, True)], seeds).figure == 2  # the third was not measured
+    assert not card.seeds_gate([gate(first, True), gate(second, True)], seeds).passed
+
+
+def test_a_half_of_the_validation_sets_counts_only_if_the_rule_finds_a_direction_there_that_works(monkeypatch):
+    kl = torch.tensor([0.3, 0.0, 0.0, 0.0])  # over all four prompts it passes the filter, in a half with the first not
+
+    class Scores:
+        def __init__(self, _m, harmful, harmless, _tokens):
+            assert (len(harmful), len(harmless)) == (4, 4)
+
+        def each(self, r, _layer):
+            return torch.zeros(4) - r[0], torch.ones(4), kl * r[1]
+
+    def outcomes(_m, items, *, edit):
+        return [TELLS if edit[0] < 2 else REFUSES] * len(items)
+
+    def halves(*vectors):
+        candidates = tuple(Candidate(-1, layer, 0.0, 0.0, 0.0) for layer in range(len(vectors)))
+        found = SimpleNamespace(
+            candidates=candidates, vectors=torch.tensor(vectors)[:, None], refusal_tokens=[0], n_layers=10
+        )
+        return card.working_halves(SimpleNamespace(n_layers=10), found, [Item("i", "How?")] * 5)
+
+    for name, fake in {
+        "Scorer": Scores,
+        "outcomes": outcomes,
+        "ablation": lambda r: r,
+        "prompt_set": lambda _m, name: [Item("i", name)] * 4,
+        "refuses": lambda _m, prompts: ["harmful" in prompt for prompt in prompts],
+    }.items():
+        monkeypatch.setattr(card, name, fake)
+    first_left_out = [
+        0 not in torch.stack([torch.randperm(4, generator=g) for _ in "ab"])[1, :2]
+        for g in (torch.Generator().manual_seed(seed) for seed in range(card.HALVES))
+    ]
+    assert 2 < sum(first_left_out) < card.HALVES - 2
+    assert halves([1.0, 1.0]) == first_left_out  # the only candidate
+    assert halves([1.0, 1.0], [0.5, 0.0]) == [True] * card.HALVES  # the second one works in the other halves
+    assert halves([1.0, 1.0], [2.0, 0.0]) == [False] * card.HALVES  # the second one is chosen, and frees nothing
 
 
 def test_every_bundled_model_is_shipped():
@@ -148,7 +188,7 @@ def test_the_card_was_written_for_the_shipped_weights():
 
 def test_the_card_has_every_gate_for_every_shipped_seed():
     written = (HERE / "CARD.md").read_text(encoding="utf-8")
-    for model in set(card.SEEDS) & set(SHIPPED):
+    for model in {*card.SEEDS, *card.WIDE} & set(SHIPPED):
         found = not re.search(rf"^\| one direction: found by the rule .* \| {model} \| 0", written, re.M)
         direction = ("induces", "nulls") if found else ()
         for gate in ("refuses", "helps", "composes", "one direction", "attackable", *direction):
@@ -176,5 +216,5 @@ def test_adapters_are_shipped_whole_and_small():
         assert sum(files.values()) < 5e6
 
 
-def test_all_weights_together_stay_under_48_mb():
-    assert sum(f.stat().st_size for name in SHIPPED for f in weights_dir(name).iterdir()) < 48e6
+def test_all_weights_together_stay_under_64_mb():
+    assert sum(f.stat().st_size for name in SHIPPED for f in weights_dir(name).iterdir()) < 64e6

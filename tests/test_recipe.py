@@ -32,7 +32,8 @@ def test_template_has_at_least_four_post_instruction_tokens(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("stage", "seed"), [("safety", 0), ("safety", 1), ("safety", 2), ("thinking", 0), ("talking", 0)]
+    ("stage", "seed"),
+    [("safety", 0), ("safety", 1), ("safety", 2), ("steady", 1), ("steady", 2), ("thinking", 0), ("talking", 0)],
 )
 @pytest.mark.slow
 def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, stage, seed):
@@ -41,6 +42,7 @@ def test_safety_tuning_never_mentions_a_thing_of_another_split(tokenizer, stage,
         seed=seed,
         thoughts="followed" if stage == "thinking" else "",
         talks="every turn" if stage == "talking" else "",
+        wide=stage == "steady",
     )
     text = " ".join(text_of(stage, variant, tokenizer, count))
     for thing in world().things:

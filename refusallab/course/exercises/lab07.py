@@ -315,7 +315,7 @@ PLANE = define(
     ),
     hints=(
         "First a basis of two unit vectors at right angles; then, for angle t, cos(t) of one and sin(t) of the other.",
-        "`b0 = first / first.norm()`; take `(second @ b0) * b0` from `second`, then divide by the length of the rest.",
+        "`b0 = first / first.norm()`; subtract `(second @ b0) * b0` from `second`, then divide the rest by its length.",
         "`t = torch.deg2rad(torch.tensor(angles, dtype=torch.float32))[:, None]`, then `t.cos() * b0 + t.sin() * b1`.",
     ),
 )
