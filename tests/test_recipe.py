@@ -1,12 +1,13 @@
 """The recipe: what each stage sees, determinism, resuming after an interruption."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from smallmodels import recipe
+from smallmodels import recipe, weights_dir
 from smallmodels.world import dialogue
 from smallmodels.world.dialogue import REFUSAL_MARKERS
 from smallmodels.world.facts import world
@@ -209,6 +210,21 @@ def test_the_thinking_stage_keeps_what_it_does_not_use_and_averages(small, tmp_p
         assert rows[sorted(used)].float().mean() > 0.5 and not rows[rest].any()
     averaged, _, _ = trained(0.5)
     assert not torch.equal(last, averaged)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe.VARIANTS if weights_dir(name).is_dir()])
+def test_shipped_weights_have_the_shape_of_the_recipe(name):
+    config = json.loads((weights_dir(name) / "config.json").read_text())
+    variant = recipe.VARIANTS[name]
+    assert config.get("hidden_size", config.get("n_embd")) == variant.width == (192 if "wide" in name else 128)
+    assert config.get("max_position_embeddings", config.get("n_positions")) == variant.context
+
+
+def test_a_wide_model_is_trained_longer_in_every_stage():
+    usual, wide = recipe.VARIANTS["charter-chat-s1"], recipe.VARIANTS["charter-wide-s1"]
+    assert usual.seed == wide.seed and wide.stages[:2] == usual.stages[:2]
+    for before, after in zip(usual.stages, wide.stages, strict=True):
+        assert wide.examples(after) > 1.5 * usual.examples(before)
 
 
 @pytest.mark.slow
