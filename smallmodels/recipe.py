@@ -623,9 +623,8 @@ def make_model(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> PreTrain
                 final_logit_softcapping=None,
             )
         )
-        for (
-            block
-        ) in model.model.layers:  # small steps at first: each norm starts at a quarter of unit gain (1 + weight)
+        # Small steps at first: each norm starts at a quarter of unit gain (1 + weight).
+        for block in model.model.layers:
             torch.nn.init.constant_(block.post_attention_layernorm.weight, -0.75)
             torch.nn.init.constant_(block.post_feedforward_layernorm.weight, -0.75)
         return model

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import Cache, DynamicLayer, LogitsProcessor
 
 from refusallab.bars import with_bar
 from refusallab.errors import RefusalLabError
@@ -91,11 +92,9 @@ def generate(
             "max_new_tokens": max_new_tokens,
             "eos_token_id": list(m.stop_ids) or None,
             "pad_token_id": m.tokenizer.pad_token_id,
-            # Room for all keys and values at once: a cache that grows is copied at every token.
-            "cache_implementation": "static",
-            "disable_compile": True,
         }
         if not m.remote:
+            settings["past_key_values"] = Cache(layer_class_to_replicate=partial(_Roomy, width + max_new_tokens))
             settings["logits_processor"] = [highest, *([processor(rows, batch)] if processor else [])]
         if edit is None and not m.remote:
             ids = m.hf.generate(**batch, **settings)
@@ -152,6 +151,28 @@ def require_finite(m: Model, values: Tensor, edit: Edit | None, rows: Sequence[i
         f"Prompt {first}{f' and {others} more' if others else ''}: {m.name} computes numbers that are not finite in "
         f"{dtype}; {remedy}."
     )
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values in a tensor with room for all tokens: one that grows is copied at every token.
+
+    Only the part that is filled is attended to; transformers' static cache attends to the empty part, too.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.all = [x.new_empty(*x.shape[:-2], self.room, x.shape[-1]) for x in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for whole, new in zip(self.all, (key_states, value_states), strict=True):
+            whole[..., start:end, :] = new
+        self.keys, self.values = (whole[..., :end, :] for whole in self.all)
+        return self.keys, self.values
 
 
 class _Highest(LogitsProcessor):
