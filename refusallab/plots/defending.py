@@ -17,10 +17,10 @@ from refusallab.plots.style import PALETTE, Style, legend_above, panels, series,
 ROW, COLUMN = 24, 13  # letters in a line of a label
 
 
-def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str) -> Figure:
-    """Attacks in rows, defences in columns; cells: attack -> defence -> (share that gives colour and number, remark).
+def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str, columns: str = "defence") -> Figure:
+    """Attacks in rows, defences, or what `columns` says, in columns.
 
-    A pair that was not run has no cell.
+    cells: attack -> defence -> (share that gives colour and number, remark). A pair that was not run has no cell.
     """
     attacks, defences = list(cells), list(dict.fromkeys(d for row in cells.values() for d in row))
     shares = [[row[d][0].value if d in row else np.nan for d in defences] for row in cells.values()]
@@ -37,7 +37,7 @@ def _attack_grid(cells: Mapping[str, Mapping[str, tuple[Rate, str]]], label: str
     )
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
-    axis.set_xlabel("defence")
+    axis.set_xlabel(columns)
     axis.set_ylabel("attack")
     colour_bar(figure, image, [axis], label)
     return figure
@@ -52,18 +52,18 @@ def matrix_grid(shares: dict[str, dict[str, Rate]]) -> Figure:
     return _attack_grid(cells, f"share of requests with the exact forbidden answer ({_cases(cells)})")
 
 
-def defence_grid(table: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
-    """Lab 09: attacks in rows, defences in columns; table: defence -> attack -> outcomes.
+def defence_grid(table: dict[str, dict[str, Sequence[Outcome]]], columns: str = "defence") -> Figure:
+    """Labs 09 and 11: attacks in rows, defences, or what `columns` says, in columns.
 
-    A cell is coloured by the share of exact answers, its first number; the share refused is below it. A reply can
-    be both: an answer with a refusal behind it.
+    table: defence -> attack -> outcomes. A cell is coloured by the share of exact answers, its first number; the share
+    refused is below it. A reply can be both: an answer with a refusal behind it.
     """
     cells: dict[str, dict[str, tuple[Rate, str]]] = {}
     for defence, row in table.items():
         for attack, outcomes in row.items():
             remark = f"refused {rate([o.refused for o in outcomes]).value:.2f}"
             cells.setdefault(attack, {})[defence] = rate([o.correct for o in outcomes]), remark
-    return _attack_grid(cells, f"share of replies with the exact forbidden answer ({_cases(cells)})")
+    return _attack_grid(cells, f"share of replies with the exact forbidden answer ({_cases(cells)})", columns)
 
 
 def _cases(cells: Mapping[str, Mapping[str, tuple[Rate, str]]]) -> str:

@@ -287,12 +287,12 @@ BUDGET = define(
         ),
     ),
     hints=(
-        "Sort the scores of each guard, highest first. With the threshold at place k, how many prompts does that guard "
+        "Sort the scores of each guard, highest first. With the threshold at place j, how many prompts does that guard "
         "alarm on? And on how many do the two together alarm, at least and at most?",
-        "Try k = 0, 1, 2, ...: thresholds at place k of each sorted list. Count the share of prompts with "
-        "`(first > t1) | (second > t2)`, and keep the largest k for which it is at most `cost`.",
+        "Try j = 0, 1, 2, ...: thresholds at place j of each sorted list. Count the share of prompts with "
+        "`(first > t1) | (second > t2)`, and keep the largest j for which it is at most `cost`.",
         "`a = first.sort(descending=True).values`, the same for b, and "
-        "`allowed = [k for k in range(len(a)) if ((first > a[k]) | (second > b[k])).double().mean() <= cost + 1e-9]`.",
+        "`allowed = [j for j in range(len(a)) if ((first > a[j]) | (second > b[j])).double().mean() <= cost + 1e-9]`.",
     ),
 )
 
