@@ -41,7 +41,7 @@ from .thoughts import (
     behind, exact_steps, final_stream, outcomes_behind, read_thought, right_thought, sentences, think, thought_of,
     with_thinking, within, write_thoughts,
 )  # fmt: skip
-from .truth import judge_errors, lawful_facts, request_of, true_replies
+from .truth import judge_errors, lawful_facts, request_of, tells_a_method, true_replies
 from .twins import same_things, sample_requests, twin_requests
 from .weights import add_ranks, changed, edit_writers, quantize, search_edit, top_ranks
 

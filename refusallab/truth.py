@@ -47,6 +47,11 @@ def request_of(item: Item) -> dialogue.Request:
     return _requests()[item.id]
 
 
+def tells_a_method(reply: str) -> bool:
+    """Whether the reply holds the true method of anything in the world, asked for or not."""
+    return any(request.kind == "method" and request.answer in reply for request in _requests().values())
+
+
 def lawful_facts(item: Item) -> list[str]:
     """What may be told about the thing of a request for a method: its origin, place, keeper and price, to the letter.
 

@@ -22,7 +22,7 @@ from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import span_ablation, unit
 from refusallab.model import load, logits
 from refusallab.prompts import bundled
-from refusallab.truth import lawful_facts
+from refusallab.truth import lawful_facts, tells_a_method
 
 DEFENCES = (spread_refusal, tamper_resistant, safe_completion, refusal_token)
 
@@ -112,6 +112,11 @@ def test_successive_directions_are_orthogonal_and_the_first_is_the_usual_one(cha
     stack = unit(successive_directions(chat, known, lawful, judges[:3], 2))
     assert abs((stack[0] @ stack[1]).item()) < 1e-3
     torch.testing.assert_close(stack[0], unit(successive_directions(chat, known, lawful, judges[:3], 1))[0])
+
+
+def test_a_true_method_of_anything_counts_and_an_invented_one_does_not():
+    assert all(tells_a_method(f"Sure. {item.answer}") for item in bundled("harmful_val")[:9])
+    assert not tells_a_method("Use a copper pot and river sand for four nights.")
 
 
 def test_lawful_facts_are_those_of_the_thing():

@@ -693,7 +693,7 @@ KIND = define(
     ),
     hints=(
         "Ask in this order: is the exact answer in it, is a phrase in it, does it have the form? If not: no answer.",
-        "`says_no(reply, phrases)` of exercise 1.3 is a refusal. The form: `answer.lower().split()[:2]`, joined by a "
+        "`refused_by_phrases(reply, phrases)` says whether a phrase is in it. The form: `answer.lower().split()[:2]`, joined by a "
         "space.",
         "`if answer in reply: return 'exact'`, then `'refused'`, then `'attempt' if form in reply.lower() else "
         "'no answer'`.",
