@@ -14,6 +14,7 @@ from refusallab import course
 from refusallab.course.cells import Notebook, squeeze
 from refusallab.course.exercise import Exercise
 
+SOLVED = "refusallab.course.solved"
 FOR_LABS = {"*", "capstone", "leaderboard", *course.__all__}
 BUILTINS = {"__builtins__", "__import__", "compile", "eval", "exec", "globals"}
 ATTRIBUTES = {
@@ -24,9 +25,9 @@ ATTRIBUTES = {
 NAMES = (  # by full name, with all that is in them
     "builtins", "ctypes", "gc.callbacks", "gc.get_objects", "gc.get_referents", "gc.get_referrers",
     "inspect.currentframe", "inspect.getclosurevars", "inspect.getinnerframes", "inspect.getouterframes",
-    "inspect.stack", "inspect.trace", "linecache", "marshal", "sys._current_frames", "sys._getframe", "sys.meta_path",
-    "sys.modules", "sys.path_hooks", "sys.setprofile", "sys.settrace", "types.CodeType", "types.FunctionType",
-    "unittest.mock",
+    "inspect.stack", "inspect.trace", "inspect.unwrap", "linecache", "marshal", "sys._current_frames", "sys._getframe",
+    "sys.meta_path", "sys.modules", "sys.path_hooks", "sys.setprofile", "sys.settrace", "types.CodeType",
+    "types.FunctionType", "unittest.mock",
 )  # fmt: skip
 OPENED = {"getattr", "vars"}  # ordinary calls, but not on modules in which code is to be found
 SET = {"delattr", "setattr"}
@@ -46,10 +47,10 @@ def flags(notebook: Notebook, exercise: Exercise, released: Collection[str] = ()
         found.append(f"looks for code in unusual ways: {', '.join(looked)}")
     if patched := sorted(set(_patched(own, known))):
         found.append(f"changes what it imported: {', '.join(patched)}")
-    code = list(_reachable(notebook, exercise.function, own))
+    code = [n for n in _reachable(notebook, exercise.function, own) if not _goes_on(n, exercise, known)]
     called = set(_library_calls(code, known))
     reference = f"{exercise.reference.__module__}.{exercise.reference.__name__}"
-    if reference in called or (len(called) == 1 and not _works(code, known)):
+    if reference in called or _asks_solved(code, exercise, known) or (len(called) == 1 and not _works(code, known)):
         found.append(f"only calls the library: {', '.join(sorted(called))}")
     return found
 
@@ -205,6 +206,24 @@ def _library_calls(code: list[ast.AST], known: dict[str, str]) -> Iterator[str]:
     for node in _nodes(code):
         if isinstance(node, ast.Call) and _is_library(name := _full_name(node.func, known)):
             yield name
+
+
+def _goes_on(node: ast.AST, exercise: Exercise, known: dict[str, str]) -> bool:
+    """Whether this is `f = solved(number, f)`, with which a notebook goes on after the check of f."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=function, args=[_, ast.Name(id=answer)])):
+            return name == answer == exercise.function and _full_name(function, known) == SOLVED
+    return False
+
+
+def _asks_solved(code: list[ast.AST], exercise: Exercise, known: dict[str, str]) -> bool:
+    """Whether the code calls `solved` for this exercise, or for one whose number it does not spell out."""
+    for node in _nodes(code):
+        if isinstance(node, ast.Call) and _full_name(node.func, known) == SOLVED:
+            numbers = [part.value for part in node.args[:1] if isinstance(part, ast.Constant)]
+            if numbers in ([], [exercise.number]):
+                return True
+    return False
 
 
 def _is_library(name: str) -> bool:

@@ -1,6 +1,7 @@
 """The course: answers are judged as they should be, checks tell no answer, progress is never lost."""
 
 import copy
+import inspect
 import logging
 import multiprocessing
 import os
@@ -255,6 +256,11 @@ class TestSolved:
     def right(harmful, harmless):
         return harmful.mean(0) - harmless.mean(0)
 
+    @staticmethod
+    def is_the_library(function):
+        assert inspect.signature(function) == inspect.signature(find_exercise("2.1").reference)
+        return run_cases(find_exercise("2.1"), inspect.unwrap(function), 0).passed
+
     def test_an_approved_answer_is_what_the_lab_goes_on_with(self, capsys):
         check("2.1", self.right)
         capsys.readouterr()
@@ -267,21 +273,41 @@ class TestSolved:
 
         with pytest.raises(CheckFailed):
             check("2.1", wrong)
-        assert solved("2.1", wrong) is find_exercise("2.1").reference
+        assert self.is_the_library(solved("2.1", wrong))
         said = "2.1 is not solved yet: the cells below use the library's version.\n"
         assert capsys.readouterr().out == said
 
     def test_an_answer_that_changed_since_its_check_is_not_approved(self):
         check("2.1", self.right)
-        assert solved("2.1", lambda harmful, harmless: harmful.mean(0)) is find_exercise("2.1").reference
+        assert self.is_the_library(solved("2.1", lambda harmful, harmless: harmful.mean(0)))
 
     def test_a_hidden_check_alone_approves_nothing(self):
         check("2.1", self.right, seed=3)
-        assert solved("2.1", self.right) is find_exercise("2.1").reference
+        assert self.is_the_library(solved("2.1", self.right))
 
     def test_the_fallback_is_no_answer(self):
         with pytest.raises(CheckFailed, match="the course's own"):
             check("2.1", solved("2.1", print))
+
+    def test_an_answer_that_calls_the_fallback_is_no_answer(self):
+        def asks(harmful, harmless):
+            return solved("2.1", asks)(harmful, harmless)
+
+        fallback = solved("2.1", print)
+        for answer in (asks, lambda harmful, harmless: fallback(harmful, harmless)):
+            with pytest.raises(CheckFailed, match=r"course's own `refusallab\.course\.solved`.* write"):
+                check("2.1", answer)
+        assert passed() == set()
+        assert fallback(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [1, 1]  # anywhere else it works
+
+    def test_an_answer_may_call_the_fallback_of_another_exercise(self):
+        divergence = solved("2.2", print)
+
+        def right(harmful, harmless):
+            divergence(torch.zeros(1, 2), torch.zeros(1, 2))
+            return self.right(harmful, harmless)
+
+        check("2.1", right)
 
 
 class TestProgress:

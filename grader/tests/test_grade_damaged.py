@@ -47,6 +47,11 @@ THREADS = f"import hashlib, threading\n{WORK}\n{KL}\n    threading.Thread(target
 STOPS = f"import os\n{KL}\n    os.kill(os.getpid(), 19)"
 PASTED = f"# from\u2028the web\n{KL}\n    s = 'One\u2029two\x0cthree.'\n{BODY}"
 COURSE = "from refusallab.course.exercises.lab02 import EXERCISES\n_, kl, *_ = (e.reference for e in EXERCISES)"
+SOLVED = f"from refusallab.course import solved\n{KL}\n    return solved('2.2', kl)(base_logits, edited_logits)"
+ABOVE = (
+    f"from refusallab import course\nf = course.solved('2.2', print)\n{KL}\n    return f(base_logits, edited_logits)"
+)
+GOES_ON = f"from refusallab.course import solved\n{RIGHT['2.2']}kl = solved('2.2', kl)"
 TWICE = f"import os\n{KL}\n    os.fork()\n{BODY}"
 LOUD = "print('x' * 50_000_000)"
 EDITED = [answer("2.1", WRONG["2.1"][0][0]), cell("print('all right')", nbgrader=LOCKED), *CELLS[1:]]
@@ -67,6 +72,9 @@ DAMAGED = {
     "stops-itself": (answers(STOPS), 9, "2.2", "20 s by the clock"),
     "pasted-ends-of-lines": (answers(PASTED), ALL, "", ""),
     "of-the-course": (answers(COURSE), 9, "2.2", "course's own"),
+    "asks-solved": (answers(SOLVED), 9, "2.2", "course's own"),
+    "asked-solved-above": (answers(ABOVE), 9, "2.2", "course's own"),
+    "goes-on-with-solved": (answers(GOES_ON), ALL, "", ""),
     "500-magics-and-half-a-character": (
         notebook(before=["\n".join(["%time 1"] * 500), "'\ud800'"]),
         ALL,

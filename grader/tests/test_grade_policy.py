@@ -41,6 +41,8 @@ HABITS = {
     "a traceback": "import traceback\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n    traceback.print_exc()",
     "the check, again": "from refusallab.course import check, progress\nprogress()\n"
     "import refusallab.course as course\ncourse.check",
+    "its own answer, checked": "from refusallab.course import check, solved\ncheck('2.1', mean_difference)\n"
+    "mean_difference = solved('2.1', mean_difference)",
     "the set-up cell with a line more": "import importlib.util, sys, zipfile\nfrom pathlib import Path\n"
     "if importlib.util.find_spec('refusallab') is None:\n    sys.path.insert(0, 'x')\n"
     "    importlib.import_module('refusallab.colab').install()\nprint('ready')",
@@ -74,6 +76,7 @@ def test_honest_habits_are_valid_code(habit):
 F = "def mean_difference(a, b):\n    "
 WRAPPED = "only calls the library: refusallab.directions.difference_in_means"
 DIRECTIONS = "import refusallab.directions as r\n" + F
+SOLVED = "only calls the library: refusallab.course.solved"
 COURSE = "import refusallab.course.exercises.lab02 as x\n    return x.CHOOSE"
 FETCHED = {
     "a wrapper": ("from refusallab.directions import difference_in_means as d\n" + F + "return d(a, b)", WRAPPED),
@@ -87,6 +90,17 @@ FETCHED = {
         "        return r.difference_in_means(a, b)",
         WRAPPED,
     ),
+    "solved": ("from refusallab.course import solved\n" + F + "return solved('2.1', mean_difference)(a, b)", SOLVED),
+    "solved, above": (
+        "from refusallab.course import solved as s\nref = s('2.1', print)\n" + F + "return ref(a, b)",
+        SOLVED,
+    ),
+    "solved by dots": ("import refusallab.course\n" + F + "return refusallab.course.solved('2.1', a)(a, b)", SOLVED),
+    "solved from the package": (
+        "import refusallab.course as c\nn = '2.1'\n" + F + "return c.solved(n, a)(a, b)",
+        SOLVED,
+    ),
+    "solved, unwrapped": ("import inspect\n" + F + "return inspect.unwrap(a)", "inspect.unwrap"),
     "the definition": (F + COURSE, "inside of the course"),
     "the definition by dots": ("import refusallab.course\n" + F + "return refusallab.course.exercises", "inside"),
     "the definition from the package": ("from refusallab import course\n" + F + "return course.exercises", "inside"),

@@ -7,11 +7,12 @@ import io
 import os
 import signal
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from refusallab.course.exercise import Exercise, call
+from refusallab.course.exercise import Borrowed, Exercise, call
 from refusallab.course.exercises import every_exercise, find_exercise
 from refusallab.course.origin import codes, course_code
 from refusallab.sandbox.plain import LARGEST, MIME, from_json, to_json
@@ -52,11 +53,16 @@ def _observe(exercise: Exercise, namespace: dict[str, Any], inputs: str) -> str:
     if exercise.function not in namespace:
         return to_json({"missing": True})
     function = namespace[exercise.function]
+    if type(function) is types.FunctionType:  # f = solved(number, f) stands for f: no check has approved it here
+        function = vars(function).get("lent_for", function)
     if not callable(function):
         return to_json({"kind": type(function).__name__})
     if name := course_code(function):
         return to_json({"borrowed": name})
-    return to_json({"cases": [_try(exercise, function, case) for case in from_json(inputs)]})
+    try:
+        return to_json({"cases": [_try(exercise, function, case) for case in from_json(inputs)]})
+    except Borrowed as name:
+        return to_json({"borrowed": str(name)})
 
 
 def _try(exercise: Exercise, function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def _try(exercise: Exercise, function: Callable[..., Any], inputs: dict[str, Any
             contextlib.redirect_stderr(io.StringIO()),
         ):
             warnings.simplefilter("ignore")
-            value = exercise.observe(function, inputs)
+            value = exercise.try_answer(function, inputs)
         return {"value": value, "inputs": inputs}
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)[:500], "line": _line(error)}
