@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
+import refusallab
 from refusallab import course
 from refusallab.course.cells import Notebook, squeeze
 from refusallab.course.exercise import Exercise
@@ -49,8 +51,8 @@ def flags(notebook: Notebook, exercise: Exercise, released: Collection[str] = ()
         found.append(f"changes what it imported: {', '.join(patched)}")
     code = [n for n in _reachable(notebook, exercise.function, own) if not _goes_on(n, exercise, known)]
     called = set(_library_calls(code, known))
-    reference = f"{exercise.reference.__module__}.{exercise.reference.__name__}"
-    if reference in called or _asks_solved(code, exercise, known) or (len(called) == 1 and not _works(code, known)):
+    fetches = any(_named(name) is exercise.reference for name in called) or _asks_solved(code, exercise, known)
+    if fetches or (len(called) == 1 and not _works(code, known)):
         found.append(f"only calls the library: {', '.join(sorted(called))}")
     return found
 
@@ -183,9 +185,12 @@ def _reachable(notebook: Notebook, name: str, own: list[ast.stmt]) -> Iterator[a
         if (name, called) in seen:
             continue
         seen.add((name, called))
-        for part in (part for _, node in notebook.functions(name) for part in node.body):
-            yield part
-            todo += [(n, False) for n in _names(part)] + [(n, True) for n in _called(part)]
+        for _, node in notebook.functions(name):
+            inner = {n.arg for n in ast.walk(node.args) if isinstance(n, ast.arg)} - _names(node.args)  # f(x=x): both
+            for part in node.body:
+                yield part
+                todo += [(n, False) for n in _names(part) - inner]
+                todo += [(n, True) for n in _called(part) - inner]
         for _, node in notebook.bindings.get(name, ()) if called else ():
             if id(node) in mine and isinstance(node, ast.Assign | ast.AnnAssign | ast.ClassDef):
                 yield node
@@ -206,6 +211,14 @@ def _library_calls(code: list[ast.AST], known: dict[str, str]) -> Iterator[str]:
     for node in _nodes(code):
         if isinstance(node, ast.Call) and _is_library(name := _full_name(node.func, known)):
             yield name
+
+
+def _named(name: str) -> Any:
+    """What a full name of the library stands for: its packages offer many functions under a shorter name."""
+    found: Any = refusallab
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None)
+    return found
 
 
 def _goes_on(node: ast.AST, exercise: Exercise, known: dict[str, str]) -> bool:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+import refusallab
 from grader.policy import flags
+from refusallab import defences
 from refusallab.course.catalogue import LABS
 from refusallab.course.cells import Cell, Notebook, read_cells
-from refusallab.course.exercises import exercises_of, find_exercise
+from refusallab.course.exercises import every_exercise, exercises_of, find_exercise
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +97,11 @@ FETCHED = {
         "from refusallab.course import solved as s\nref = s('2.1', print)\n" + F + "return ref(a, b)",
         SOLVED,
     ),
+    "solved, as a default": (
+        "from refusallab.course import solved\nref = solved('2.1', print)\n"
+        "def mean_difference(a, b, ref=ref):\n    return ref(a, b)",
+        SOLVED,
+    ),
     "solved by dots": ("import refusallab.course\n" + F + "return refusallab.course.solved('2.1', a)(a, b)", SOLVED),
     "solved from the package": (
         "import refusallab.course as c\nn = '2.1'\n" + F + "return c.solved(n, a)(a, b)",
@@ -141,6 +148,33 @@ FETCHED = {
 def test_answers_that_are_fetched_raise_a_flag(name):
     source, flag = FETCHED[name]
     assert flag in "; ".join(flags(Notebook([Cell("code", source)]), find_exercise("2.1")))
+
+
+OFFERED = {  # references that a package of the library offers, as labs import them
+    e.number: package.__name__
+    for package in (refusallab, defences)
+    for e in every_exercise()
+    if getattr(package, e.reference.__name__, None) is e.reference
+}
+
+
+@pytest.mark.parametrize("number", OFFERED)
+def test_a_reference_is_known_under_the_name_that_labs_import(number):
+    e = find_exercise(number)
+    source = f"from {OFFERED[number]} import {e.reference.__name__} as f\ndef {e.function}(*args):\n    "
+    source += "for x in args: print(x)\n    return f(*args)"
+    assert flags(Notebook([Cell("code", source)]), e) == [
+        f"only calls the library: {OFFERED[number]}.{e.reference.__name__}"
+    ]
+    assert len(OFFERED) >= 15
+
+
+def test_a_parameter_is_not_the_notebooks_function_of_that_name():
+    other = (
+        "from refusallab.course import solved\nworst = solved('8.1', score)\ndef surprise(x):\n    return worst(x, 2)"
+    )
+    answer = "def score(surprise, window):\n    return surprise.unfold(0, window, 1).mean(-1).max().item()"
+    assert flags(Notebook([Cell("code", answer), Cell("code", other)]), find_exercise("8.1")) == []
 
 
 def test_no_code_is_too_deep_for_flags():
