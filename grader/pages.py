@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from grader.records import Records
+from grader.records import Records, answer_hash
 from grader.submissions import some
 from grader.tables import as_it_was, write_safe_csv
 from refusallab.course.catalogue import HEADERS, QUESTIONS
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from grader.batch import Batch
 
 TITLES = {item.number: item.title for item in (*HEADERS, *QUESTIONS)}
-BY_HAND = ("student", "lab", "question", "points", "comment", "answer")
+BY_HAND = ("student", "lab", "question", "points", "comment", "answer", "hash")
 MOST_COMMON = 4
 
 
@@ -128,8 +128,9 @@ def read_rubrics(folder: Path) -> dict[str, str]:
 
 
 def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
-    """Take over the points that people have filled in. RefusalLabError if a line makes no sense.
+    """Take over the points that people have filled in, where the answer is still the one that they read.
 
+    RefusalLabError if a line makes no sense.
     `early` stands for a run that has not graded yet: lines for what the records do not know may make sense later.
     """
     if not path.exists():
@@ -140,13 +141,14 @@ def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
         if not given:
             continue
         student, comment = as_it_was(row["student"]), as_it_was(row["comment"])
+        read = row["hash"].strip() or answer_hash(as_it_was(row["answer"]))  # tables of version 0.2 have no hash
         lab = row["lab"].zfill(2)  # spreadsheets write 2 for 02
         try:
             value = float(given)
             fits = 0 <= value <= most[row["question"]]
         except (ValueError, KeyError):
             fits = False
-        if not fits or not (records.write_points(student, lab, row["question"], value, comment) or early):
+        if not fits or not (records.write_points(student, lab, row["question"], value, comment, read) or early):
             raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Correct that line.")
 
 
@@ -158,16 +160,17 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         raise RefusalLabError(f"{path.name} is not text in UTF-8: save it as `CSV UTF-8`.") from error
     heading = text.partition("\n")[0]
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if heading.count(";") > 3 else ",")
-    if missing := [name for name in BY_HAND if name not in (table.fieldnames or ())]:
+    if missing := [name for name in BY_HAND[:-1] if name not in (table.fieldnames or ())]:
         raise RefusalLabError(f"{path.name} has no column {missing[0]!r}: save it as CSV, with its first line.")
-    return [{name: row[name] or "" for name in BY_HAND} for row in table]
+    return [{name: row.get(name) or "" for name in BY_HAND} for row in table]
 
 
 def write_by_hand(records: Records, path: Path) -> None:
     """Write the table in which people fill in points for written answers."""
     rows = [
-        (g.student, g.lab, g.exercise, "" if g.points is None else points_in_words(g.points), g.problem, g.answer)
+        (g.student, g.lab, g.exercise, given, g.problem, g.answer, answer_hash(g.answer))
         for g in records.all_grades()
         if g.answer
+        for given in ["" if g.points is None else points_in_words(g.points)]
     ]
     write_safe_csv(path, [BY_HAND, *rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from grader.examine import Graded
 from grader.submissions import FoundFiles, Submission
 from refusallab.course.catalogue import QUESTIONS
+from refusallab.course.cells import squeeze
 from refusallab.errors import RefusalLabError
 from refusallab.sandbox.kernel import LATE
 from refusallab.sandbox.plain import storable
@@ -75,6 +77,11 @@ renamed = Table(
 )
 
 
+def answer_hash(answer: str) -> str:
+    """A short hash of a written answer without its white space. It begins with a letter: it is no number."""
+    return "h" + hashlib.sha256(squeeze(answer).encode()).hexdigest()[:10]
+
+
 class Records:
     """The database of a course."""
 
@@ -112,18 +119,21 @@ class Records:
             if rows:
                 connection.execute(insert(grades), rows)
 
-    def write_points(self, student: str, lab: str, question: str, points: float, comment: str) -> bool:
-        """Note what a person gave for a written answer. False if there is no such answer.
+    def write_points(self, student: str, lab: str, question: str, points: float, comment: str, read: str = "") -> bool:
+        """Note what a person gave for a written answer. False if there is no answer to that question.
 
-        A table that was filled in before an identity changed may still use the old one.
+        `read` is the hash of the answer that the person read: if there is another one now, the points are not for it. A
+        table that was filled in before an identity changed may still use the old one.
         """
         with self.engine.begin() as connection:
 
             def give(name: str) -> bool:
                 own = (grades.c.student == name) & (grades.c.lab == lab) & (grades.c.exercise == question)
                 own &= grades.c.answer.is_not(None)
-                values = {"points": points, "problem": comment}
-                return bool(connection.execute(update(grades).where(own).values(values)).rowcount)
+                answer = connection.execute(select(grades.c.answer).where(own)).scalar()
+                if answer is not None and read in ("", answer_hash(answer)):
+                    connection.execute(update(grades).where(own).values(points=points, problem=comment))
+                return answer is not None
 
             if give(student):
                 return True

@@ -12,7 +12,7 @@ from grading import RIGHT, cell, notebook, save
 from grader import batch, exports, pages
 from grader.examine import ExerciseResult, Graded, Task, _judge, hidden_inputs, written_answers
 from grader.policy import flags
-from grader.records import Records
+from grader.records import Records, answer_hash
 from grader.report import write_reports
 from grader.submissions import Submission
 from refusallab.course.catalogue import HEADERS
@@ -335,6 +335,31 @@ def test_points_given_by_hand_stay_with_the_answer(records, tmp_path):
     assert of().points is None
     records.write(submission(tmp_path), graded(written=""), "four")
     assert of().points == 0
+
+
+@pytest.mark.parametrize("hashed", [True, False])  # tables of version 0.2 have no hash
+def test_points_in_the_table_are_not_for_an_answer_that_nobody_has_read(records, tmp_path, hashed):
+    table = tmp_path / "by_hand.csv"
+    records.write(submission(tmp_path), graded(), "one")
+    write_reports(records, tmp_path, tmp_path / "none")
+    rows = read(table)
+    rows[1][3:5] = ["2.5", "good"]
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows(row if hashed else row[:-1] for row in rows)
+    filled = table.read_bytes()
+    write_reports(records, tmp_path, tmp_path / "none")
+    assert read(table)[1][3:5] == ["2.5", "good"]
+    table.write_bytes(filled)
+    records.write(submission(tmp_path), graded(written="Another answer"), "two")
+    write_reports(records, tmp_path, tmp_path / "none")
+    assert [g.points for g in records.all_grades() if g.answer] == [None]
+    assert read(table)[1][3:6] == ["", "", "Another answer"]
+    assert "Another answer" in (tmp_path / "overview.html").read_text()
+
+
+def test_no_spreadsheet_takes_a_hash_for_a_number():
+    assert all(answer_hash(str(n))[0] == "h" for n in range(100))
+    assert answer_hash("a \r\nb") == answer_hash("a\nb") != answer_hash("b\na")
 
 
 @pytest.mark.parametrize("value", ["4", "-1", "two"])

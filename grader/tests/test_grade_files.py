@@ -663,7 +663,7 @@ def test_a_table_that_a_spreadsheet_saved(tmp_path):
     records, table = Records("sqlite://"), tmp_path / "by_hand.csv"
     one = Submission("ada", "02", tmp_path)
     records.write(one, result(one), "one")
-    table.write_text('\ufeffstudent;lab;question;points;comment;answer\r\nada;2;2.6;1,5;good;"a\nb"\r\n')
+    table.write_text('\ufeffstudent;lab;question;points;comment;answer\r\nada;2;2.6;1,5;good;"My\nanswer"\r\n')
     pages.read_by_hand(records, table)
     assert [g.points for g in records.all_grades() if g.answer] == [1.5]
     for data in (b"nonsense\nada,02,2.6,2,,\n", b"student,lab,question,points,comment,answer\nJos\xe9,02,2.6,2,,\n"):
