@@ -6,9 +6,10 @@ import builtins
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from grader.policy import flags
@@ -374,24 +375,33 @@ def _cut(text: str, most: int) -> str:
 
 
 def written_answers(cells: Sequence[Cell], lab: str) -> dict[str, str]:
-    """The answers to the written questions of a lab: by their tag, or what follows the heading of the question."""
+    """The answers to the written questions of a lab: from the cells with their tag, or from those below."""
     found = {}
     for question in (q for q in QUESTIONS if q.lab == lab):
-        tagged = [c.source for c in cells if c.tag.get("role") == "written" and c.tag.get("number") == question.number]
-        answer = "\n\n".join(tagged or _after_heading(cells, question.number)).strip()
-        found[question.number] = "" if answer == PLACEHOLDER else _cut(answer, LONGEST_ANSWER)
+        tag = {"role": "written", "number": question.number}
+        places = [i for i, cell in enumerate(cells) if tag.items() <= cell.tag.items()]
+        if places:
+            answer = _joined(cells[i] for i in places) or _joined(_text_below(cells, places[-1]))
+        else:
+            answer = _joined(_text_below(cells, _heading(cells, question.number))[1:])  # the first one asks it
+        found[question.number] = _cut(answer, LONGEST_ANSWER)
     return found
 
 
-def _after_heading(cells: Sequence[Cell], number: str) -> list[str]:
-    """The second of the cells of text below the heading of a question: the first one asks it."""
+def _joined(cells: Iterable[Cell]) -> str:
+    """What somebody wrote into cells. Empty if they are as they were released."""
+    texts = (cell.source.strip() for cell in cells)
+    return "\n\n".join(text for text in texts if text not in ("", PLACEHOLDER))
+
+
+def _heading(cells: Sequence[Cell], number: str) -> int:
+    """The place of the heading of a question; that of the last cell if there is none."""
     heading = re.compile(rf"^#+ Question {re.escape(number)}\b", flags=re.M)
-    place = next((i for i, cell in enumerate(cells) if cell.kind == "markdown" and heading.search(cell.source)), None)
-    if place is None:
-        return []
-    below = []
-    for cell in cells[place + 1 :]:
-        if cell.kind != "markdown" or cell.source.lstrip().startswith("#"):
-            break
-        below.append(cell.source)
-    return below[1:2]
+    places = (i for i, cell in enumerate(cells) if cell.kind == "markdown" and heading.search(cell.source))
+    return next(places, len(cells) - 1)
+
+
+def _text_below(cells: Sequence[Cell], place: int) -> list[Cell]:
+    """The cells of text without a tag below a place, up to the next section."""
+    texts = [cell for cell in cells[place + 1 :] if cell.kind == "markdown" and not cell.tag]
+    return list(takewhile(lambda cell: not re.match(r"\s*##? ", cell.source), texts))

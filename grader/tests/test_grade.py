@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from grader.policy import flags
 from grader.records import Records, answer_hash
 from grader.report import write_reports
 from grader.submissions import Submission
-from refusallab.course.catalogue import HEADERS
+from refusallab.course.catalogue import HEADERS, LABS
 from refusallab.course.cells import Cell, Notebook, read_cells
 from refusallab.course.exercise import Case
 from refusallab.course.exercises import find_exercise
@@ -127,6 +128,25 @@ def test_written_answers_are_found_with_and_without_metadata(tagged):
         cells = [Cell(c.kind, c.source) for c in cells]
     assert written_answers(cells, "02") == {"2.6": "Because of the maximum."}
     assert written_answers(read_cells(notebook(written="YOUR ANSWER HERE\n")), "02") == {"2.6": ""}
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("left", ["YOUR ANSWER HERE\n", "", " \n"])
+def test_a_written_answer_may_stand_in_cells_of_its_own_below_the_one_for_it(tagged, left):
+    more = [("markdown", "Because of"), ("code", "max(1, 2)"), ("markdown", "### In short\n\nthe maximum.")]
+    more += [("markdown", "## 8. What large models show"), ("markdown", "All have it.")]
+    cells = [*read_cells(notebook(written=left)), *(Cell(kind, source) for kind, source in more)]
+    if not tagged:
+        cells = [Cell(c.kind, c.source) for c in cells]
+    assert written_answers(cells, "02") == {"2.6": "Because of\n\n### In short\n\nthe maximum."}
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("lab", LABS)
+def test_a_lab_as_it_was_released_has_no_written_answer(lab, tagged):
+    [path] = (Path(__file__).parents[2] / "labs").glob(f"{lab}_*.ipynb")
+    cells = [c if tagged else Cell(c.kind, c.source) for c in read_cells(path.read_bytes())]
+    assert set(written_answers(cells, lab).values()) == {""}
 
 
 # --- plain data ----------------------------------------------------------------------------------------------------
