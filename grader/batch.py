@@ -99,21 +99,21 @@ def grade_class(
     sandboxed: bool = True,
     cluster: str = "",
     released: dict[str, tuple[str, ...]] | None = None,
-    regrade_timeouts: bool = False,
+    regrade: str = "",
     on_graded: Callable[[int, int], None] = lambda done, of: None,
 ) -> Batch:
     """Grade every submission in a folder that is new or has changed. A failure affects one submission only.
 
-    `regrade_timeouts`: also those that ran into a limit of time, according to the records.
+    `regrade`: also those that have not changed, "all" of them or those that reached a limit of time ("timeouts").
     """
     found = find_submissions(folder, lab, shape)
     batch = Batch(found=found, carried=records.carry_over(found))
     known, todo = records.digests(), []
-    again = records.timed_out() if regrade_timeouts else set()
+    again = {"": set, "timeouts": records.timed_out, "all": lambda: set(known)}[regrade]()
     for submission in found.submissions:
         key = (submission.student, submission.lab)
         try:
-            digest = _digest(submission, seed, limits)
+            digest = _digest(submission, seed, limits, sandboxed)
         except (OSError, RefusalLabError) as error:
             batch.failed.append(_failure(submission, error))
             continue
@@ -212,10 +212,11 @@ def _executor(workers: int, sandboxed: bool, cluster: str) -> Iterator[tuple[Exe
             raise
 
 
-def _digest(submission: Submission, seed: int, limits: Limits) -> str:
-    """Changes with whatever may change the grade, except the limits of time: see `regrade_timeouts`."""
+def _digest(submission: Submission, seed: int, limits: Limits, sandboxed: bool) -> str:
+    """Changes with whatever may change the grade, except limits of time and the code of the grader: see `regrade`."""
     modules = {inspect.getsourcefile(e.cases) or "" for e in exercises_of(submission.lab)}
     definition = "".join(Path(file).read_text(encoding="utf-8") for file in sorted(modules) if file)
     questions = [q for q in QUESTIONS if q.lab == submission.lab]
-    parts = (submission.lab, seed, limits.memory, refusallab.__version__, definition, questions, sys.version_info[:2])
+    versions = (refusallab.__version__, sys.version_info[:2])
+    parts = (submission.lab, seed, limits.memory, sandboxed, versions, definition, questions)
     return hashlib.sha256(repr(parts).encode() + submission.read()).hexdigest()

@@ -21,6 +21,7 @@ class Regrade(StrEnum):
     """What `refusallab grade` can grade again although it has not changed."""
 
     timeouts = "timeouts"
+    all = "all"
 
 
 def grade(
@@ -49,7 +50,8 @@ def grade(
     cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler that shares out the work.")] = "",
     gradebook: Annotated[str, typer.Option(help="Also write to this nbgrader gradebook: sqlite:///gradebook.db.")] = "",
     regrade: Annotated[
-        Regrade | None, typer.Option(help="Grade these again although they have not changed: timeouts.")
+        Regrade | None,
+        typer.Option(help="Grade again what has not changed: timeouts (what reached a limit of time) or all."),
     ] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Run the students' code without a sandbox.")] = False,
 ) -> None:
@@ -81,7 +83,7 @@ def grade(
                 sandboxed=not unsafe,
                 cluster=cluster,
                 released=grading.read_released(Path("labs")),
-                regrade_timeouts=regrade is Regrade.timeouts,
+                regrade=regrade or "",
                 on_graded=step,
             )
         unwritten = write_reports(records, out, Path("solutions"), gradebook, done)

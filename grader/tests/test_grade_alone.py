@@ -346,7 +346,7 @@ def test_those_that_ran_out_of_time_are_graded_again_when_asked_for(classroom, m
     monkeypatch.setattr(batch, "examine", full)
     done, _, _ = classroom(limits=Limits(timeout=60))
     assert (done.graded, done.unchanged) == (0, 3)
-    done, _, _ = classroom(limits=Limits(timeout=60), regrade_timeouts=True)
+    done, _, _ = classroom(limits=Limits(timeout=60), regrade="timeouts")
     assert (done.graded, done.unchanged) == (2, 1)
     assert records.timed_out() == set()
     assert points(records) == {"ada": 11, "mallory": 11, "zoe": 11}
@@ -362,7 +362,28 @@ def test_the_command_offers_it(classroom, monkeypatch, tmp_path):
     again = CliRunner().invoke(cli.app, [*command, "--regrade", "timeouts"])
     assert (again.exit_code, "2 graded, 1 unchanged" in again.output) == (0, True), again.output
     assert "limit of time" not in again.output
-    assert CliRunner().invoke(cli.app, [*command, "--regrade", "all"]).exit_code == 2
+    again = CliRunner().invoke(cli.app, [*command, "--regrade", "all"])
+    assert (again.exit_code, "3 graded, 0 unchanged" in again.output) == (0, True), again.output
+    assert CliRunner().invoke(cli.app, [*command, "--regrade", "some"]).exit_code == 2
+
+
+def test_all_are_graded_again_when_asked_for(classroom, monkeypatch):
+    def mended(task):
+        result = full(task)
+        result.outcomes[0].points = 0
+        return result
+
+    classroom()
+    monkeypatch.setattr(batch, "examine", mended)
+    done, _, records = classroom(regrade="all")
+    assert (done.graded, done.unchanged) == (3, 0)
+    assert points(records) == {"ada": 9, "mallory": 9, "zoe": 9}
+
+
+def test_what_ran_without_a_sandbox_is_graded_again_with_one(classroom):
+    for sandboxed, graded in ((False, 3), (False, 0), (True, 3), (True, 0)):
+        done, _, _ = classroom(sandboxed=sandboxed)
+        assert done.graded == graded
 
 
 def test_the_result_for_what_is_not_graded():
