@@ -137,16 +137,17 @@ def _storable(value: Any) -> Any:
 def _examine(task: Task, notebook: Notebook, exercises: Sequence[Exercise], graded: Graded) -> list[ExerciseResult]:
     names = [e.function for e in exercises]
     there = [e for e in exercises if any(e.function in s.binds for s in notebook.statements)]
-    outcomes = _attempt(task, notebook, exercises, there, notebook.needed(names), graded)
+    run = Run(task)
+    outcomes = _attempt(run, notebook, exercises, there, notebook.needed(names), graded)
     tried = [e for e in exercises if not outcomes[e.number].points and outcomes[e.number].problem != NOT_WRITTEN]
     if tried and (own := notebook.own_cells(task.released)):  # more of the student's code may be needed than it seems
-        again = _attempt(task, notebook, tried, tried, notebook.needed(names, own), graded)
+        again = _attempt(run, notebook, tried, tried, notebook.needed(names, own), graded)
         outcomes |= {number: outcome for number, outcome in again.items() if outcome.points}
     return [outcomes[e.number] for e in exercises]
 
 
 def _attempt(
-    task: Task,
+    run: Run,
     notebook: Notebook,
     exercises: Sequence[Exercise],
     probed: Sequence[Exercise],
@@ -154,9 +155,9 @@ def _attempt(
     graded: Graded,
 ) -> dict[str, ExerciseResult]:
     """Run `chunks`, then judge `exercises`, of which those in `probed` are tried."""
-    observed = {}
+    task, observed = run.task, {}
     if probed:
-        with Run(task, chunks) as run:
+        with run.of(chunks):
             observed = {e.number: run.probe(e) for e in probed}
         graded.notes += [note for note in run.notes.values() if note not in graded.notes]
         graded.output = run.output or graded.output
@@ -187,15 +188,24 @@ def _why_missing(notebook: Notebook, exercise: Exercise, notes: dict[int, str]) 
 
 
 class Run:
-    """The cells of a submission, run in a kernel, and again in a new one when it dies. Use it in a `with`."""
+    """Cells of a submission, run in a kernel, and again in a new one when it dies: `with run.of(chunks)`.
 
-    def __init__(self, task: Task, chunks: list[tuple[int, str]]):
-        self.task, self.chunks = task, list(chunks)
+    All that is run of a submission shares its time.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.chunks: list[tuple[int, str]] = []
         self.notes: dict[int, str] = {}
         self.output = ""
         self._kernel: Kernel | None = None
         self._left = task.limits.total  # seconds of processor time
         self._end = time.monotonic() + task.limits.by_the_clock(task.limits.total)
+
+    def of(self, chunks: list[tuple[int, str]]) -> Run:
+        """The same with these cells, and with what is left of the time."""
+        self.chunks, self.notes, self.output = list(chunks), {}, ""
+        return self
 
     def __enter__(self) -> Run:
         return self

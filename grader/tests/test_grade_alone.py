@@ -175,6 +175,19 @@ def graded(monkeypatch):
     return lambda data: examine.examine(Task("mallory", "02", data, 31, Limits()))
 
 
+def test_all_that_is_run_of_a_submission_shares_its_time(graded, monkeypatch):
+    spent = []
+
+    def run(self, code, seconds, observe="", clock=0):
+        spent.append(min(seconds, 7))
+        return Execution(processor=spent[-1])
+
+    monkeypatch.setattr(Sandbox, "run", run)
+    result = graded(notebook(after=["x = [1]\nx.append(2)"] * 20))
+    assert sum(spent) == Limits().total
+    assert "120 s of processor time for all" in result.outcomes[-1].problem
+
+
 RAISES = json.dumps({"dict": [["cases", [{"dict": [["error", "Value" + BAD], ["message", BAD]]}] * 3]]})
 CONTENTS = {
     "text that is none, in an answer": notebook(written=BAD * 100),
