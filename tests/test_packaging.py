@@ -216,6 +216,15 @@ def test_workflows_call_make_targets_and_nothing_else(name):
     assert {job: problems_of(steps) for job, steps in jobs(name).items() if problems_of(steps)} == {}
 
 
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_jobs_with_tests_of_the_sandbox_have_bubblewrap(name):
+    commands = [" ".join(step.get("run", "") for step in job["steps"]) for job in jobs(name).values()]
+    tests = [text for text in commands if re.search(r"\btest-(sandbox|nightly|all)\b", text)]
+    assert len(tests) == 1
+    assert "install -y bubblewrap" in tests[0]
+    assert "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0" in tests[0]
+
+
 @pytest.mark.parametrize(
     ("command", "problem"),
     [("make chekc test", "no target chekc"), ("pytest tests", "not a make target: pytest tests")],
