@@ -164,12 +164,15 @@ def release(
         bool, typer.Option("--check", help="Change nothing; exit with 1 if a file is out of date.")
     ] = False,
     archive: Annotated[Path | None, typer.Option(help="Also pack the course into this zip file, for Colab.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace notebooks in labs/ whose changes git does not have.")
+    ] = False,
 ) -> None:
     """Make labs/ from solutions/: no answers, no outputs, no hidden tests, no rubrics."""
     with errors_in_one_line():
         from refusallab.course import release as make
 
-        paths = make.out_of_date(Path()) if check else make.release(Path())
+        paths = make.out_of_date(Path()) if check else make.release(Path(), force=force)
         for path in paths:
             print(f"out of date: {path}" if check else path)
         if archive and not check:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -162,10 +163,33 @@ class TestCommands:
     @pytest.mark.slow
     def test_release(self, course):
         (course / "labs" / "01_gone.ipynb").write_text(nbformat.writes(new_notebook()))
+        subprocess.run("git init -q && git add labs", shell=True, check=True)
         assert run("release").exit_code == 0
         assert {path.name for path in (course / "labs").iterdir()} == {"README.md", "02_x.ipynb"}
         assert run("release").output == ""
         assert run("release", "--check").exit_code == 0
+
+    @pytest.mark.parametrize("in_git", [True, False])
+    def test_work_in_labs_stays_unless_it_is_given_up(self, course, in_git):
+        if in_git:
+            subprocess.run(["git", "init", "-q"], check=True)
+        run("release")
+        mine = [course / "labs" / name for name in ("02_x.ipynb", "03_y.ipynb", "my_notes.ipynb")]
+        for path in mine:
+            path.write_text(nbformat.writes(new_notebook(cells=[new_code_cell("mine = 1")])))
+        said = run("release")
+        assert said.exit_code == 1 and "labs/02_x.ipynb, labs/03_y.ipynb. Move" in said.output
+        assert all("mine = 1" in path.read_text() for path in mine)
+        assert run("release", "--force").exit_code == 0
+        assert "mine = 1" not in mine[0].read_text() and not mine[1].exists() and "mine = 1" in mine[2].read_text()
+
+    def test_what_a_release_wrote_the_next_one_may_replace(self, course):
+        subprocess.run(["git", "init", "-q"], check=True)
+        for text in ("# One", "# Two"):  # neither is committed
+            nb = new_notebook(cells=[new_markdown_cell(text)])
+            (course / "solutions" / "02_x.ipynb").write_text(nbformat.writes(nb))
+            assert run("release").exit_code == 0
+            assert text in (course / "labs" / "02_x.ipynb").read_text()
 
     def test_the_same_bytes_each_time(self, course):
         run("release")

@@ -6,8 +6,10 @@ checksums, so whatever reads that format can collect and grade the notebooks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -94,18 +96,41 @@ def out_of_date(root: Path) -> list[Path]:
     """Files that `release` would change or remove."""
     files = build(root)
     changed = [path for path, new in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != new]
-    return changed + [path for path in sorted((root / "labs").glob("*.ipynb")) if path not in files]
+    return changed + [path for path in sorted((root / "labs").glob("[0-9][0-9]_*.ipynb")) if path not in files]
 
 
-def release(root: Path) -> list[Path]:
-    """Stamp the solutions and bring labs/ up to date. Returns the paths that changed."""
+def release(root: Path, *, force: bool = False) -> list[Path]:
+    """Stamp the solutions and bring labs/ up to date. Returns the paths that changed.
+
+    RefusalLabError if a notebook in labs/ holds work that git does not have. With `force` it is replaced or removed.
+    """
     files, changed = build(root), out_of_date(root)
+    labs = [path for path in changed if path.parent == root / "labs" and path.suffix == ".ipynb"]
+    if work := [str(path) for path in labs if path.is_file() and not force and not _git_has(path)]:
+        raise RefusalLabError(
+            f"Git does not have what is in {', '.join(work)}. Move this work elsewhere or commit it, and run release "
+            "again. To lose it: refusallab release --force."
+        )
     for path in changed:
         if path in files:
             path.write_text(files[path], encoding="utf-8", newline="\n")
         else:
             path.unlink()
+    for path in labs:
+        _git(path, "hash-object", "-w", path.name)  # the next release may replace it, before a commit too
     return changed
+
+
+def _git_has(path: Path) -> bool:
+    """Whether git holds a file as it is now, in any commit."""
+    return _git(path, "cat-file", "-t", _git(path, "hash-object", path.name)) == "blob"
+
+
+def _git(path: Path, *words: str) -> str:
+    """What git says in the folder of a file: nothing where it fails or is missing."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", *words], cwd=path.parent, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def execute(root: Path, path: Path, *, real: bool = False) -> None:
