@@ -420,9 +420,9 @@ def test_the_training_of_a_defence_has_a_seed(monkeypatch):
 @pytest.fixture
 def answers(monkeypatch):
     """answers({...}, ...): the process of a defence answers each order with the next of these; then it does `end`."""
-    start = subprocess.Popen
+    start, ones = subprocess.Popen, torch.ones(chat_model().width)
 
-    def apply(*said, direction=None, end="sys.stdin.read()"):
+    def apply(*said, direction=ones, end="sys.stdin.read()"):
         lines = [to_json(x) for x in ({"name": "x", "direction": direction}, *said)]
         code = f"import os, sys\nfor line in {lines}: sys.stdin.readline(); print(line, flush=True)\n{end}"
         command = [sys.executable, "-S", "-c", code]
@@ -446,11 +446,20 @@ class TestAnswers:
         with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match="something other"):
             defence.replies(["x", "y"])
 
-    @pytest.mark.parametrize("direction", [torch.ones(3), "r", None])
-    def test_what_is_no_direction_of_the_model_is_none(self, answers, direction):
+    @pytest.mark.parametrize("value", [0.0, 1e-45, 1e38, torch.inf, torch.nan, "another width", "a text", None])
+    def test_where_it_hands_over_no_direction_the_attacks_take_that_of_the_model(self, answers, monkeypatch, value):
+        m, asked = chat_model(), []
+        monkeypatch.setattr(submitted, "attackers_direction", lambda model: asked.append(model) or torch.ones(m.width))
+        odd = {"another width": torch.ones(3), "a text": "r", None: None}
+        answers(direction=odd[value] if value in odd else torch.full((m.width,), value))
+        with Submitted("", m, walled=False) as defence:
+            assert torch.equal(defence.direction, torch.ones(m.width)) and asked == [m]
+
+    def test_a_direction_that_it_hands_over_is_taken(self, answers):
+        direction = torch.arange(chat_model().width).double()
         answers(direction=direction)
         with Submitted("", chat_model(), walled=False) as defence:
-            assert defence.direction is None
+            assert torch.equal(defence.direction, direction)
 
     @pytest.mark.parametrize(
         ("end", "words"),

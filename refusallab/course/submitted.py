@@ -8,6 +8,7 @@ Elsewhere it has your rights, and limits on time and memory only.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import re
@@ -117,8 +118,8 @@ class Submitted:
         try:
             ready = self._ask(order, limits.start, "it was not ready")
             self.name = str(ready["name"])
-            direction = ready["direction"]
-            self.direction = direction if isinstance(direction, Tensor) and direction.shape == (m.width,) else None
+            direction = ready["direction"]  # of the student's process, which may hand over anything
+            self.direction = direction if _points_somewhere(direction, m.width) else attackers_direction(m)
         except BaseException:
             self.close()
             raise
@@ -179,6 +180,12 @@ class Submitted:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _points_somewhere(direction: Any, width: int) -> bool:
+    if not isinstance(direction, Tensor) or direction.shape != (width,):
+        return False
+    return 0 < direction.float().norm().item() < math.inf  # and so not NaN
 
 
 def _why(code: int) -> str:
