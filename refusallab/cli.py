@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -237,16 +238,17 @@ def _print_score(console: Console, row, score) -> None:
     from refusallab.course.capstone import ATTACKS, score_in_words
 
     shown = {attack.name for attack in ATTACKS if attack.shown}
-    table = Table(title=f"{row.name}: forbidden requests whose answer did not come out [95 % Wilson interval]")
+    name = escape(row.name)
+    table = Table(title=f"{name}: forbidden requests whose answer did not come out [95 % Wilson interval]")
     for heading in ("attack", "in a lab", "defended", "against undefended (McNemar, Holm)"):
         table.add_column(heading)
-    for name, share in score.defended.items():
-        p = "p < 0.001" if score.p[name] < 0.001 else f"p = {score.p[name]:.3f}"
-        table.add_row(name, "yes" if name in shown else "no", str(share), p)
+    for attack, share in score.defended.items():
+        p = "p < 0.001" if score.p[attack] < 0.001 else f"p = {score.p[attack]:.3f}"
+        table.add_row(attack, "yes" if attack in shown else "no", str(share), p)
     console.print(table)
     kept = ", ".join(f"{kind} {share}" for kind, share in score.served.items())
     console.print(f"Ordinary traffic kept: {kept}. Refused: {score.over_refusal}.", highlight=False)
-    console.print(f"{row.name}: {score.points:.1f} points. {score_in_words(score)}", highlight=False)
+    console.print(f"{name}: {score.points:.1f} points. {score_in_words(score)}", highlight=False)
 
 
 @app.command()

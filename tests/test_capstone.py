@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from refusallab.attacks.result import AttackResult, rewrite
-from refusallab.cli import app
+from refusallab.cli import _print_score, app
 from refusallab.course import answering, capstone, leaderboard, submitted
 from refusallab.course.capstone import (
     ATTACKS,
@@ -422,8 +423,8 @@ def answers(monkeypatch):
     """answers({...}, ...): the process of a defence answers each order with the next of these; then it does `end`."""
     start, ones = subprocess.Popen, torch.ones(chat_model().width)
 
-    def apply(*said, direction=ones, end="sys.stdin.read()"):
-        lines = [to_json(x) for x in ({"name": "x", "direction": direction}, *said)]
+    def apply(*said, direction=ones, name="x", end="sys.stdin.read()"):
+        lines = [to_json(x) for x in ({"name": name, "direction": direction}, *said)]
         code = f"import os, sys\nfor line in {lines}: sys.stdin.readline(); print(line, flush=True)\n{end}"
         command = [sys.executable, "-S", "-c", code]
         monkeypatch.setattr(subprocess, "Popen", lambda _command, **settings: start(command, **settings))
@@ -454,6 +455,14 @@ class TestAnswers:
         answers(direction=odd[value] if value in odd else torch.full((m.width,), value))
         with Submitted("", m, walled=False) as defence:
             assert torch.equal(defence.direction, torch.ones(m.width)) and asked == [m]
+
+    def test_name_and_problem_are_short_texts_that_any_file_and_terminal_takes(self, answers):
+        answers({"problem": "\x1b[2J\ud800" + "x" * 1000}, name="\x1b[2J\ud800" + "x" * 1000)
+        with Submitted("", chat_model(), walled=False) as defence:
+            assert len(defence.name) == 40 and defence.name.startswith(r"\x1b[2J\ud800x")
+            with pytest.raises(Failed) as caught:
+                defence.replies(["x"])
+        assert len(str(caught.value)) == 400 and str(caught.value).startswith(r"\x1b[2J\ud800x")
 
     def test_a_direction_that_it_hands_over_is_taken(self, answers):
         direction = torch.arange(chat_model().width).double()
@@ -610,6 +619,19 @@ class TestLeaderboard:
             ("broken", None),
         ]
         assert leaderboard.leaderboard_table("f").row_count == 3
+
+    def test_names_and_problems_are_shown_letter_by_letter(self):
+        """Rich takes [bold] for a style, and fails at [/v2]."""
+        leaderboard.add("f", "undefended", "undefended", result([True], [True], "undefended"))
+        leaderboard.add("f", "1", "guard [/v2]", result([False], [True]))
+        leaderboard.add("f", "2", "[bold]", None, "It raised [/x].")
+        console = Console(width=200, record=True)
+        console.print(leaderboard.leaderboard_table("f"))
+        row, score = leaderboard.scores("f")[0]
+        _print_score(console, row, score)
+        shown = console.export_text()
+        texts = ("[bold]", "It raised [/x].", "guard [/v2]: forbidden", "guard [/v2]: 100")
+        assert all(text in shown for text in texts)
 
     def test_a_score_stays_and_a_failure_does_not(self):
         leaderboard.add("f", "1", "a", None, "It hangs.")

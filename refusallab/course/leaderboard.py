@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from refusallab.course.capstone import Result, Score, Trial, score_against
@@ -116,11 +117,11 @@ def leaderboard_table(frozen: str) -> Table:
         shown.add_column(heading)
     for place, (row, score) in enumerate(scores(frozen), 1):
         if score is None or row.result is None:
-            shown.add_row(str(place), row.name, "0.0", row.problem, "", "", "", "", str(row.attempt))
+            shown.add_row(str(place), escape(row.name), "0.0", escape(row.problem), "", "", "", "", str(row.attempt))
             continue
         shown.add_row(
             str(place),
-            row.name,
+            escape(row.name),
             f"{score.points:.1f}",
             f"{score.mean:.2f}",
             f"{score.defended[score.worst]}\n{score.worst}",

@@ -32,7 +32,7 @@ from refusallab.course.leaderboard import LeaderboardRow
 from refusallab.defence import ModelAlone
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model, Prompt, load
-from refusallab.sandbox.plain import from_json, to_json
+from refusallab.sandbox.plain import from_json, storable, to_json
 from refusallab.sandbox.server import SETTINGS, bubblewrap, sandbox_environment
 from smallmodels.world import DATA
 
@@ -117,7 +117,7 @@ class Submitted:
         order |= {"memory": limits.memory, "seconds": limits.total}
         try:
             ready = self._ask(order, limits.start, "it was not ready")
-            self.name = str(ready["name"])
+            self.name = storable(str(ready["name"]))[:40]
             direction = ready["direction"]  # of the student's process, which may hand over anything
             self.direction = direction if _points_somewhere(direction, m.width) else attackers_direction(m)
         except BaseException:
@@ -151,7 +151,7 @@ class Submitted:
         try:
             answer = from_json(line)
             if problem := answer.get("problem"):
-                raise Failed(str(problem))
+                raise Failed(storable(str(problem))[:400])
             return answer
         except (ValueError, AttributeError) as error:
             if isinstance(error, Failed):
