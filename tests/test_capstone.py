@@ -483,6 +483,19 @@ class TestAnswers:
         with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match=words):
             defence.replies(["x"])
 
+    def test_no_more_is_read_than_is_asked_for(self, answers, tmp_path):
+        written = tmp_path / "written"
+        answers(end=f"while True: print('x' * 2**20, flush=True); open({str(written)!r}, 'a').write('x')")
+        with Submitted("", chat_model(), walled=False):
+            time.sleep(0.5)
+            assert not written.exists()
+
+    def test_a_line_that_never_ends_is_no_answer(self, answers, monkeypatch):
+        monkeypatch.setattr(submitted, "LARGEST", 1 << 20)
+        answers(end="while True: sys.stdout.write('x' * 2**16)")
+        with Submitted("", chat_model(), walled=False) as defence, pytest.raises(Failed, match="not plain data"):
+            defence.replies(["x"])
+
     def test_all_calls_share_the_total(self, answers):
         answers()
         start = time.monotonic()
@@ -513,8 +526,9 @@ class TestProcess:
         [
             ("import os\n\ndef defend(m):\n    os._exit(3)", "ended: by itself, with code 3"),
             ("import torch\n\ndef defend(m):\n    return [torch.ones(2**28) for _ in range(9)]", "more memory"),
+            ("def defend(m):\n    open('x', 'wb').truncate(2**28)", "File too large"),
         ],
-        ids=["ends", "too large"],
+        ids=["ends", "too large", "a large file"],
     )
     def test_failures_have_a_reason(self, source, words):
         with pytest.raises(Failed, match=words):
@@ -530,10 +544,11 @@ class TestProcess:
         [
             ("len(bundled('harmful_test'))", "Permission denied: .*harmful_test.csv"),
             (f"Path({__file__!r}).read_text()", "No such file"),
+            ("[os.fork() or time.sleep(60) for _ in range(200)]", "Resource temporarily unavailable"),
         ],
     )
-    def test_behind_the_wall_there_is_no_test_set_and_no_file_of_ours(self, line, words):
-        nosy = f"from pathlib import Path\nfrom refusallab.prompts import bundled\nfound = {line}\n"
+    def test_behind_the_wall_there_is_no_test_set_no_file_of_ours_and_no_end_of_processes(self, line, words):
+        nosy = f"import os, time\nfrom pathlib import Path\nfrom refusallab.prompts import bundled\nfound = {line}\n"
         with pytest.raises(Failed, match=words):
             Submitted(nosy + "def defend(m):\n    pass", chat_model())
 

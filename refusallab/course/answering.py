@@ -6,6 +6,7 @@ the process that started it, which trusts none of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 from pathlib import Path
@@ -52,7 +53,7 @@ def _begin(order: dict[str, Any]) -> tuple[Any, Any]:
     m = load(order["model"])
     if order["walled"]:
         confine.drop_privileges(1)
-    _limit(int(order["memory"] * 2**30), int(order["seconds"]))
+    _limit(int(order["memory"] * 2**30), int(order["seconds"]), order["walled"])
     torch.manual_seed(0)
     defence = make(order["source"], m)
     return defence, attackers_direction(defence.m)
@@ -79,16 +80,13 @@ def _answer(defence: Any, order: dict[str, Any]) -> list[str]:
     return replies(defence, order["prompts"], edit=edit, prefill=order["prefill"])
 
 
-def _limit(memory: int, seconds: int) -> None:
-    """Limit memory (bytes beyond those in use) and time (of the processor), where the system can."""
-    try:
-        import resource
+def _limit(memory: int, seconds: int, walled: bool) -> None:
+    """Limit memory (bytes beyond those in use), time (of the processor) and files; behind the wall also processes."""
+    from refusallab.sandbox import confine
 
-        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    except (ImportError, OSError):  # not Linux
-        pass
+    with contextlib.suppress(OSError):  # not Linux
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        confine.limit(memory, seconds, used, processes=walled)
 
 
 def error_in_words(error: BaseException) -> str:

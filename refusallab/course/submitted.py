@@ -2,7 +2,7 @@
 
 The process sees prompts and returns replies; attacks run and replies are judged here. Where bubblewrap works, the
 process is behind the wall of the grader: a system to read, no network, nothing of yours, and no file of the test sets.
-Elsewhere it has your rights, and limits on time and memory only.
+Elsewhere it has your rights, and limits on time, memory and the size of files only.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ from smallmodels.world import DATA
 
 MARK = re.compile(r"\s*#\s*capstone\b", re.I)  # how the first line of a submitted cell begins
 HIDDEN = ("harmful_test.csv", "harmless_test.csv", "borderline.csv", "capability.jsonl")
-LARGEST = 1 << 24  # characters of an answer
+LARGEST = 1 << 24  # bytes of an answer
 
 
 class Failed(RefusalLabError):
@@ -106,13 +105,9 @@ class Submitted:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
             start_new_session=True,
         )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._read = b""  # of its output, and not used yet
         order = {"source": source, "model": m.name, "walled": self.walled}
         order |= {"memory": limits.memory, "seconds": limits.total}
         try:
@@ -135,15 +130,12 @@ class Submitted:
         return replies
 
     def _ask(self, order: dict[str, Any], seconds: float, what: str = "no answer came") -> dict[str, Any]:
-        try:
-            self._process.stdin.write(to_json(order) + "\n")
+        with contextlib.suppress(OSError):  # it has ended: the next line says so
+            self._process.stdin.write(to_json(order).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it has ended: the next line says so
-        left = self._end - time.monotonic()
         try:
-            line = self._lines.get(timeout=max(0.01, min(seconds, left)))
-        except queue.Empty:
+            line = self._next_line(min(time.monotonic() + seconds, self._end))
+        except TimeoutError:
             within = min(seconds, self._limits.total)
             raise Failed(f"It hangs or is too slow: {what} within {within:.0f} s.") from None
         if not line:
@@ -158,12 +150,19 @@ class Submitted:
                 raise
             raise Failed("It returned something that is not plain data.") from error
 
-    def _read(self) -> None:
-        """Pass the lines of the process on; an empty one at its end."""
-        with contextlib.suppress(ValueError, OSError):
-            while line := self._process.stdout.readline(LARGEST):
-                self._lines.put(line)
-        self._lines.put("")
+    def _next_line(self, end: float) -> str:
+        """The next line of the process, empty where it has ended. No more is read, however much it writes."""
+        output = self._process.stdout.fileno()
+        while b"\n" not in self._read and len(self._read) < LARGEST:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([output], [], [], left)[0]:
+                raise TimeoutError
+            piece = os.read(output, 1 << 16)
+            if not piece:
+                return ""
+            self._read += piece
+        line, _, self._read = self._read.partition(b"\n")
+        return line.decode(errors="replace") + "\n"
 
     def close(self) -> None:
         """End the process and whatever it started."""

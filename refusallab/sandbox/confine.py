@@ -66,16 +66,21 @@ def forget(folder: str) -> None:
     _call("umount2", folder.encode(), MNT_DETACH)
 
 
-def limit(memory: int, seconds: int, own_data: int) -> None:
-    """Limit memory (bytes beyond `own_data`, which is there already), time, files and processes of what follows."""
+def limit(memory: int, seconds: int, own_data: int, *, processes: bool = True) -> None:
+    """Limit memory (bytes beyond `own_data`, which is there already), time, files and processes of what follows.
+
+    All `processes` of the user count, so leave them out for a user who has others.
+    """
     for what, most in (
         (resource.RLIMIT_DATA, memory + own_data),
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, FILE_SIZE),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, PROCESSES),
         (resource.RLIMIT_NOFILE, 1024),
+        *([(resource.RLIMIT_NPROC, PROCESSES)] if processes else []),
     ):
+        _, hard = resource.getrlimit(what)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
 
 
