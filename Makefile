@@ -43,8 +43,9 @@ $(VENV)/.developers: $(VENV)/.students
 	$(RUN) jupyterlab.labextensions disable --level=sys_prefix @jupyter/nbgrader
 	@touch $@
 
+# With the commands of the course on the PATH of its terminals.
 lab: setup
-	$(RUN) jupyterlab --ServerApp.root_dir=labs $(LAB_FLAGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) jupyterlab --ServerApp.root_dir=labs $(LAB_FLAGS)
 
 demo: setup
 	$(VENV)/bin/refusallab demo

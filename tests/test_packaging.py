@@ -307,6 +307,7 @@ case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/refusallab" ;;
 esac
 case "$*" in *"$BREAK"*) exit 1 ;; esac
+echo "$PATH" > path
 echo "$(basename "$0") $*" >> calls
 """
 
@@ -427,6 +428,10 @@ class TestMake:
         assert "--ServerApp.root_dir=labs" in call
         assert ("--no-browser" not in call) == browser
         assert "--allow-root" not in call
+
+    def test_terminals_of_the_lab_find_the_commands_of_the_course(self, make):
+        make("lab")
+        assert (make.folder / "path").read_text().startswith(f"{make.folder / '.venv' / 'bin'}{os.pathsep}")
 
     def test_lab_as_root(self, make):
         assert "--allow-root" in make("lab", USER_ID="0")[-1]
