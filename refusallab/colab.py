@@ -7,6 +7,7 @@ replacing them under a running kernel would break it.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def install(root: Path = ROOT) -> None:
     if problems:
         raise SetUpError(f"pip could not install what the course needs. {problems[0]}")
     importlib.invalidate_caches()
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *([before] if before else [])])  # for what a cell starts
 
 
 def _run_pip(command: list[str]) -> list[str]:

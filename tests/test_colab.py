@@ -204,6 +204,7 @@ class TestInstall:
         started = subprocess.Popen
         stand_in.calls, stand_in.code, stand_in.said = calls, 0, ""
         monkeypatch.setattr(colab.subprocess, "Popen", stand_in)
+        monkeypatch.setenv("PYTHONPATH", "/env/python")  # as on Colab
         return stand_in
 
     def test_torch_and_numpy_are_held_and_never_asked_for(self, pip):
@@ -213,6 +214,10 @@ class TestInstall:
         assert not any(re.match(r"(torch|numpy)\b", line) for line in wanted)
         held = [f"{name}=={colab.version(name)}" for name in ("numpy", "torch")]
         assert constraints.splitlines() == held
+
+    def test_commands_that_a_cell_starts_find_the_course(self, pip):
+        colab.install(ROOT)
+        assert os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}/env/python"
 
     def test_a_part_of_the_course_is_not_installed(self, pip, tmp_path):
         with pytest.raises(colab.SetUpError, match="only a part of the course"):
