@@ -45,6 +45,12 @@ def install(root: Path = ROOT) -> None:
         hold.write_text("".join(f"{name}=={version}\n" for name, version in held.items()), encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
         problems = _run_pip([*pip, "--constraint", str(hold), *wanted])
+    if any("externally-managed-environment" in line for line in problems):
+        raise SetUpError(
+            "This Python takes no packages from pip. Make an environment and start Jupyter there: "
+            "python3 -m venv .venv; .venv/bin/pip install torch numpy jupyterlab; .venv/bin/jupyter lab. "
+            "Then run this cell again."
+        )
     if problems:
         raise SetUpError(f"pip could not install what the course needs. {problems[0]}")
     importlib.invalidate_caches()
@@ -59,7 +65,7 @@ def _run_pip(command: list[str]) -> list[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            errors += [line.strip()] if line.startswith("ERROR") else []
+            errors += [line.strip()] if line.lower().startswith("error") else []
             if line.startswith(("Collecting", "Processing", "Installing")):
                 read += 1
                 step = "installing" if line.startswith("Installing") else f"packages found: {read}"

@@ -245,6 +245,12 @@ class TestInstall:
         with pytest.raises(colab.SetUpError, match=r"needs\. ERROR: No matching distribution.*0\.8\.1$"):
             colab.install(ROOT)
 
+    def test_a_python_of_the_system_asks_for_an_environment(self, pip):
+        """Debian, Ubuntu and Homebrew: PEP 668."""
+        pip.code, pip.said = 1, "error: externally-managed-environment\n\n× This environment is externally managed\n"
+        with pytest.raises(colab.SetUpError, match=r"takes no packages from pip.*python3 -m venv"):
+            colab.install(ROOT)
+
 
 def test_the_library_can_be_imported_with_the_standard_library_alone():
     code = "import sys, refusallab.colab\nprint(*(m for m in sys.modules if m.startswith(('torch', 'numpy'))))"
