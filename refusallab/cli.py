@@ -17,7 +17,6 @@ from tqdm import tqdm
 from refusallab.console import errors_in_one_line
 from refusallab.errors import RefusalLabError
 
-RECORDS = Path("smallmodels/records")
 COLUMNS = 6  # defences beside each other in the tables of `matrix`
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refusal Mechanics Labs.")
@@ -40,9 +39,7 @@ def demo(
     from refusallab.model import load
 
     with errors_in_one_line():
-        for path in (figure, scores):
-            if path and not path.resolve().parent.is_dir():
-                raise RefusalLabError(f"There is no folder {path.parent} for {path.name}: make it, or name another.")
+        _folders_exist(figure, scores)
         m = load(model)
         with tqdm(total=experiment.n_steps(m), file=sys.stderr, leave=False) as bar:
 
@@ -54,6 +51,13 @@ def demo(
         print(json.dumps(result.as_json(), indent=1)) if as_json else _print_headline(result)
         if figure:
             _save_figure(m, result, figure)
+
+
+def _folders_exist(*files: Path | None) -> None:
+    """RefusalLabError if one of the files could not be written, for want of its folder."""
+    for path in files:
+        if path and not path.resolve().parent.is_dir():
+            raise RefusalLabError(f"There is no folder {path.parent} for {path.name}: make it, or name another.")
 
 
 def _save_figure(m, result, path: Path) -> None:
@@ -117,7 +121,10 @@ def fetch(
 @app.command()
 def replicate(
     names: Annotated[list[str] | None, typer.Argument(help="Models. Left out: only the page is written.")] = None,
-    out: Annotated[Path, typer.Option(help="The folder of the records, one JSON file for each model.")] = RECORDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the records, one JSON file for each model. Left out: that of the course."),
+    ] = None,
     page: Annotated[Path | None, typer.Option(help="Write the page of all records there to this file.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Fewer prompts, for a model that is slow here.")] = False,
 ) -> None:
@@ -126,6 +133,8 @@ def replicate(
     from refusallab.model import load
 
     with errors_in_one_line():
+        out = out or records.RECORDS
+        _folders_exist(page)
         if not out.is_dir():
             raise RefusalLabError(f"There is no folder {out}: make it, or name another.")
         for name in names or ():
@@ -173,6 +182,7 @@ def release(
     with errors_in_one_line():
         from refusallab.course import release as make
 
+        _folders_exist(archive)
         paths = make.out_of_date(Path()) if check else make.release(Path(), force=force)
         for path in paths:
             print(f"out of date: {path}" if check else path)
@@ -212,6 +222,8 @@ def capstone(
     from refusallab.model import load
 
     with errors_in_one_line():
+        if quick and path is None:
+            raise RefusalLabError("Name the file with your defence: refusallab capstone FILE --quick.")
         console = Console(width=None if sys.stdout.isatty() else 150)
         trial = frozen.quick_trial() if quick else frozen.frozen_trial()
         if path:

@@ -614,6 +614,10 @@ class TestFile:
         said = CliRunner().invoke(app, ["capstone", str(file)])
         assert said.exit_code == 1 and "mine: 0 points. It raised an error." in said.output
 
+    def test_quick_needs_a_file(self):
+        said = CliRunner().invoke(app, ["capstone", "--quick"])
+        assert said.exit_code == 1 and "refusallab capstone FILE --quick" in said.output
+
     def test_quick_leaves_no_row(self, file):
         file.write_text("alone")
         trial = Trial("quick", *list(vars(small()).values())[1:])

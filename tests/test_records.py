@@ -270,6 +270,18 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     assert done.exit_code == 1 and "There is no folder" in done.stderr and done.stderr.strip().count("\n") == 0
 
 
+def test_a_page_without_its_folder_is_named_before_the_work(tmp_path):
+    page = tmp_path / "none" / "page.md"
+    done = CliRunner().invoke(cli.app, ["replicate", "no-such-model", "--page", str(page)])
+    assert done.exit_code == 1 and "There is no folder" in done.stderr and "for page.md" in done.stderr
+
+
+def test_without_a_folder_records_are_those_of_the_course(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(cli.app, ["replicate", "--page", "page.md"]).exit_code == 0
+    assert (tmp_path / "page.md").read_bytes() == (ROOT / "docs" / "replication.md").read_bytes()
+
+
 def test_sixty_harmless_requests_with_words_that_alarm():
     items = records.alarming()
     assert len(items) == 60 == len({item.prompt for item in items})

@@ -251,6 +251,11 @@ class TestCommands:
         result = run("release")
         assert result.exit_code == 1 and "pip install '.[teach" in result.output
 
+    def test_an_archive_without_its_folder_is_named_before_the_work(self, course):
+        result = run("release", "--archive", "nowhere/labs.zip")
+        assert result.exit_code == 1 and result.output.startswith("There is no folder nowhere for labs.zip: make it")
+        assert not (course / "labs" / "02_x.ipynb").exists()
+
     def test_a_file_that_is_no_notebook_is_named(self, course):
         (course / "solutions" / "02_x.ipynb").write_text("{")
         result = run("release")
