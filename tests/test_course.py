@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from refusallab.course.exercises import every_exercise, find_exercise
 from refusallab.course.notebook import DIFFICULTY, HIDDEN_SEED
 from refusallab.course.progress_file import passed, record
 from refusallab.errors import RefusalLabError
+from refusallab.sandbox.plain import from_json, to_json
 
 EXERCISES = every_exercise()
 each_exercise = pytest.mark.parametrize("e", EXERCISES, ids=lambda e: e.number)
@@ -175,6 +177,19 @@ class TestJudge:
             (1.0, 1 + 1e-3, False),
             (1, True, False),
             (True, 1, False),
+            (3, np.int64(3), True),
+            (3, np.int64(4), False),
+            (1.0, np.float32(1), True),
+            (1, np.bool_(True), False),
+            (True, np.bool_(True), True),
+            (True, np.bool_(False), False),
+            (True, np.int64(1), False),
+            (True, torch.tensor(True), True),
+            (True, torch.tensor([False]), False),
+            (True, torch.tensor(1), False),
+            (True, torch.tensor([True, True]), False),
+            ("a", np.str_("a"), True),
+            ([1, True], [np.int64(1), torch.tensor(True)], True),
             ("a", "a", True),
             ((1.0, 2.0), [1.0, 2.0], True),
             ((1.0, 2.0), [1.0], False),
@@ -184,8 +199,9 @@ class TestJudge:
             (torch.tensor([1.0, 1e4]), torch.tensor([1.5, 1e4]), True),  # the tolerance grows with the largest value
         ],
     )
-    def test_what_counts_as_equal(self, expected, got, right):
-        assert run_cases(exercise(lambda x: expected, {"x": 1}), lambda x: got, 0).passed == right
+    def test_what_counts_as_equal_in_the_notebook_and_for_the_grader(self, expected, got, right):
+        for value in (got, from_json(to_json(got))):
+            assert run_cases(exercise(lambda x: expected, {"x": 1}), lambda x, value=value: value, 0).passed == right
 
     def test_a_mistake_is_recognised_by_its_result(self):
         triple = Mistake("triple", lambda x: 3 * x, "Twice, not three times.")

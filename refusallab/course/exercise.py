@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,6 +212,8 @@ def _changed(inputs: dict[str, Any], before: dict[str, Any]) -> str:
 
 def describe_difference(got: Any, expected: Any, tolerance: float) -> str:
     """In words, how a result differs from the expected one; empty when it does not. No expected value is shown."""
+    if isinstance(got, np.generic) or (isinstance(expected, bool) and _is_truth_value(got)):
+        got = got.item()
     if isinstance(expected, Tensor):
         return _compare_tensors(got, expected, tolerance)
     if isinstance(expected, float | int) and not isinstance(expected, bool):
@@ -235,6 +238,10 @@ def describe_difference(got: Any, expected: Any, tolerance: float) -> str:
             return f"This is {got}, and should not be."
         return f"Expected another value of kind {type(expected).__name__} than {_short(got)}."
     return next((where + text for where, a, b in parts if (text := describe_difference(a, b, tolerance))), "")
+
+
+def _is_truth_value(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.numel() == 1
 
 
 def _is_scalar(value: Any) -> bool:

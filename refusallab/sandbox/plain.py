@@ -1,8 +1,8 @@
 """Plain data as JSON text: what crosses the wall of the sandbox, both ways.
 
-Numbers, texts, lists, tuples, dicts and tensors (as raw bytes with type and shape) pass. Anything else arrives as
-`Foreign`, which can be named in a message and equals nothing. Decoding builds only such values: it runs no code and
-reads no file, and its cost is bounded by the length of the text.
+Numbers, texts, lists, tuples, dicts and tensors (as raw bytes with type and shape) pass, and NumPy's scalars as what
+they hold. Anything else arrives as `Foreign`, which can be named in a message and equals nothing. Decoding builds only
+such values: it runs no code and reads no file, and its cost is bounded by the length of the text.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def to_json(value: Any) -> str:
 def _pack(value: Any, depth: int) -> Any:
     if depth == 0:
         raise RefusalLabError(f"The data is nested more than {DEPTH} deep.")
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):
