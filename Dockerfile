@@ -1,6 +1,7 @@
 # The course for a JupyterHub, a devcontainer or one's own machine.
 #   docker build --tag refusal-mechanics-labs .
-#   docker run --rm --publish 8888:8888 refusal-mechanics-labs
+#   docker run --rm --publish 8888:8888 --volume labs:/home/student/labs refusal-mechanics-labs
+# The volume keeps the work when the container ends.
 # A hub starts `jupyterhub-singleuser` in it: give the hub's version with --build-arg JUPYTERHUB=5.4.0.
 # On Linux pip brings the CUDA build of torch. For the small CPU build add --build-arg TORCH_INDEX=... with the address
 # that PyTorch's "Get started" page gives for pip and CPU.

@@ -453,6 +453,18 @@ def test_the_image_is_built_by_the_rules_and_from_what_is_there():
     assert (ROOT / ".devcontainer" / container["dockerfile"]).resolve() == ROOT / "Dockerfile"
 
 
+@pytest.mark.parametrize("name", ["README.md", "Dockerfile"])
+def test_a_container_keeps_its_labs_on_a_volume(name):
+    folder = re.search(r"^COPY .* labs (\S+)$", read("Dockerfile"), re.M)[1]
+    runs = re.findall(r"^.*docker run .*$", read(name), re.M)
+    assert runs and all(f" --volume labs:{folder} " in line for line in runs)
+
+
+def test_conda_hides_the_panels_of_nbgrader_as_make_does():
+    hide = re.search(r"jupyterlab\.labextensions disable .*", read("Makefile"))[0]
+    assert f"`python -m {hide}`" in read("README.md")
+
+
 def test_a_fault_in_the_image_is_found(tmp_path):
     (tmp_path / "Dockerfile").write_text(read("Dockerfile").replace("USER 1000\n", "USER root\n"))
     assert subprocess.run([HADOLINT, tmp_path / "Dockerfile"], capture_output=True).returncode == 1
