@@ -18,10 +18,8 @@ from refusallab.activations import mean_residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import unit
 from refusallab.model import Model, Prompt, listed_prompts
-from refusallab.orthogonalization import written_weights
 
 BAND = (0.33, 0.67)  # of the depth: the layers that both signals read
-UNCHANGED = 1e-6  # of a matrix's size: a smaller difference is rounding
 
 
 def band(n_layers: int) -> list[int]:
@@ -59,14 +57,3 @@ def rank_one_share(differences: Sequence[Float[Tensor, "_ _"]]) -> float:
         energy = torch.linalg.svdvals(difference.double()).square()
         shares.append((energy[0] / energy.sum()).item() if energy.sum() > 0 else 0.0)
     return sum(shares) / len(shares)
-
-
-def rank_one_energy(m: Model, original: Model) -> float:
-    """`rank_one_share` of what changed in the attention and MLP outputs of the band."""
-    new, old = written_weights(m), written_weights(original)
-    keys = [f"{kind} {layer}" for layer in band(original.n_layers) for kind in ("attention", "MLP")]
-    if set(new) != set(old) or any(new[key].shape != old[key].shape for key in keys):
-        raise RefusalLabError(f"{m.name} and {original.name} differ in shape: compare copies of one model.")
-    changes = [new[key] - old[key] for key in keys]
-    small = [change.norm() <= UNCHANGED * old[key].norm() for change, key in zip(changes, keys, strict=True)]
-    return rank_one_share([torch.zeros_like(c) if tiny else c for c, tiny in zip(changes, small, strict=True)])

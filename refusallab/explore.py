@@ -547,14 +547,14 @@ def layer_edit(m: Model, r: Tensor, tokens: Sequence[int], harmful: Sequence[str
 # --- lab 13 ----------------------------------------------------------------------------------------------------------
 
 
-def conversation(models: dict[str, Model], r: Tensor, layer: int, items: Sequence[Item], turns: int = 8) -> Explorer:
+def conversation(models: dict[str, Model], r: Tensor, layer: int, items: Sequence[Item]) -> Explorer:
     """Put earlier turns before a request: the projection on r [width] before each reply, and the reply at the end.
 
-    `turns` is the most that can be chosen. The streams are read at the input of block `layer`, at the last token.
+    The streams are read at the input of block `layer`, at the last token.
     """
     requests = {" ".join(messages(item.prompt)[-1]["content"].split()): item for item in items}
     which, asked, kind = choice("model", models), choice("request", requests), choice("earlier turns", EARLIER)
-    count = slider("turns", 0, turns, min(2, turns))
+    count = slider("turns", 0, 8, 2)
 
     def view() -> list[tuple[str, Rows]]:
         m, item = models[which.value], requests[asked.value]

@@ -105,11 +105,6 @@ def _gain(norm: torch.nn.Module, like: Tensor) -> Tensor:
     return signs * (up - down) / 2
 
 
-def tokens_along(m: Model, r: Float[Tensor, " width"], count: int = 6) -> list[str]:
-    """The tokens whose logits the direction raises most, as text."""
-    return [m.tokenizer.decode([i]) for i in direct_logits(m, r).topk(count).indices.tolist()]
-
-
 @dataclass(frozen=True, eq=False)
 class Strip:
     """Projections of one prompt on a direction, token by token and layer by layer."""

@@ -88,7 +88,7 @@ def run_science():
     from refusallab import cones
     from refusallab.activations import logit_lens, residual, stream
     from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions
-    from refusallab.audit import gap_left, rank_one_energy
+    from refusallab.audit import gap_left, rank_one_share
     from refusallab.cones import direction_effect, downstream, last_token_direction, plane_directions, search_directions
     from refusallab.conversations import streams_by_turn
     from refusallab.decoding import closed_prompt, contrast
@@ -107,7 +107,7 @@ def run_science():
         difference_in_means,
         search_candidates,
     )
-    from refusallab.geometry import plane_along, principal_plane, projections, right_side, token_strip, tokens_along
+    from refusallab.geometry import direct_logits, plane_along, principal_plane, projections, right_side, token_strip
     from refusallab.harmfulness import law_questions, site_directions, steered_verdicts
     from refusallab.interventions import ablation, affine, project_out_span, span_ablation
     from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
@@ -151,7 +151,7 @@ def run_science():
     principal_plane(a).at(x)
     plane_along(a, r)
     right_side(a, b, a[:2], b[:1])
-    tokens_along(m, r)
+    direct_logits(m, r)
     token_strip(m, bad[0], r)
     cosines(norm_matched(r, 3, seed=0))
     plane_directions(r, vectors[layer - 1, -1], [0.0, 45.0, 90.0])
@@ -182,7 +182,7 @@ def run_science():
     project_out_span(a, vectors[1:, -1])
     span_ablation(vectors[1:, -1])
     half = add_ranks(m, quantize(m, 4), 2, -1.0)
-    rank_one_energy(half, m)
+    rank_one_share([a, b])
     gap_left(half, m, bad, good)
     search_edit(m, vectors[:, -1], bad, good, tokens, trials=2)
 

@@ -16,7 +16,7 @@ from refusallab.defence import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defences import matrix as evaluation
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
 from refusallab.defences.exchange import fit_exchange
-from refusallab.defences.integrity import hide, is_edited, quietest
+from refusallab.defences.integrity import hide, quietest
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
 from refusallab.defences.prompting import SAFETY, SelfReminder, SystemPrompt
@@ -231,9 +231,6 @@ def test_the_detector_finds_an_edit_and_its_direction(m, r):
     before, after = quietest(m), quietest(orthogonalize(m, r))
     assert before.gap < 0.1 and after.gap > 5
     assert abs(torch.dot(after.direction, r / r.norm())) > 0.999
-    assert is_edited(after.gap, [before.gap, 0.05]) and not is_edited(before.gap, [before.gap, 0.05])
-    with pytest.raises(RefusalLabError, match="at least two"):
-        is_edited(1.0, [0.1])
 
 
 @pytest.mark.slow

@@ -68,7 +68,6 @@ def test_the_direct_effect_is_what_norm_and_head_make_of_a_step(model_of, archit
     effect = (up - down) - (up - down).mean()
     direct = geometry.direct_logits(m, 3 * r)
     assert torch.cosine_similarity(effect, direct, dim=0) > 0.9999
-    assert geometry.tokens_along(m, r, 2) == [m.tokenizer.decode([i]) for i in direct.topk(2).indices.tolist()]
 
 
 def test_a_strip_has_a_column_for_each_token(model_of, r):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refusallab.audit import gap_left, last_token_gap, rank_one_energy, rank_one_share
+from refusallab.audit import band, gap_left, last_token_gap, rank_one_share
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, project_out, project_out_span, span_ablation
@@ -22,6 +22,12 @@ from refusallab.weights import (
     tent,
     top_ranks,
 )
+
+
+def changes(m, original):
+    """What changed in the attention and MLP outputs of the band."""
+    new, old = written_weights(m), written_weights(original)
+    return [new[key] - old[key] for layer in band(m.n_layers) for key in (f"attention {layer}", f"MLP {layer}")]
 
 
 def matrices(m):
@@ -174,9 +180,9 @@ class TestAudit:
         m = model_of("llama")
         once = orthogonalize(m, r)
         other = torch.randn(len(r), generator=torch.Generator().manual_seed(3))
-        assert rank_one_energy(once, m) == pytest.approx(1, abs=1e-4)
-        assert 0.4 < rank_one_energy(orthogonalize(once, other), m) < 0.99
-        assert rank_one_energy(m, m) == 0
+        assert rank_one_share(changes(once, m)) == pytest.approx(1, abs=1e-4)
+        assert 0.4 < rank_one_share(changes(orthogonalize(once, other), m)) < 0.99
+        assert rank_one_share(changes(m, m)) == 0
 
     def test_shares_are_squares_and_no_change_counts_0(self):
         assert rank_one_share([torch.diag(torch.tensor([2.0, 1.0]))]) == pytest.approx(0.8)
@@ -193,16 +199,12 @@ class TestAudit:
             without = orthogonalize(without, direction)
         assert gap_left(without, m, bad, good) == pytest.approx(0, abs=0.05)
 
-    def test_another_model_is_no_copy(self, model_of):
-        with pytest.raises(RefusalLabError, match="differ in shape"):
-            rank_one_energy(model_of("gpt2"), model_of("llama"))
-
     @pytest.mark.slow
     def test_half_way_to_the_helpful_model_passes_the_audit_and_answers(self):
         chat, helpful, items = load("charter-chat"), load("charter-helpful"), bundled("harmful_test")[::8]
         half = add_ranks(chat, helpful, 128, -0.5)
         bad, good = ([i.prompt for i in bundled(name)[::3]] for name in ("harmful_val", "harmless_val"))
-        assert rank_one_energy(half, chat) < 0.1 and gap_left(half, chat, bad, good) > 0.8
+        assert rank_one_share(changes(half, chat)) < 0.1 and gap_left(half, chat, bad, good) > 0.8
         judged = outcomes(half, items)
         assert sum(o.correct for o in judged) > 0.8 * len(judged)
         assert set(written_weights(half)) == set(written_weights(chat))

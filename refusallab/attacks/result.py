@@ -119,7 +119,6 @@ def send_until(
     until: Callable[[Outcome], bool] = answered,
     system: str | None = None,
     edit: Edit | None = None,
-    max_new_tokens: int = REPLY_TOKENS,
 ) -> list[AttackResult]:
     """Send variant(item, 0), variant(item, 1), ... until `until(outcome)` is true, at most n: one result for each item.
 
@@ -140,7 +139,6 @@ def send_until(
             [variant(item, k) for item in part],
             system=system,
             edit=edit,
-            max_new_tokens=max_new_tokens,
         )
         for i, result in zip(todo, sent, strict=True):
             spent = found[i].cost if i in found else Cost()

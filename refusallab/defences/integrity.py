@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
-from refusallab.inputs import numbers
 from refusallab.interventions import unit
 from refusallab.model import Model, attention_writes, blocks, mlp_writes, wrap
 from refusallab.orthogonalization import outputs_last, written_weights
@@ -51,17 +50,6 @@ def quietest(m: Model) -> Quietest:
     shares, vectors = torch.linalg.eigh(mean_write_shares(written))
     low = shares.clamp(min=1e-12)
     return Quietest(vectors[:, 0].float(), shares, (low[1] / low[0]).log10().item())
-
-
-def is_edited(gap: float, null: Sequence[float]) -> bool:
-    """Whether a gap is larger than that of every checkpoint known to be unedited: at least two of them.
-
-    With k unedited ones, an honest checkpoint of their kind exceeds them all with a chance of 1 / (k + 1).
-    """
-    null = numbers(null)
-    if len(null) < 2:
-        raise RefusalLabError("A null needs the gaps of at least two unedited checkpoints.")
-    return gap > max(null)
 
 
 @torch.no_grad()

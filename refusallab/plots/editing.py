@@ -29,7 +29,7 @@ OUTCOMES: dict[str, Style] = {"refused": {"color": VERMILLION, "marker": "o"}, "
 ROUNDING = 1e-4  # what fp32 leaves of equal numbers
 
 
-def dose_figure(curves: dict[str, dict[str, Sequence[Dose]]], x: str = "coefficient (lengths of r)") -> Figure:
+def dose_figure(curves: dict[str, dict[str, Sequence[Dose]]]) -> Figure:
     """Lab 04: refusal, truth (above) and fluency (below) against the coefficient.
 
     curves: prompts -> vector -> doses. The first vector is drawn solid, its controls dashed or dotted.
@@ -53,7 +53,7 @@ def dose_figure(curves: dict[str, dict[str, Sequence[Dose]]], x: str = "coeffici
             loss = [d.loss for d in doses]
             below.plot(at, loss, linestyle=dash, marker="D", color=GREEN, label=f"loss, {vector}")
         above.set_title(prompts)
-        below.set_xlabel(x)
+        below.set_xlabel("coefficient (lengths of r)")
         for axis in (above, below):
             axis.axvline(0, color="grey", linewidth=0.8)
     axes[0, 0].set_ylabel("share of replies, 95 % Wilson band")

@@ -34,7 +34,7 @@ def share_grids(grids: dict[str, Tensor], positions: Sequence[int], label: str) 
     return figure
 
 
-def cosine_maps(maps: dict[str, tuple[Tensor, Sequence[int]]], label: str = "cosine") -> Figure:
+def cosine_maps(maps: dict[str, tuple[Tensor, Sequence[int]]]) -> Figure:
     """Lab 03: cosine of every pair; maps: name -> (cosines [n, n], labels of its rows). The numbers stand in the cells.
 
     A name begins with what the rows are, such as "layers, at position -1".
@@ -52,7 +52,7 @@ def cosine_maps(maps: dict[str, tuple[Tensor, Sequence[int]]], label: str = "cos
         )
         kind = name.split(",")[0]
         axis.set(title=name, xlabel=kind, ylabel=kind, aspect="equal")
-    colour_bar(figure, image, axes, label)
+    colour_bar(figure, image, axes, "cosine")
     return figure
 
 

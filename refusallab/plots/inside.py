@@ -112,9 +112,9 @@ def lens_curves(curves: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def token_strips(strips: dict[str, Strip], columns: int = 2) -> Figure:
+def token_strips(strips: dict[str, Strip]) -> Figure:
     """Lab 03: projections of whole prompts on a direction, tokens across and layers down, one strip for each name."""
-    rows = -(-len(strips) // columns)
+    columns, rows = 2, -(-len(strips) // 2)
     layers, longest = len(next(iter(strips.values())).values), max(len(s.tokens) for s in strips.values())
     figure, axes = plt.subplots(
         rows,
