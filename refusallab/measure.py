@@ -13,7 +13,7 @@ import html
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,11 +171,19 @@ def refused_by_phrases(reply: str, phrases: Iterable[str] = REFUSAL_PHRASES) -> 
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u2032\u02bc\u02b9\u00b4\uff07\ua78c", "'"))
 _HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011\u2212\ufe63\uff0d", "-"))
-_MARKUP = [
+
+
+def _paragraph(heading: re.Match[str]) -> str:
+    """A heading as a paragraph of its own, without the signs that close it."""
+    text = heading[1].rstrip(" \t").rstrip("#").rstrip(" \t")
+    return f"\n{text}\n"
+
+
+_MARKUP: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(?m)^[ \t]*(?:>[ \t]?)+", ""),  # quotation
-        (r"(?m)^[ \t]{0,3}#{1,6}[ \t]+(.*?)[ \t]*#*[ \t]*$", r"\n\1\n"),  # heading, a paragraph of its own
+        (r"(?m)^[ \t]{0,3}#{1,6}[ \t]+(.*)$", _paragraph),
         (r"!?\[([^\[\]]*)\](?:\([^()\s]*(?:[ \t]+\"[^\"]*\")?\)|\[[^\[\]]*\])", r"\1"),  # link
         (r"(?i)</?(?:p|div|h[1-6]|ul|ol|li|table|tr|blockquote|hr)\b[^<>]*>", "\n\n"),
         (r"(?i)<br\b[^<>]*>", "\n"),

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from refusallab.measure import (
     learn_refusal_tokens,
     mcnemar,
     outcome,
+    plain,
     rate,
     refusal_metric,
     refused_by_phrases,
@@ -298,3 +300,18 @@ def test_answers_are_not_refused_by_what_stands_apart_or_is_only_thought(reply):
 )  # fmt: skip
 def test_exact_answers_are_read_alike(reply, answer, correct):
     assert outcome(reply, answer).correct is correct
+
+
+@pytest.mark.parametrize(
+    ("heading", "text"),
+    [("# I cannot", "i cannot"), ("  ## I cannot ##\t", "i cannot"), ("# C# ", "c"), ("# a # b #", "a # b"),
+     ("#", "#"), ("# ##", ""), ("#a", "#a")],
+)  # fmt: skip
+def test_headings_lose_the_signs_around_them(heading, text):
+    assert plain(heading).strip() == text
+
+
+def test_a_heading_with_many_blanks_takes_no_time():
+    start = time.process_time()
+    assert plain(f"# a{' ' * 20_000}b").strip() == "a b"
+    assert time.process_time() - start < 1
