@@ -114,6 +114,12 @@ def pickled(folder):
     [
         (lambda f: change(f, use_dora=True), "more than a plain LoRA adapter (use_dora): merge it with"),
         (lambda f: change(f, bias="all", modules_to_save=["lm_head"]), "(modules_to_save, bias): merge it with"),
+        (lambda f: change(f, init_lora_weights="pissa_niter_16"), "more than a plain LoRA adapter (init_lora_weights)"),
+        (lambda f: change(f, init_lora_weights="olora"), "more than a plain LoRA adapter (init_lora_weights)"),
+        (lambda f: change(f, alora_invocation_tokens=[3, 4]), "(alora_invocation_tokens): merge it with"),
+        (lambda f: change(f, r=0), "adapter_config.json is damaged (r 0, lora_alpha 12"),
+        (lambda f: change(f, r="8"), "adapter_config.json is damaged (r '8', lora_alpha 12"),
+        (lambda f: change(f, lora_alpha=None), "adapter_config.json is damaged (r 4, lora_alpha None"),
         (lambda f: (f / "adapter_config.json").write_text(IA3), "more than a plain LoRA adapter (IA3)"),
         (lambda f: change(f, base_model_name_or_path=None), "does not say which model it changes: name it in"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),

@@ -18,6 +18,7 @@ from refusallab.errors import RefusalLabError, first_line
 from refusallab.model.gguf import sha256_of_file
 from smallmodels import catalog, weights_dir
 
+MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that change the weights of the base too
 ELSEWHERE = "merge it with merge_and_unload() of peft, save the result and load that."
 
 
@@ -67,11 +68,21 @@ def find_adapter(name: str) -> Adapter | None:
         raise RefusalLabError(
             f"{name}: adapter_config.json is damaged ({first_line(error)}): fetch it again."
         ) from error
-    others = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
+    others = (
+        "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+        "alora_invocation_tokens", "kasa_config",
+    )  # fmt: skip
     more = [key for key in others if settings.get(key)] + ["bias"] * (settings.get("bias", "none") != "none")
+    if str(settings.get("init_lora_weights")).lower().startswith(MOVES_BASE):
+        more.append("init_lora_weights")
     if kind != "LORA" or more:
         what = ", ".join(more) or kind
         raise RefusalLabError(f"{name} is more than a plain LoRA adapter ({what}): {ELSEWHERE}")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise RefusalLabError(
+            f"{name}: adapter_config.json is damaged (r {rank!r}, lora_alpha {alpha!r} are no rank and scale): fetch it "
+            "again."
+        )
     if not base:
         raise RefusalLabError(
             f"{name} does not say which model it changes: name it in adapter_config.json, as base_model_name_or_path."
