@@ -266,6 +266,15 @@ def test_the_curve_of_all_thresholds_and_the_area_below_it():
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_searched_once_is_kept_for_the_model_and_the_prompts():
+    found, item = evaluation._once(lambda m, items: (m.name, items[0].prompt)), bundled("harmless_val")[0]
+    for name in ("first", "second", "third"):  # none of them is kept here, so a new one may get an id again
+        assert found(SimpleNamespace(name=name), [item]) == (name, item.prompt)
+    m = SimpleNamespace(name="m")
+    assert found(m, [replace(item, prompt="Other")]) == ("m", "Other") != found(m, [item])
+    assert found(m, [item]) is found(m, [item])
+
+
 @dataclass
 class Says:
     """A defence that says the same thing to everybody."""

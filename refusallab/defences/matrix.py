@@ -308,13 +308,13 @@ def _tested(model: str, names: list[str], judged: dict, traffic: dict) -> Matrix
 
 def _once(search: Callable[[Model, Sequence[Item]], Any]) -> Callable[[Model, Sequence[Item]], Any]:
     """The search, whose result is kept for each checkpoint and set of items."""
-    kept: dict[tuple, Any] = {}
+    kept: dict[tuple, tuple[Model, Any]] = {}  # with the model, or another one could get its id
 
     def found(m: Model, items: Sequence[Item]) -> Any:
-        key = (id(m), *(item.id for item in items))
+        key = (id(m), *((item.id, repr(item.prompt)) for item in items))
         if key not in kept:
-            kept[key] = search(m, items)
-        return kept[key]
+            kept[key] = m, search(m, items)
+        return kept[key][1]
 
     return found
 
