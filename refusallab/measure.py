@@ -23,7 +23,17 @@ from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import flagged, is_missing, listed, numbers
-from refusallab.model import Edit, Model, Prompt, encode_texts, listed_prompts, no_edit, require_finite, spoken
+from refusallab.model import (
+    Edit,
+    Model,
+    Prompt,
+    check_batch_size,
+    encode_texts,
+    listed_prompts,
+    no_edit,
+    require_finite,
+    spoken,
+)
 from refusallab.watch import all_rows
 
 REFUSAL_PHRASES = (
@@ -141,6 +151,7 @@ def cross_entropy(
     With prompts, text i is the reply to prompt i, and only its tokens and the end of its turn are scored. The mean of
     the result is the figure of a table; its entries are what a paired interval needs.
     """
+    check_batch_size(batch_size)
     losses, nn, edit, texts = [], m.nn, edit or no_edit, listed(texts, "texts", str)
     if prompts is not None:
         prompts = listed_prompts(prompts) if texts else listed(prompts, "prompts")

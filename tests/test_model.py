@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 import refusallab.model.files
 import refusallab.model.loading
 from refusallab.activations import residual
+from refusallab.decoding import sample_replies
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, affine
+from refusallab.measure import cross_entropy
 from refusallab.model import (
     attention,
     attention_writes,
@@ -317,6 +319,13 @@ def test_several_batches_are_sorted_by_length(model_of, prompts):
     assert [rows for rows, _ in batches(model_of(), prompts, 5)] == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("run", [logits, generate, residual, lambda m, texts, **s: cross_entropy(m, texts, **s)])
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_holds_at_least_one_prompt(model_of, prompts, run, batch_size):
+    with pytest.raises(RefusalLabError, match=f"batch_size is {batch_size}: give at least 1"):
+        run(model_of(), prompts, batch_size=batch_size)
+
+
 def test_stop_ids_come_from_the_model_the_tokenizer_and_the_template(make):
     hf = make.hf(eos_token_id=9)
     tokenizer = make.tokenizer(special=("<|start|>", "<|end|>", "<|eos|>"), eos="<|eos|>")
@@ -363,6 +372,11 @@ def test_remote_path_gives_the_same_numbers(make, model_of, prompts, r):
         assert torch.equal(residual(here, prompts, edit=edit), residual(there, prompts, edit=edit))
         settings = {"edit": edit, "max_new_tokens": 5}
         assert generate(here, prompts, **settings) == generate(there, prompts, **settings)
+
+
+def test_a_remote_model_takes_no_processor(make):
+    with pytest.raises(RefusalLabError, match="replies are greedy: load it without remote"):
+        sample_replies(make.model(remote="local"), ["List"])
 
 
 def test_remote_needs_a_hub_id_and_a_key(monkeypatch, tmp_path):

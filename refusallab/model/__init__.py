@@ -33,6 +33,7 @@ from refusallab.model.parts import (
 )
 from refusallab.model.prompts import (
     batches,
+    check_batch_size,
     encode,
     encode_texts,
     ids_behind,
@@ -67,6 +68,7 @@ __all__ = [
     "batches",
     "behind_system",
     "blocks",
+    "check_batch_size",
     "digest_of_weights",
     "embedding",
     "encode",

@@ -128,16 +128,21 @@ def _check_ids(m: Model, ids: Tensor) -> None:
         )
 
 
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise RefusalLabError(f"batch_size is {batch_size}: give at least 1.")
+
+
 def batches(m: Model, prompts: Iterable[Prompt], batch_size: int, **settings: Any) -> Iterator[tuple[list[int], dict]]:
     """Encoded prompts in batches, as (indices of the prompts, encoded batch).
 
     One batch keeps the order of the prompts, so that an edit may hold one direction per row. Several batches
     are sorted by length, which saves padding.
     """
+    check_batch_size(batch_size)
     prompts = listed_prompts(prompts)
     order = list(range(len(prompts)))
     if len(prompts) > batch_size:
         order.sort(key=lambda i: len(render(m, prompts[i])))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield rows, encode(m, [prompts[i] for i in rows], **settings)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return ((rows, encode(m, [prompts[i] for i in rows], **settings)) for rows in parts)

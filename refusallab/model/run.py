@@ -76,8 +76,10 @@ def generate(
     A model that thinks writes its thought first, which may take `m.thought_tokens` more than `max_new_tokens`.
     `edit` is applied in the forward pass of every token. `processor(rows, batch)` makes what changes the logits of
     every step, for a batch of the prompts with the numbers `rows`. Raises RefusalLabError, with the prompt, where
-    logits are not finite.
+    logits are not finite; those of a remote model are not checked, and it takes no processor.
     """
+    if processor and m.remote:
+        raise RefusalLabError(f"{m.name} is remote, where replies are greedy: load it without remote.")
     prompts = listed_prompts(prompts)
     max_new_tokens += m.thought_tokens
     replies = [""] * len(prompts)
