@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from refusallab.errors import RefusalLabError
-from refusallab.inputs import listed
+from refusallab.inputs import flagged, listed
 from refusallab.measure import Outcome, Rate, learn_refusal_tokens, outcome, rate, refused_by_phrases, wilson
 from refusallab.model import Edit, Model, Prompt, generate, listed_prompts, logits
 from refusallab.prompts import Item, knows_the_world, prompt_set, refusal_phrases
@@ -74,7 +74,9 @@ def refusal_openings(m: Model, prompts: Iterable[Prompt], refused: Sequence[bool
     metric would then be silently wrong.
     """
     prompts = listed_prompts(prompts)
-    refusing = torch.tensor(refuses(m, prompts) if refused is None else refused)
+    refusing = torch.tensor(refuses(m, prompts) if refused is None else flagged(refused))
+    if len(refusing) != len(prompts):
+        raise RefusalLabError(f"{len(refusing)} flags for {len(prompts)} prompts: say of each whether it is refused.")
     if not refusing.any():
         raise RefusalLabError(
             f"{m.name} refuses none of {len(prompts)} prompts. Without refusals there is no refusal direction: take "

@@ -68,6 +68,16 @@ def test_known_replies_are_not_written_again(model_of, monkeypatch):
     ]
 
 
+def test_refusals_are_known_as_flags_one_for_each_prompt(model_of, monkeypatch):
+    first = torch.full((10, 400), 1e-6)
+    first[:5, SORRY], first[5:, SURE] = 0.9, 0.9
+    monkeypatch.setattr(judging, "logits", lambda _m, prompts: first.log())
+    prompts = ["a river"] * 5 + ["a pie"] * 5
+    assert refusal_openings(model_of("llama"), prompts, [1] * 5 + [0] * 5).tokens == [SORRY]
+    with pytest.raises(RefusalLabError, match="9 flags for 10 prompts"):
+        refusal_openings(model_of("llama"), prompts, [True] * 4 + [False] * 5)
+
+
 def test_two_refusals_are_too_few_to_learn_from(model_of, monkeypatch):
     """As SmolLM2-135M has them: 2 of 256, both of which open alike."""
     first = torch.zeros(60, 99)
