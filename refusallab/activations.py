@@ -105,7 +105,7 @@ def _batched_residual(
     system: str | None,
     batch_size: int,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    for rows, batch in batches(m, prompts, batch_size, system=system):
+    for rows, batch in batches(m, prompts, batch_size, edit=edit, system=system):
         shortest = int(batch["attention_mask"].sum(1).min())
         if -min(positions) > shortest:
             raise RefusalLabError(f"Position {min(positions)}, but a prompt has only {shortest} tokens.")

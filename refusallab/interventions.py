@@ -53,7 +53,7 @@ def ablation(r: Vectors) -> Edit:
             attention(block).output = (project_out(output, r), *rest)
             mlp(block).output = project_out(mlp(block).output, r)
 
-    return edit
+    return row_by_row(edit, r)
 
 
 def project_out_span(
@@ -97,7 +97,7 @@ def addition(r: Vectors, layer: int, coefficient: float = 1.0) -> Edit:
         x = _wide(block.input)
         block.input = (x + _fit(step, x)).to(block.input.dtype)
 
-    return edit
+    return row_by_row(edit, step)
 
 
 def affine(r: Vectors, layer: int, reference: Float[Tensor, " width"], alpha: float) -> Edit:
@@ -115,6 +115,13 @@ def affine(r: Vectors, layer: int, reference: Float[Tensor, " width"], alpha: fl
         away = x - _fit(origin, x)
         block.input = (project_out(away, direction) + _fit(origin, x) + _fit(step, x)).to(block.input.dtype)
 
+    return row_by_row(edit, step)
+
+
+def row_by_row(edit: Edit, values: Tensor) -> Edit:
+    """The edit. Where it has values for each row, `rows` says for how many: it needs as many prompts, in one batch."""
+    if values.ndim > 1:
+        edit.rows = len(values)  # type: ignore[attr-defined]
     return edit
 
 

@@ -27,7 +27,7 @@ from refusallab.model import (
     Edit,
     Model,
     Prompt,
-    check_batch_size,
+    check_batches,
     encode_texts,
     listed_prompts,
     no_edit,
@@ -151,8 +151,8 @@ def cross_entropy(
     With prompts, text i is the reply to prompt i, and only its tokens and the end of its turn are scored. The mean of
     the result is the figure of a table; its entries are what a paired interval needs.
     """
-    check_batch_size(batch_size)
     losses, nn, edit, texts = [], m.nn, edit or no_edit, listed(texts, "texts", str)
+    check_batches(len(texts), batch_size, edit)
     if prompts is not None:
         prompts = listed_prompts(prompts) if texts else listed(prompts, "prompts")
         if len(prompts) != len(texts):

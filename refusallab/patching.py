@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
-from refusallab.interventions import project_out
+from refusallab.interventions import project_out, row_by_row
 from refusallab.measure import Difference, refusal_metric
 from refusallab.model import (
     Edit,
@@ -46,6 +46,7 @@ class Activations:
     """
 
     parts: dict[str, Float[Tensor, "n layers seq _"]]
+    shortest: int | None = None  # tokens of the shortest prompt, where some are padded
 
 
 @torch.no_grad()
@@ -61,7 +62,8 @@ def read_activations(m: Model, prompts: Sequence[Prompt]) -> Activations:
             written.append(mlp(block).output)
         stream, heads = torch.stack(stream, 1).save(), torch.stack(heads, 1).save()
         attended, written = torch.stack(attended, 1).save(), torch.stack(written, 1).save()
-    return Activations(dict(zip(PARTS, (x.cpu() for x in (stream, heads, attended, written)), strict=True)))
+    parts = dict(zip(PARTS, (x.cpu() for x in (stream, heads, attended, written)), strict=True))
+    return Activations(parts, int(batch["attention_mask"].sum(1).min()))
 
 
 def replace(_x: Float[Tensor, "*rest width"], source: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
@@ -97,8 +99,11 @@ def patch(run: Activations, part: str, layer: int, positions: Sequence[int], cha
     rows, layers, seq, _ = kept.shape
     if not 0 <= layer < layers:
         raise RefusalLabError(f"There is no layer {layer}: the run has layers 0 to {layers - 1}.")
-    if not positions or not -seq <= min(positions) <= max(positions) < 0:
-        raise RefusalLabError(f"Positions {positions} must lie in {-seq} to -1: they count from the end of the prompt.")
+    first = -(run.shortest or seq)
+    if not positions or not first <= min(positions) <= max(positions) < 0:
+        raise RefusalLabError(
+            f"Positions {positions} must lie in {first} to -1: they count from the end of the shortest prompt."
+        )
     source = kept[:, layer, positions]  # [rows, positions, width]
 
     def patched(x: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def patch(run: Activations, part: str, layer: int, positions: Sequence[int], cha
         else:
             mlp(block).output = patched(mlp(block).output)
 
-    return edit
+    return row_by_row(edit, source)
 
 
 def patched_metrics(

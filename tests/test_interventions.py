@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, affine, project_out, unit
+from refusallab.measure import cross_entropy
 from refusallab.model import blocks, encode, generate, logits
 
 KINDS = ("ablation", "addition", "affine")
@@ -92,8 +94,14 @@ def test_row_directions_keep_their_rows_in_generation(model_of, prompts, ids_not
     together = generate(m, prompts, edit=addition(rows, 1), max_new_tokens=6)
     alone = [generate(m, [p], edit=addition(rows[i], 1), max_new_tokens=6)[0] for i, p in enumerate(prompts)]
     assert together == alone
-    with pytest.raises(RefusalLabError, match="5 directions for a batch of 2"):
-        generate(m, prompts, edit=addition(rows, 1), batch_size=2)
+
+
+@pytest.mark.parametrize("run", [logits, generate, residual, cross_entropy])
+def test_row_directions_need_one_batch_of_as_many_prompts(model_of, prompts, run):
+    rows = torch.ones(2, 32)
+    for edit in (ablation(rows), addition(rows, 1), affine(rows, 1, REFERENCE, 1)):
+        with pytest.raises(RefusalLabError, match="for 2 prompts in one batch, but there are 4 in batches of 2"):
+            run(model_of("llama"), prompts[:4], edit=edit, batch_size=2)
 
 
 def test_a_zero_step_changes_nothing(model_of, prompts):

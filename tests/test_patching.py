@@ -137,6 +137,7 @@ def test_the_interval_holds_the_share_and_narrows():
         ({"positions": []}, "count from the end"),
         ({"positions": [0]}, "count from the end"),
         ({"positions": [-99]}, "count from the end"),
+        ({"positions": [-12]}, "must lie in -11 to -1"),  # padding of the shorter prompt
     ],
 )
 def test_what_cannot_be_patched_is_said(model_of, wrong, says):
@@ -148,7 +149,7 @@ def test_what_cannot_be_patched_is_said(model_of, wrong, says):
 def test_other_numbers_of_prompts_are_refused(model_of):
     m = model_of("llama")
     edit = patch(read_activations(m, SOURCE), "stream", 1, [-1])
-    with pytest.raises(RefusalLabError, match="3 prompts in a batch, but the run has 2"):
+    with pytest.raises(RefusalLabError, match="for 2 prompts in one batch, but there are 3"):
         logits(m, [*INTO, "List"], edit=edit)
 
 

@@ -33,7 +33,7 @@ from refusallab.model.parts import (
 )
 from refusallab.model.prompts import (
     batches,
-    check_batch_size,
+    check_batches,
     encode,
     encode_texts,
     ids_behind,
@@ -68,7 +68,7 @@ __all__ = [
     "batches",
     "behind_system",
     "blocks",
-    "check_batch_size",
+    "check_batches",
     "digest_of_weights",
     "embedding",
     "encode",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.model.parts import Begun, Model, Prompt, embedding
+from refusallab.model.parts import Begun, Edit, Model, Prompt, embedding
 from refusallab.model.templates import apply_template, end_of_turn, messages
 
 
@@ -128,19 +128,28 @@ def _check_ids(m: Model, ids: Tensor) -> None:
         )
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batches(count: int, batch_size: int, edit: Edit | None = None) -> None:
+    """RefusalLabError for a batch without prompts, and for an edit of each row unless one batch has just these rows."""
     if batch_size < 1:
         raise RefusalLabError(f"batch_size is {batch_size}: give at least 1.")
+    rows = getattr(edit, "rows", None)
+    if rows is not None and not rows == count <= batch_size:
+        raise RefusalLabError(
+            f"The edit is for {rows} prompts in one batch, but there are {count} in batches of {batch_size}: give one "
+            "row for each prompt, and a batch_size that holds all prompts."
+        )
 
 
-def batches(m: Model, prompts: Iterable[Prompt], batch_size: int, **settings: Any) -> Iterator[tuple[list[int], dict]]:
+def batches(
+    m: Model, prompts: Iterable[Prompt], batch_size: int, *, edit: Edit | None = None, **settings: Any
+) -> Iterator[tuple[list[int], dict]]:
     """Encoded prompts in batches, as (indices of the prompts, encoded batch).
 
     One batch keeps the order of the prompts, so that an edit may hold one direction per row. Several batches
-    are sorted by length, which saves padding.
+    are sorted by length, which saves padding, and an `edit` with `rows` is refused.
     """
-    check_batch_size(batch_size)
     prompts = listed_prompts(prompts)
+    check_batches(len(prompts), batch_size, edit)
     order = list(range(len(prompts)))
     if len(prompts) > batch_size:
         order.sort(key=lambda i: len(render(m, prompts[i])))

@@ -55,7 +55,7 @@ def unchecked_logits(
     """`logits`, finite or not: for searches, in which an edit may be too strong and then scores badly."""
     prompts = listed_prompts(prompts)
     out = torch.empty(len(prompts), m.vocab_size)
-    for rows, batch in batches(m, prompts, batch_size, system=system):
+    for rows, batch in batches(m, prompts, batch_size, edit=edit, system=system):
         out[rows] = trace_logits(m, batch, edit or no_edit).cpu()
     return out
 
@@ -84,7 +84,7 @@ def generate(
     max_new_tokens += m.thought_tokens
     replies = [""] * len(prompts)
     (_, end), tags = end_of_turn(m.tokenizer), _thought_tokens(m)
-    encoded = batches(m, prompts, batch_size, system=system, prefill=prefill)
+    encoded = batches(m, prompts, batch_size, edit=edit, system=system, prefill=prefill)
     for rows, batch in with_bar(encoded, "replies", math.ceil(len(prompts) / batch_size)):
         width = batch["input_ids"].shape[1]
         check_length(m, width + max_new_tokens)
