@@ -261,7 +261,12 @@ def _search(s: Study) -> None:
         rule, passing = "the paper's", [c for c in found if discarded_because(c, s.m.n_layers) is None]
         if not passing:
             rule = WITHOUT_INDUCE
-            passing = [c for c in found if c.kl <= MAX_KL and c.layer < int(DEPTH * s.m.n_layers)]
+            shallow = [c for c in found if c.kl <= MAX_KL and c.layer < int(DEPTH * s.m.n_layers)]
+            passing = [c for c in shallow if s.vectors[c.layer, c.position].norm() > 0]
+        if not passing:
+            raise RefusalLabError(
+                f"No candidate of {s.m.name} that is not zero has a KL of at most {MAX_KL}: measure another model."
+            )
         best = min(passing, key=lambda c: c.bypass)
         return {"rule": rule, "layer": best.layer, "position": best.position}
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from refusallab import cli, findings, records
 from refusallab.defences.matrix import HIDES_FROM, conversation_attacks, standard_attacks
 from refusallab.defences.resistance import RESISTANT
 from refusallab.defences.training import DEFENCES
-from refusallab.directions import candidate_directions
+from refusallab.directions import Candidate, candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.model import load
 from refusallab.prompts import prompt_set
@@ -89,6 +90,27 @@ def test_a_model_that_does_not_refuse_has_a_record_without_a_direction(tmp_path,
     by_claim = {f.what: f for f in findings.findings(found)}
     assert not by_claim["a few tokens open refusals"].holds
     assert "ablation: harmful refused" not in by_claim
+
+
+def _searching(kl):
+    """A study of three layers whose candidates have these KLs and no induce; the vectors of layer 0 are zero."""
+    measured = {}
+    return SimpleNamespace(
+        m=SimpleNamespace(name="m", n_layers=3, positions=(-1,)), sizes=SMALL, measured=measured,
+        vectors=torch.arange(3.0)[:, None, None].expand(3, 1, 4),
+        score=lambda r, layer, position: Candidate(position, layer, float(layer), -1.0, kl[layer]),
+        once=lambda name, measure: measured.setdefault(name, measure()),
+    )  # fmt: skip
+
+
+def test_a_zero_vector_is_never_selected():
+    s = _searching([0.0, 0.0, 0.0])
+    records._search(s)
+    assert s.measured["selected"]["layer"] == 1
+    s = _searching([0.0, 9.0, 9.0])
+    with pytest.raises(RefusalLabError, match="No candidate of m that is not zero"):
+        records._search(s)
+    assert "selected" not in s.measured
 
 
 @pytest.fixture
