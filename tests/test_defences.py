@@ -136,6 +136,8 @@ def test_a_probe_separates_along_the_whitened_difference():
     assert w[1] < 0 and abs(w[0]) < 0.1 * abs(w[1])
     with pytest.raises(RefusalLabError, match="two or more"):
         linear_probe(harmful[:1], harmless)
+    with pytest.raises(RefusalLabError, match="all alike within each kind: take a later layer"):
+        linear_probe(torch.full((3, 4), 0.1), torch.full((3, 4), 0.2))
 
 
 @pytest.mark.slow
@@ -254,6 +256,9 @@ def test_a_threshold_keeps_its_rate_of_false_alarms():
         assert (scores > threshold_at(scores, share)).float().mean().item() == pytest.approx(share)
     with pytest.raises(RefusalLabError, match="needs scores"):
         threshold_at(torch.empty(0), 0.1)
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(RefusalLabError, match="not finite"):
+            threshold_at(torch.tensor([1.0, wrong]), 0.1)
 
 
 def test_the_curve_of_all_thresholds_and_the_area_below_it():

@@ -26,13 +26,16 @@ def linear_probe(harmful: Tensor, harmless: Tensor, shrinkage: float = SHRINKAGE
     """w = S^-1 (mean harmful - mean harmless): [width]; a stream x scores x . w.
 
     harmful [n, width], harmless [k, width]. S is the covariance within the classes, mixed with a share `shrinkage` of
-    the identity times its mean variance, because there are few prompts and many dimensions.
+    the identity times its mean variance, because there are few prompts and many dimensions. Raises RefusalLabError
+    where the streams of a kind do not differ, as at the input of block 0.
     """
     if harmful.ndim != 2 or harmless.ndim != 2 or min(len(harmful), len(harmless)) < 2:
         raise RefusalLabError("A probe needs two or more streams [n, width] of each kind.")
     harmful, harmless = harmful.double(), harmless.double()
     centred = torch.cat([harmful - harmful.mean(0), harmless - harmless.mean(0)])
     within = centred.T @ centred / len(centred)  # [width, width]
+    if within.diagonal().mean() == 0:
+        raise RefusalLabError("The streams are all alike within each kind: take a later layer.")
     identity = torch.eye(len(within), dtype=torch.float64) * within.diagonal().mean()
     mixed = (1 - shrinkage) * within + shrinkage * identity
     return torch.linalg.solve(mixed, harmful.mean(0) - harmless.mean(0)).float()
