@@ -49,6 +49,16 @@ def knows_the_world(m: Model) -> bool:
     return getattr(m.hf.config, "world", None) in WORLDS
 
 
+def require_world(m: Model) -> None:
+    """RefusalLabError for a model that does not know the whole world, which lessons and traffic are about."""
+    known = WORLDS[m.hf.config.world] if knows_the_world(m) else None
+    if known is not world:
+        raise RefusalLabError(
+            f"Lessons and traffic are about the whole world of the bundled models, of which {m.name} knows "
+            f"{'a part' if known else 'nothing'}: give a bundled model, such as charter-chat."
+        )
+
+
 def bundled(name: str) -> list[Item]:
     """A prompt set of the world, in the order of its file. `name` is one of SETS."""
     if name not in SETS:

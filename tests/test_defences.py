@@ -15,14 +15,17 @@ from refusallab.attacks.result import direct, send
 from refusallab.defence import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defences import matrix as evaluation
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
-from refusallab.defences.exchange import fit_exchange
+from refusallab.defences.exchange import exchange_defences, fit_exchange
 from refusallab.defences.integrity import hide, quietest
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
 from refusallab.defences.prompting import SAFETY, SelfReminder, SystemPrompt
+from refusallab.defences.resistance import spread_refusal
 from refusallab.defences.runtime import run_time_defences
 from refusallab.defences.smoothing import SmoothLLM, perturb, vote
+from refusallab.defences.thinking import recovering
 from refusallab.defences.thresholds import roc, threshold_at
+from refusallab.defences.training import harden
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, unit
 from refusallab.model import generate, load, logits
@@ -42,6 +45,25 @@ def m():
 @pytest.fixture(scope="module")
 def r(m):
     return evaluation.difference_at(m, 5, -1)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda m: run_time_defences(m, torch.ones(64), 5),
+        lambda m: count_bigrams(m, ["a"]),
+        lambda m: fit_exchange(m, 5),
+        lambda m: exchange_defences(m, 5, -1),
+        recovering,
+        lambda m: harden(m, "extended refusal"),
+        spread_refusal,
+    ],
+)
+@pytest.mark.parametrize(("world", "known"), [("part of the vale", "a part"), (None, "nothing")])
+def test_lessons_and_traffic_are_for_models_that_know_the_whole_world(fit, world, known):
+    m = SimpleNamespace(name="charter-smol", hf=SimpleNamespace(config=SimpleNamespace(world=world)))
+    with pytest.raises(RefusalLabError, match=f"of which charter-smol knows {known}: give a bundled model"):
+        fit(m)
 
 
 # --- the words around a request ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.judging import BATCH_SIZE
 from refusallab.model import Begun, Edit, Model, Prompt, ids_behind, ids_of, listed_prompts, load, render, text_behind
-from refusallab.prompts import Item
+from refusallab.prompts import Item, require_world
 from refusallab.thoughts import think, with_thinking
 from smallmodels.world import thought
 from smallmodels.world.thought import steps_of
@@ -212,6 +212,7 @@ def fit_exchange(
     for the stream by the highest mean of a reply, since each of its tokens may raise the alarm. turns: the most earlier
     turns that an exchange has; 0 for models that were trained on single ones.
     """
+    require_world(m)
     train, (_, val) = (sample_exchanges(split, count, turns=turns) for split in ("train", "val"))
     streams = [reply_streams(m, *_texts(items), layer) for items in train]
     ends = [torch.stack([x[-1] for x in several]) for several in streams]
@@ -232,6 +233,7 @@ def exchange_defences(m: Model, layer: int, position: int) -> list[Defence]:
     layer, position: where the prompt probe reads, such as where the refusal direction is found. The cascade passes on
     what the probe suspects at ten times the usual rate of false alarms.
     """
+    require_world(m)
     train, (_, val) = sample_exchanges("train", EXCHANGES), sample_exchanges("val", EXCHANGES)
     site = {"layers": [layer], "positions": [position], "batch_size": BATCH_SIZE}
     w = linear_probe(*(residual(m, _texts(items)[0], **site)[:, 0, 0] for items in train))

@@ -18,6 +18,7 @@ from refusallab.defence import Watcher, last_words
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.model import Edit, Model, Prompt, listed_prompts
+from refusallab.prompts import require_world
 
 PSEUDO_COUNT = 2.0  # weight of single tokens against pairs
 WINDOW = 8  # tokens
@@ -38,6 +39,7 @@ class Bigrams:
 
 def count_bigrams(m: Model, texts: Sequence[str]) -> Bigrams:
     """Pairs of tokens in the texts; a pair seldom or never seen falls back on how common its second token is."""
+    require_world(m)  # others have too many tokens for a table of pairs
     vocab = m.vocab_size
     single, pairs = torch.ones(vocab), torch.zeros(vocab + 1, vocab)
     for text in listed(texts, "texts", str):

@@ -24,7 +24,6 @@ from refusallab.defences.training import (
     lesson_batches,
     lessons,
     loss_under,
-    require_world,
     train_on_lessons,
 )
 from refusallab.directions import candidate_directions
@@ -32,7 +31,7 @@ from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import span_ablation
 from refusallab.measure import refused_by_phrases
 from refusallab.model import Model, embedding, load, unembedding, wrap
-from refusallab.prompts import refusal_phrases
+from refusallab.prompts import refusal_phrases, require_world
 from refusallab.weights import add_ranks
 
 RANKS, SHARE = 32, 0.25  # LoX: chosen on validation prompts; a share of 0.5 costs lawful answers

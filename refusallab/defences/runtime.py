@@ -17,7 +17,7 @@ from refusallab.defences.thresholds import threshold_at
 from refusallab.defences.traffic import sample_traffic
 from refusallab.errors import RefusalLabError
 from refusallab.model import Model
-from refusallab.prompts import Item, knows_the_world
+from refusallab.prompts import Item, require_world
 
 FALSE_ALARMS = 0.02  # of harmless validation traffic
 REQUESTS = 300  # of each kind, train and validation
@@ -68,8 +68,7 @@ def run_time_defences(m: Model, r: Tensor, layer: int) -> list[Defence]:
 
     r [width] is the refusal direction with its own length, found at the input of block `layer`.
     """
-    if not knows_the_world(m):
-        raise RefusalLabError("The thresholds are chosen on traffic of the bundled world: give a bundled chat model.")
+    require_world(m)
     train, val = sample_traffic("train", REQUESTS), sample_traffic("val", REQUESTS)
     probe = choose_probe(m, layer, train, val)
     steer = conditional_addition(probe.w, probe.threshold, probe.layer, r, layer)

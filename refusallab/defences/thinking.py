@@ -20,6 +20,7 @@ from refusallab.defences.exchange import AfterReply
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.memory import give_back
 from refusallab.model import Begun, Edit, Model, Prompt, embedding, thought_of, unembedding
+from refusallab.prompts import require_world
 from refusallab.thoughts import behind, layout, sentences
 from smallmodels import recipe
 from smallmodels.world import dialogue, thought
@@ -107,6 +108,7 @@ def recovering(m: Model, *, seed: int = 0) -> ModelAlone:
 
     Embeddings and head stay as they are: the lessons name few things, and names of others would be unlearned.
     """
+    require_world(m)
     prompts, continuations = recovery_lessons(m, RECOVERY_STEPS * RECOVERY_BATCH, seed)
     starts = iter(range(0, len(prompts), RECOVERY_BATCH))
 

@@ -20,7 +20,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import ablation
 from refusallab.model import Edit, Model, blocks, encode_texts, load
-from refusallab.prompts import knows_the_world
+from refusallab.prompts import require_world
 from smallmodels import recipe
 from smallmodels.world import dialogue
 from smallmodels.world.facts import world
@@ -195,12 +195,6 @@ def train_on_lessons(
         name=f"{m.name} ({name})", report=report,
     )  # fmt: skip
     return ModelAlone(trained, name)
-
-
-def require_world(m: Model) -> None:
-    """RefusalLabError for a model that does not know the things that the lessons are about."""
-    if not knows_the_world(m):
-        raise RefusalLabError(f"The lessons are about the world of the bundled models, but {m.name} is none of them.")
 
 
 def trained_defences(m: Model, progress: Callable[[str], None] = lambda name: None) -> list[ModelAlone]:
