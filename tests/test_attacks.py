@@ -245,6 +245,17 @@ class TestSearch:
         first = (suffix + 1).tolist()
         assert bests == [(first, 1.0), (first, 1.0), (first, 0.5)]
 
+    @pytest.mark.parametrize(("steps", "loss", "in_use"), [(1, 0.5, (1,)), (2, 2.0, (1, 2)), (3, 2.0, (1, 2, 2))])
+    def test_a_prompt_enters_when_a_step_is_left_for_it(self, chat, monkeypatch, steps, loss, in_use):
+        losses = iter([0.5, 1.5, 2.5, 2.25, 2.75])  # of the first prompt alone, then of both at each step
+        monkeypatch.setattr(gcg, "_draw", lambda m, cases, suffix, *_: suffix[None])
+        monkeypatch.setattr(
+            gcg, "candidate_losses", lambda *_, **__: (torch.tensor([next(losses)]), torch.tensor([True]), 0)
+        )
+        knobs = Knobs(steps=steps, init=" the the", early_stop=False)
+        found = gcg.find_suffix(chat, [PROMPT, "Name a river"], [TARGET] * 2, knobs)
+        assert (found.loss, found.prompts_in_use, found.reached) == (loss, in_use, steps > 1)
+
     @pytest.mark.slow
     def test_a_universal_loss_is_the_mean_over_the_prompts_in_use(self, chat, harmful):
         prompts = [item.prompt for item in harmful[:2]]

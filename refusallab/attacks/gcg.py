@@ -258,7 +258,7 @@ class _State:
     suffix: list[int]  # token ids of the latest suffix
     losses: list[float] = field(default_factory=list)
     prompts_in_use: list[int] = field(default_factory=list)
-    in_use: int = 1  # prompts in use at the next step
+    in_use: int = 1
     best: list[int] = field(default_factory=list)  # token ids
     best_loss: float = float("inf")
     reached: bool = False  # whether the best one reaches the target of every prompt in use
@@ -322,6 +322,9 @@ def _step(
     m: Model, cases: list[SuffixPrompt], allowed: Tensor, knobs: Knobs, state: _State, penalty: Penalty | None
 ) -> None:
     """One step: gradient, candidates, check, losses; `state` moves to the best candidate."""
+    if state.reached and state.in_use < len(cases):  # the next prompt enters; it is judged from here on
+        state.in_use += 1
+        state.best_loss, state.reached = float("inf"), False
     suffix = torch.tensor(state.suffix, device=m.device)
     generator = torch.Generator().manual_seed(knobs.seed * 1_000_003 + len(state.losses))
     used = cases[: state.in_use]
@@ -347,9 +350,6 @@ def _step(
     state.prompts_in_use.append(state.in_use)
     if not state.best or (bool(reached[chosen]), -state.losses[-1]) > (state.reached, -state.best_loss):
         state.best, state.best_loss, state.reached = state.suffix, state.losses[-1], bool(reached[chosen])
-    if state.reached and state.in_use < len(cases):  # the next prompt enters; it is judged from here on
-        state.in_use += 1
-        state.best_loss, state.reached = float("inf"), False
 
 
 def _penalised(
