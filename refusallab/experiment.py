@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import nnsight
 import pooch
 import torch
 import transformers
@@ -21,7 +22,7 @@ from refusallab.judging import judge_test_sets, mean_rate, rates
 from refusallab.measure import Outcome, Rate
 from refusallab.model import Edit, Model, Prompt, digest_of_weights, encode
 from refusallab.orthogonalization import distance_from_hooks, orthogonalize
-from refusallab.prompts import knows_the_world, prompt_set
+from refusallab.prompts import knows_the_world, prompt_set, refusal_phrases
 from refusallab.thoughts import behind, think
 
 METRICS = {
@@ -64,8 +65,8 @@ class Headline:
 def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> Search:
     """`search_candidates` on the model's train and validation sets; of a model that thinks, behind its own thoughts.
 
-    The result is kept in the cache of this computer, for these weights, prompts, code, versions and processor. So the
-    labs search once, and each other search is new.
+    The result is kept in the cache of this computer, for these weights, prompts, phrases, code, versions and processor. So
+    the labs search once, and each other search is new.
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     sets: list[Sequence[Prompt]] = [[item.prompt for item in prompt_set(m, name)] for name in names]
@@ -78,7 +79,7 @@ def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> S
 
 
 def kept(compute: Callable[..., Any], m: Model, sets: Sequence[Sequence[Prompt]], **settings: Any) -> Any:
-    """`compute(key, m, sets, **settings)`, once for these weights, prompts, code, versions and processor.
+    """`compute(key, m, sets, **settings)`, once for these weights, prompts, phrases, code, versions and processor.
 
     The value is kept in the cache of this computer. `key` stands for m and sets; a setting `progress` changes nothing.
     """
@@ -100,9 +101,9 @@ def _search(key: object, m: Model, sets: Sequence[Sequence[Prompt]], progress: C
 def _circumstances(m: Model, sets: Sequence[Sequence[Prompt]]) -> tuple[Any, ...]:
     """All that the numbers of a search depend on, to the last digit."""
     ids = [joblib.hash(encode(m, prompts)["input_ids"].cpu().numpy()) for prompts in sets]
-    versions = (torch.__version__, transformers.__version__, _code())
+    versions = (torch.__version__, transformers.__version__, nnsight.__version__, _code())
     processor = (str(m.device), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    return (m.name, m.commit, m.remote, digest_of_weights(m), *ids, *versions, *processor)
+    return (m.name, m.commit, m.remote, digest_of_weights(m), refusal_phrases(m), *ids, *versions, *processor)
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 from functools import partial
 
 import matplotlib.pyplot as plt
+import nnsight
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -208,6 +209,12 @@ class TestCache:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "get_num_threads", lambda: 77)
             assert experiment.find_direction(m) == "search 5"
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "refusal_phrases", lambda m: ("No.",))
+            assert experiment.find_direction(m) == "search 6"
+        with monkeypatch.context() as patch:
+            patch.setattr(nnsight, "__version__", "other")
+            assert experiment.find_direction(m) == "search 7"
         assert experiment.find_direction(m) == "search 1"
 
     def test_a_damaged_cache_costs_time_only(self, m, searches, tmp_path, recwarn):
