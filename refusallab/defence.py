@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refusallab.inputs import flagged, listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
-from refusallab.model import Edit, Model, Prompt, generate, listed_prompts, messages
+from refusallab.model import Edit, Model, Prompt, generate, ids_of, listed_prompts, messages
 from refusallab.prompts import knows_the_world
 from smallmodels.world.dialogue import REFUSAL_WORDINGS
 
@@ -120,6 +120,9 @@ def stock_refusal(m: Model) -> str:
 
 def passes(m: Model, replies: Sequence[str]) -> int:
     """Forward passes that wrote the replies: one for each token, and one for the end of the turn."""
-    replies = listed(replies, "replies", str)
-    tokens = m.tokenizer(replies, add_special_tokens=False)["input_ids"] if replies else []
-    return sum(min(len(ids) + 1, REPLY_TOKENS) for ids in tokens)
+    return sum(written_tokens(m, reply) for reply in listed(replies, "replies", str))
+
+
+def written_tokens(m: Model, reply: str, max_new_tokens: int = REPLY_TOKENS) -> int:
+    """How many tokens `generate` wrote for a reply, with the end of the turn where it came to that."""
+    return min(len(ids_of(m, reply)) + 1, max_new_tokens + m.thought_tokens)

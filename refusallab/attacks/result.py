@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from refusallab.defence import Defence
+from refusallab.defence import Defence, written_tokens
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS, judge
 from refusallab.measure import Outcome
-from refusallab.model import Begun, Edit, Model, Prompt, behind_system, generate, messages, render
+from refusallab.model import Begun, Edit, Model, Prompt, behind_system, generate, ids_of, messages, render
 from refusallab.prompts import Item
 
 
@@ -101,8 +101,8 @@ def send(
     seconds = (time.perf_counter() - start) / max(len(items), 1)
     results = []
     for item, prompt, text in zip(items, prompts, rest, strict=True):
-        read = _n_tokens(m, render(m, prompt, system=system, prefill=prefill))
-        written = min(_n_tokens(m, text) + 1, max_new_tokens + m.thought_tokens)  # the end of the turn is written too
+        read = len(ids_of(m, render(m, prompt, system=system, prefill=prefill)))
+        written = written_tokens(m, text, max_new_tokens)
         cost = Cost(forward_passes=written, tokens=read + written - 1, seconds=seconds)
         reply = prefill + text
         results.append(AttackResult(attack, item, prompt, system, prefill, reply, judge(m, item, reply), 1, cost))
@@ -152,7 +152,3 @@ def direct(
     """The request as it is: the baseline of every attack."""
     items = listed(items, "items", Item)
     return send(m, "direct request", items, [item.prompt for item in items], system=system, edit=edit)
-
-
-def _n_tokens(m: Model, text: str) -> int:
-    return len(m.tokenizer(text, add_special_tokens=False)["input_ids"])
