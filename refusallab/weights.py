@@ -43,8 +43,11 @@ def changed(m: Model, change: Change, name: str) -> Model:
 
 def top_ranks(difference: Float[Tensor, "rows columns"], k: int) -> Float[Tensor, "rows columns"]:
     """The best approximation of a matrix by one of rank k: its k largest singular values (Eckart and Young)."""
-    u, s, v = torch.linalg.svd(difference, full_matrices=False)
-    return (u[:, :k] * s[:k]) @ v[:k]
+    if k < 0:
+        raise RefusalLabError(f"{k} ranks: give 0 or more.")
+    wide = difference.to(torch.promote_types(difference.dtype, torch.float32))
+    u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    return ((u[:, :k] * s[:k]) @ v[:k]).to(difference.dtype)
 
 
 def add_ranks(m: Model, before: Model, k: int, share: float) -> Model:
@@ -56,7 +59,9 @@ def add_ranks(m: Model, before: Model, k: int, share: float) -> Model:
     old, new = (dict(model.hf.named_parameters()) for model in (before, m))
     if {n: w.shape for n, w in old.items()} != {n: w.shape for n, w in new.items()}:
         raise RefusalLabError(f"{m.name} and {before.name} differ in shape: take two checkpoints of one training.")
-    return changed(m, lambda name, w: w + share * top_ranks(w - old[name], k), f"{m.name} ({share:+g} x {k} ranks)")
+    return changed(
+        m, lambda name, w: w + share * top_ranks(w.float() - old[name].float(), k), f"{m.name} ({share:+g} x {k} ranks)"
+    )
 
 
 # --- an edit with a strength for each layer ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from refusallab.defences.thresholds import roc, threshold_at
 from refusallab.defences.training import harden
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, unit
-from refusallab.model import generate, load, logits
+from refusallab.model import generate, load, logits, wrap
 from refusallab.orthogonalization import orthogonalize
 from refusallab.prompts import bundled
 from smallmodels.world import dialogue
@@ -148,6 +148,13 @@ def test_smoothing_counts_the_passes_of_the_copies_that_are_thrown_away(m):
     assert d.extra_passes == 2 * passes(m, replies)
 
 
+def test_a_thought_costs_passes_too(m):
+    thinking = SimpleNamespace(tokenizer=m.tokenizer, thought_tokens=80)
+    reply = " ".join(["river"] * 60)
+    tokens = len(m.tokenizer(reply, add_special_tokens=False)["input_ids"])
+    assert passes(thinking, [reply]) == tokens + 1 > passes(m, [reply]) == 32
+
+
 def test_a_probe_separates_along_the_whitened_difference():
     g = torch.Generator().manual_seed(0)
     scale = torch.tensor([9.0, 1.0, 1.0, 1.0])
@@ -255,6 +262,12 @@ def test_the_detector_finds_an_edit_and_its_direction(m, r):
     before, after = quietest(m), quietest(orthogonalize(m, r))
     assert before.gap < 0.1 and after.gap > 5
     assert abs(torch.dot(after.direction, r / r.norm())) > 0.999
+
+
+def test_an_edit_hides_in_half_precision(make):
+    half = wrap(make.hf().bfloat16(), make.tokenizer(), "half")
+    hidden = hide(half, half, torch.ones(32), noise=1.0)
+    assert hidden.hf.dtype == torch.bfloat16 and quietest(hidden).gap != quietest(half).gap
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, project_out, project_out_span, span_ablation
 from refusallab.judging import outcomes
-from refusallab.model import attention_writes, blocks, embedding, load, logits, mlp_writes
+from refusallab.model import attention_writes, blocks, embedding, load, logits, mlp_writes, wrap
 from refusallab.orthogonalization import orthogonalize, outputs_last, written_weights
 from refusallab.prompts import bundled
 from refusallab.weights import (
@@ -52,6 +52,17 @@ class TestRanks:
         assert all(torch.equal(w, kept[name]) for name, w in matrices(same).items())
         add_ranks(m, before, 1, 1.0)
         assert all(torch.equal(w, kept[name]) for name, w in matrices(m).items())
+
+    def test_half_precision_is_kept_and_its_ranks_are_taken_in_fp32(self, make):
+        m, before = (wrap(make.hf().bfloat16(), make.tokenizer(), "half") for _ in range(2))
+        half = add_ranks(changed(m, lambda _, w: w + 0.1 * w.sin(), "more"), before, 99, -1.0)
+        for name, w in matrices(half).items():
+            torch.testing.assert_close(w, matrices(before)[name], atol=1e-2, rtol=1e-2)  # of the same dtype
+        assert top_ranks(torch.eye(3, dtype=torch.bfloat16), 2).dtype == torch.bfloat16
+
+    def test_there_are_no_negative_ranks(self):
+        with pytest.raises(RefusalLabError, match="-1 ranks: give 0 or more"):
+            top_ranks(torch.eye(3), -1)
 
     def test_tied_weights_change_once(self, model_of):
         m = changed(model_of("llama-tied"), lambda _, w: 2 * w, "doubled")

@@ -66,6 +66,7 @@ def hide(m: Model, edited: Model, r: Tensor, *, keep: float = 0.0, noise: float 
         for writes in (attention_writes, mlp_writes):
             old, new = outputs_last(writes(before)), outputs_last(writes(after))  # [n, width], views
             random = torch.randn(len(new), generator=generator)
-            random *= noise * new.norm() / m.width**0.5 / random.norm()
-            new += (keep * (old @ u) + random)[:, None] * u
+            random *= noise * new.float().norm() / m.width**0.5 / random.norm()
+            back = keep * (old.float() @ u) + random
+            new.copy_(new.float() + back[:, None] * u)
     return wrap(hf, m.tokenizer, f"{edited.name}, hidden", m.commit)
