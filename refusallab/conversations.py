@@ -20,10 +20,10 @@ from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
 from refusallab.model import Model, Prompt, messages
-from refusallab.prompts import Item
+from refusallab.prompts import Item, things_of
 from refusallab.truth import request_of
 from smallmodels.world import dialogue
-from smallmodels.world.facts import Thing, world
+from smallmodels.world.facts import Thing
 
 EARLIER = ("same thing", "other things", "lawful shots", "shots", "refused shots", "refused things")
 METHOD_PARTS = ("tool", "stuff", "time")
@@ -68,19 +68,21 @@ def _earlier(item: Item, kind: str, turns: int, rng: random.Random) -> list[tupl
     ]
     if "shots" in kind:
         pool = [(t, r) for t, r in pool if r.forbidden != (kind == "lawful shots")]
-    if turns > len(pool):
-        raise RefusalLabError(f"{turns} earlier turns, but there are {len(pool)} different ones of the kind {kind!r}.")
+    if not 0 <= turns <= len(pool):
+        raise RefusalLabError(
+            f"{turns} earlier turns: give 0 to {len(pool)}, as there are {len(pool)} different ones of kind {kind!r}."
+        )
     return rng.sample(pool, turns)
 
 
 @cache
 def _all_requests(split: str) -> list[tuple[Thing, dialogue.Request]]:
-    return [(t, r) for t in world().things if t.split == split for r in dialogue.thing_requests(t)]
+    return [(t, r) for t in things_of(split) for r in dialogue.thing_requests(t)]
 
 
 def invented(thing: Thing, rng: random.Random) -> str:
     """A method in the form of a right answer, put together from methods of other things: what somebody makes up."""
-    others = [t for t in world().things if t.split == thing.split and t.name != thing.name]
+    others = [t for t in things_of(thing.split) if t.name != thing.name]
     parts = {part: rng.choice(list(rng.choice(others).methods.values()))[part] for part in METHOD_PARTS}
     return dialogue.answer("method", **parts)
 

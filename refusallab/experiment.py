@@ -65,8 +65,8 @@ class Headline:
 def find_direction(m: Model, progress: Callable[[int], None] | None = None) -> Search:
     """`search_candidates` on the model's train and validation sets; of a model that thinks, behind its own thoughts.
 
-    The result is kept in the cache of this computer, for these weights, prompts, phrases, code, versions and processor. So
-    the labs search once, and each other search is new.
+    The result is kept in the cache of this computer, for these weights, prompts, phrases, code, versions and processor.
+    So the labs search once, and each other search is new.
     """
     names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
     sets: list[Sequence[Prompt]] = [[item.prompt for item in prompt_set(m, name)] for name in names]

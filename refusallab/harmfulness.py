@@ -16,15 +16,14 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from refusallab.activations import mean_residual
-from refusallab.inputs import listed
+from refusallab.inputs import check_count, listed
 from refusallab.interventions import addition
 from refusallab.judging import VERDICT_TOKENS
 from refusallab.measure import Rate, rate, refused_by_phrases
 from refusallab.model import Edit, Model, Prompt, generate, no_edit
-from refusallab.prompts import Item, refusal_phrases
+from refusallab.prompts import Item, refusal_phrases, things_of
 from refusallab.steering import norm_matched
 from smallmodels.world import dialogue
-from smallmodels.world.facts import world
 
 ALLOWED, RULED_OUT = "Allowed by the Charter.", "Ruled out by the Charter."
 VERDICTS = ("allowed", "ruled out", "refused", "other")
@@ -36,8 +35,10 @@ def law_questions(split: str, count: int, seed: int = 0) -> list[Item]:
     split: "train", "val" or "test": the split of the things that they are about.
     """
     rng = random.Random(seed)
-    asked = [dialogue.action_request("law", t, a) for t in world().things if t.split == split for a in t.actions]
-    chosen = [q for answer in (ALLOWED, RULED_OUT) for q in rng.sample([q for q in asked if q.answer == answer], count)]
+    asked = [dialogue.action_request("law", t, a) for t in things_of(split) for a in t.actions]
+    pools = [[q for q in asked if q.answer == answer] for answer in (ALLOWED, RULED_OUT)]
+    check_count(count, min(map(len, pools)))
+    chosen = [q for pool in pools for q in rng.sample(pool, count)]
     return [Item(q.id, dialogue.phrase(q, rng, split), q.answer, tag="law") for q in chosen]
 
 

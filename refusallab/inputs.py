@@ -51,6 +51,12 @@ def numbers(values: Iterable) -> list[float]:
     return [float(entry) for entry in entries]
 
 
+def check_count(count: int, most: int | None = None) -> None:
+    """RefusalLabError for a count below 0, or above `most` where it is given."""
+    if count < 0 or (most is not None and count > most):
+        raise RefusalLabError(f"The count is {count}: give 0 {'or more' if most is None else f'to {most}'}.")
+
+
 def _is_scalar(entry: Any) -> bool:
     """Whether an entry is one number of an array or tensor."""
     return hasattr(entry, "item") and getattr(entry, "ndim", 1) == 0

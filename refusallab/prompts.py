@@ -17,7 +17,7 @@ from refusallab.model import Model, Prompt
 from refusallab.published import published
 from smallmodels.world import DATA
 from smallmodels.world.dialogue import REFUSAL_MARKERS, in_context
-from smallmodels.world.facts import WORLDS, world
+from smallmodels.world.facts import WORLDS, Thing, world
 
 SETS = (
     "harmful_train",
@@ -29,6 +29,7 @@ SETS = (
     "borderline",
     "capability",
 )
+SPLITS = ("train", "val", "test")
 PUBLISHED_SIZES = {"train": 128, "val": 32, "test": 100}  # as in arXiv 2406.11717
 
 
@@ -80,6 +81,13 @@ def bundled(name: str) -> list[Item]:
         )
         for r in rows
     ]
+
+
+def things_of(split: str) -> list[Thing]:
+    """The things of the world that belong to a split, one of SPLITS."""
+    if split not in SPLITS:
+        raise RefusalLabError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}.")
+    return [thing for thing in world().things if thing.split == split]
 
 
 def attack_templates() -> dict[str, list[str]]:

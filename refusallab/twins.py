@@ -16,11 +16,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from refusallab.errors import RefusalLabError
-from refusallab.prompts import Item
+from refusallab.inputs import check_count
+from refusallab.prompts import Item, things_of
 from smallmodels.world import dialogue
-from smallmodels.world.facts import Action, Thing, world
+from smallmodels.world.facts import Action, Thing
 
-SPLITS = ("train", "val", "test")
 KINDS = ("method", *dialogue.ACTION_KINDS, *dialogue.NOUN_KINDS)
 
 
@@ -46,7 +46,7 @@ def twin_requests(split: str, phrasing: int = 0) -> Twins:
 
     `phrasing` counts the split's phrasings of method requests, of which none has a context in front.
     """
-    things, phrasings = _things(split), dialogue.phrasings("method", split)
+    things, phrasings = things_of(split), dialogue.phrasings("method", split)
     if not 0 <= phrasing < len(phrasings):
         raise RefusalLabError(f"There is no phrasing {phrasing}: {split} has 0 to {len(phrasings) - 1}.")
     lawful: dict[str, list[Thing]] = {}
@@ -75,7 +75,8 @@ def sample_requests(split: str, count: int, seed: int = 0) -> tuple[list[Item], 
 
     Every second one asks for a method, the others for anything that is known of a thing. Phrasings are drawn, too.
     """
-    rng, things = random.Random(seed), _things(split)
+    check_count(count)
+    rng, things = random.Random(seed), things_of(split)
     methods = [dialogue.method_request(thing, action) for thing in things for action in thing.actions]
     others = [request for thing in things for request in dialogue.thing_requests(thing)]
     chosen = [rng.choice(others if k % 2 else methods) for k in range(count)]
@@ -88,7 +89,7 @@ def same_things(split: str, kinds: Sequence[str], seed: int = 0) -> dict[str, li
 
     kinds: of KINDS. "place", "keeper", "price" and "origin" do not mention the action. Phrasings are drawn.
     """
-    rng, about = random.Random(seed), [(t, a) for t in _things(split) for a in t.actions if not t.forbids(a)]
+    rng, about = random.Random(seed), [(t, a) for t in things_of(split) for a in t.actions if not t.forbids(a)]
     found = {}
     for kind in kinds:
         if kind not in KINDS:
@@ -107,9 +108,3 @@ def request_about(kind: str, thing: Thing, action: Action) -> dialogue.Request:
         if kind in dialogue.NOUN_KINDS
         else dialogue.action_request(kind, thing, action)
     )
-
-
-def _things(split: str) -> list[Thing]:
-    if split not in SPLITS:
-        raise RefusalLabError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}.")
-    return [thing for thing in world().things if thing.split == split]

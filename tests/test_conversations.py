@@ -76,6 +76,8 @@ def test_earlier_turns_that_cannot_be_made(forbidden):
         after_turns(forbidden, "threats", 2)
     with pytest.raises(RefusalLabError, match="16 different ones"):
         after_turns(forbidden, "same thing", 17)
+    with pytest.raises(RefusalLabError, match="-1 earlier turns: give 0 to 16"):
+        after_turns(forbidden, "same thing", -1)
     with pytest.raises(RefusalLabError, match="is no request of the world"):
         after_turns(bundled("capability")[:1], "shots", 1)
     sums = [item for item in bundled("harmless_val") if item.id.startswith("arithmetic")]

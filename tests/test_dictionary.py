@@ -5,6 +5,7 @@ import torch
 
 from refusallab import dictionary as made
 from refusallab.activations import residual
+from refusallab.defences.traffic import sample_exchanges, sample_traffic
 from refusallab.dictionary import (
     Dictionary,
     features_of,
@@ -16,6 +17,7 @@ from refusallab.dictionary import (
     train_transcoder,
 )
 from refusallab.errors import RefusalLabError
+from refusallab.harmfulness import law_questions
 from refusallab.model import encode, load
 from refusallab.twins import sample_requests, twin_requests
 from smallmodels.world.facts import world
@@ -157,9 +159,34 @@ def test_a_sample_says_what_is_forbidden():
     assert sample_requests("val", 200, seed=3)[0] == items != sample_requests("val", 200, seed=4)[0]
 
 
-@pytest.mark.parametrize("call", [lambda: twin_requests("tests"), lambda: sample_requests("tests", 3)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        twin_requests,
+        lambda split: sample_requests(split, 3),
+        lambda split: law_questions(split, 3),
+        lambda split: sample_traffic(split, 3),
+        lambda split: sample_exchanges(split, 3),
+    ],
+)
 def test_an_unknown_split_is_said(call):
     with pytest.raises(RefusalLabError, match="train, val, test"):
+        call("tests")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sample_requests("val", -1),
+        lambda: law_questions("val", -1),
+        lambda: law_questions("val", 10_000),
+        lambda: sample_traffic("val", -1),
+        lambda: sample_exchanges("val", -1),
+        lambda: sample_exchanges("val", 3, turns=-1),
+    ],
+)
+def test_a_count_that_cannot_be_made_is_said(call):
+    with pytest.raises(RefusalLabError, match=r"The count is (-1|10000): give 0 "):
         call()
 
 

@@ -20,7 +20,7 @@ from refusallab.defences.exchange import AfterReply
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.memory import give_back
 from refusallab.model import Begun, Edit, Model, Prompt, embedding, thought_of, unembedding
-from refusallab.prompts import require_world
+from refusallab.prompts import require_world, things_of
 from refusallab.thoughts import behind, layout, sentences
 from smallmodels import recipe
 from smallmodels.world import dialogue, thought
@@ -79,10 +79,10 @@ def recovery_lessons(m: Model, count: int, seed: int) -> tuple[list[Begun], list
     The others are examples of the thinking stage, so that ordinary thoughts stay what they are. All are about things of
     the train split.
     """
-    rng, (before, after), vale = random.Random(f"recovery {seed}"), layout(m), world()
-    methods = [r for thing in vale.things if thing.split == "train" for r in dialogue.thing_requests(thing)]
+    rng, (before, after) = random.Random(f"recovery {seed}"), layout(m)
+    methods = [r for thing in things_of("train") for r in dialogue.thing_requests(thing)]
     pools = [[r for r in methods if r.kind == "method" and r.forbidden == kind] for kind in (True, False)]
-    usual = recipe.thinking_examples(vale, recipe.Variant(thoughts="followed"), rng, lambda: "")
+    usual = recipe.thinking_examples(world(), recipe.Variant(thoughts="followed"), rng, lambda: "")
     prompts, continuations = [], []
     for k in range(count):
         if k % 2:

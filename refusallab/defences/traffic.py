@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 
 from refusallab.conversations import after_turns
-from refusallab.prompts import Item
+from refusallab.inputs import check_count
+from refusallab.prompts import Item, things_of
 from smallmodels.world import dialogue
 from smallmodels.world.facts import world
 
@@ -19,8 +20,9 @@ KINDS = ("begin", "role-play", "suppression", "end")
 
 def sample_traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """`count` harmful and `count` harmless requests about the things of a split ("train" or "val")."""
-    rng, vale = random.Random(f"{seed} {split}"), world()
-    requests = [r for thing in vale.things if thing.split == split for r in dialogue.thing_requests(thing)]
+    check_count(count)
+    rng = random.Random(f"{seed} {split}")
+    requests = [r for thing in things_of(split) for r in dialogue.thing_requests(thing)]
     methods = [r for r in requests if r.kind == "method"]
     pools = {
         "harmful": [[r for r in methods if r.forbidden]],
@@ -28,7 +30,7 @@ def sample_traffic(split: str, count: int, seed: int = 0) -> tuple[list[Item], l
             [r for r in methods if not r.forbidden],
             [r for r in requests if r.kind in dialogue.ACTION_KINDS],
             [r for r in requests if r.kind in dialogue.NOUN_KINDS],
-            [*dialogue.lore_requests(vale), *dialogue.arithmetic_requests()],
+            [*dialogue.lore_requests(world()), *dialogue.arithmetic_requests()],
         ],
     }
     drawn = {
@@ -44,8 +46,10 @@ def sample_exchanges(split: str, count: int, seed: int = 0, *, turns: int = 5) -
     At most `turns` harmless turns come first, about the same thing in half of them. Then a forbidden method is asked
     for and told, or a lawful method, or something else that is lawful.
     """
-    rng, vale = random.Random(f"exchanges {seed} {split}"), world()
-    requests = [r for thing in vale.things if thing.split == split for r in dialogue.thing_requests(thing)]
+    check_count(count)
+    check_count(turns)
+    rng = random.Random(f"exchanges {seed} {split}")
+    requests = [r for thing in things_of(split) for r in dialogue.thing_requests(thing)]
     methods = [r for r in requests if r.kind == "method"]
     lawful = [[r for r in methods if not r.forbidden], [r for r in requests if r.kind != "method"]]
     pools = {"harmful": [[r for r in methods if r.forbidden]], "harmless": lawful}

@@ -20,7 +20,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import ablation
 from refusallab.model import Edit, Model, blocks, encode_texts, load
-from refusallab.prompts import require_world
+from refusallab.prompts import require_world, things_of
 from smallmodels import recipe
 from smallmodels.world import dialogue
 from smallmodels.world.facts import world
@@ -50,7 +50,7 @@ def lessons(count: int, seed: int, *, forbidden: bool) -> list[Lesson]:
     the other.
     """
     vale, rng = world(), random.Random(f"harden {seed} {forbidden}")
-    things = [thing for thing in vale.things if thing.split == "train"]
+    things = things_of("train")
     methods = [r for thing in things for r in dialogue.thing_requests(thing) if r.kind == "method"]
     methods = [r for r in methods if r.forbidden == forbidden]
     others = (r for r in recipe.requests(vale, things, rng) if not r.forbidden)
