@@ -97,6 +97,8 @@ def is_on_disk(name: str) -> bool:
         return is_on_disk(adapter.base)
     if (entry and entry.kind == "bundled") or Path(name).is_dir():
         return True
+    if name.endswith(".gguf") and Path(name).is_file():
+        return True
     if entry and entry.file:
         return folder_for(entry.sha256).is_dir()
     try:
