@@ -70,7 +70,8 @@ def train_copy(
     """A copy of m after some steps of AdamW on all weights. m itself stays as it is.
 
     `loss(copied)` is called once a step with the copy, whose weights take gradients, and returns a scalar. With `decay`
-    the learning rate falls linearly to a fiftieth of `lr`. `report` is called with the loss before each step.
+    the learning rate falls linearly: step i of n, counted from 0, has lr * (1 - 0.98 i / n). `report` is called with
+    the loss before each step.
     """
     if m.remote is True:
         raise RefusalLabError("A remote model has no weights here: load it locally to train it.")
