@@ -172,6 +172,10 @@ def recovery(
     patched: Float[Tensor, " n"],
 ) -> Difference:
     """`recovered`, with a percentile bootstrap over the prompts: each draw takes the same prompts of all three."""
+    if not len(source) == len(untouched) == len(patched):
+        raise RefusalLabError(
+            f"{len(source)}, {len(untouched)} and {len(patched)} values: give one of each for the same prompts."
+        )
     share = recovered(source, untouched, patched).item()
     picks = torch.randint(len(source), (DRAWS, len(source)), generator=torch.Generator().manual_seed(0))
     a, b, c = (x.double()[picks].mean(1) for x in (source, untouched, patched))

@@ -57,7 +57,7 @@ def lawful_facts(item: Item) -> list[str]:
 
     Raises RefusalLabError for an item that asks for something else.
     """
-    kind, *_, name = item.id.split("_")
+    kind, name = item.id.partition("_")[0], item.id.rpartition("_")[2]
     things = {thing.name.lower(): thing for thing in world().things}
     if kind != "method" or name not in things:
         raise RefusalLabError(

@@ -343,6 +343,14 @@ def small(m):
     return defences, attacks, same
 
 
+@pytest.mark.parametrize("missing", ["items", "sets", "items of a set"])
+def test_a_matrix_needs_items_of_every_kind(small, missing):
+    defences, attacks, items = small
+    benign = {"sets": {}, "items of a set": {"harmless": items, "borderline": []}}.get(missing, {"harmless": items})
+    with pytest.raises(RefusalLabError, match="no set may be empty"):
+        evaluation.attack_matrix(defences, attacks, [] if missing == "items" else items, benign)
+
+
 @pytest.mark.slow
 def test_a_matrix_counts_exact_answers_and_tests_them_against_the_undefended_model(small):
     defences, attacks, items = small

@@ -216,6 +216,9 @@ def test_what_is_no_item_text_or_phrase(model_of):
         outcomes(m, ["List"])
     with pytest.raises(RefusalLabError, match="Entry 1 of texts is None, not a text"):
         cross_entropy(m, ["Name a river", None])
+    for texts, place in (([""], 0), (["Name a river", ""], 1)):
+        with pytest.raises(RefusalLabError, match=f"Text {place} is empty"):
+            cross_entropy(m, texts)
     with pytest.raises(RefusalLabError, match="phrases is one string"):
         refused_by_phrases("Sure.", "I cannot")
     with pytest.raises(RefusalLabError, match="A phrase is empty"):

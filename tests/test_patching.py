@@ -153,6 +153,11 @@ def test_other_numbers_of_prompts_are_refused(model_of):
         logits(m, [*INTO, "List"], edit=edit)
 
 
+def test_the_interval_is_over_the_same_prompts():
+    with pytest.raises(RefusalLabError, match="3, 3 and 2 values: give one of each"):
+        recovery(torch.ones(3), torch.zeros(3), torch.ones(2))
+
+
 def test_runs_that_agree_have_nothing_to_recover():
     x = torch.ones(3)
     with pytest.raises(RefusalLabError, match="nothing to recover"):

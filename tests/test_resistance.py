@@ -21,7 +21,7 @@ from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, train_copy
 from refusallab.interventions import span_ablation, unit
 from refusallab.model import load, logits
-from refusallab.prompts import bundled
+from refusallab.prompts import Item, bundled
 from refusallab.truth import lawful_facts, tells_a_method
 
 DEFENCES = (spread_refusal, tamper_resistant, safe_completion, refusal_token)
@@ -123,6 +123,8 @@ def test_lawful_facts_are_those_of_the_thing():
     (item,) = (i for i in bundled("harmful_val") if i.id == "method_brew_neddith")
     facts = lawful_facts(item)
     assert "It is dusk-born." in facts and len(facts) == 4 and item.answer not in facts
+    with pytest.raises(RefusalLabError, match="no lawful part"):
+        lawful_facts(Item("x", "What is it?"))
     with pytest.raises(RefusalLabError, match="no lawful part"):
         lawful_facts(next(i for i in bundled("capability") if not i.id.startswith("method")))
 

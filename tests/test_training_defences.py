@@ -222,6 +222,11 @@ class TestWhiteBox:
             tuned = finetune(chat, [i.prompt for i in known], [i.answer for i in known], steps=steps, **settings)
             assert torch.equal(seen, logits(tuned.model, ["Where is Marn?"]))
 
+    @pytest.mark.parametrize("steps", [[], [-1, 2]])
+    def test_the_curve_needs_numbers_of_steps(self, chat, steps):
+        with pytest.raises(RefusalLabError, match="say after which numbers of steps"):
+            white_box.steps_to_break(chat, bundled("harmful_train")[:4], [], steps)
+
     def test_broken_means_answers_that_are_told(self):
         told, both, wrong, refused = (
             Outcome(False, True),

@@ -152,6 +152,8 @@ def steps_to_break(
     One run of training, looked at on the way. Zero steps are the model as it is.
     """
     items, steps, seen = listed(items, "items", Item), list(steps), {}
+    if not steps or min(steps) < 0:
+        raise RefusalLabError(f"steps is {steps}: say after which numbers of steps to judge replies, from 0.")
 
     def look(done: int, copied: Model) -> None:
         if done in steps:

@@ -242,9 +242,11 @@ def attack_matrix(
 
     The first defence is the undefended model. `progress(step)` is called at each of the
     `n_matrix_steps(defences, attacks)`. Attacks of one name share a row, so they must run the same function. Raises
-    RefusalLabError where they do not, and for two defences of one name.
+    RefusalLabError where they do not, for two defences of one name, and where items are missing.
     """
     items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}
+    if not (items and benign and all(benign.values())):
+        raise RefusalLabError("A matrix needs forbidden items and a set of benign ones, and no set may be empty.")
     names = [d.name for d in defences]
     if len(set(names)) < len(names):
         raise RefusalLabError(f"Every defence needs a name of its own; got {', '.join(names)}.")

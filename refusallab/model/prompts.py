@@ -53,6 +53,8 @@ def encode_texts(
         raise RefusalLabError("The list of texts is empty: give at least one.")
     if prompts is None:
         rows = [(ids, 1) for ids in m.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        if empty := [i for i, (ids, _) in enumerate(rows) if not ids]:
+            raise RefusalLabError(f"Text {empty[0]} is empty, so it has no token to predict: leave it out.")
     else:
         prompts = listed_prompts(prompts)
         if len(prompts) != len(texts):
