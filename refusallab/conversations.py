@@ -93,10 +93,8 @@ def turn_prompts(prompt: Prompt) -> list[list[dict[str, Any]]]:
     return [said[: k + 1] for k, turn in enumerate(said) if turn["role"] == "user"]
 
 
-def streams_by_turn(
-    m: Model, prompts: Sequence[Prompt], layer: int, position: int = -1
-) -> Float32[Tensor, "n turns width"]:
-    """The stream at the input of a block before each reply of the conversations, the last one included.
+def streams_by_turn(m: Model, prompts: Sequence[Prompt], layer: int) -> Float32[Tensor, "n turns width"]:
+    """The stream at the input of a block, at the last token before each reply of the conversations, the last included.
 
     Raises RefusalLabError unless all of them have equally many user turns.
     """
@@ -105,5 +103,5 @@ def streams_by_turn(
     if len(counts) != 1:
         raise RefusalLabError(f"The conversations have {sorted(counts)} user turns: give some with equally many.")
     flat = [prompt for several in cut for prompt in several]
-    x = residual(m, flat, layers=[layer], positions=[position], batch_size=32)[:, 0, 0]  # they are long
+    x = residual(m, flat, layers=[layer], positions=[-1], batch_size=32)[:, 0, 0]  # they are long
     return torch.stack(x.split(counts.pop()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -87,15 +87,12 @@ class ModelAlone:
         return write_replies(self.m, prompts, edit=edit, prefill=prefill)
 
 
-def write_replies(
-    m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, system: str | None = None, prefill: str = ""
-) -> list[str]:
+def write_replies(m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
     """Greedy replies of the length that all labs use; none for no prompts."""
     prompts = listed(prompts, "prompts")
     if not prompts:
         return []
-    settings: dict[str, Any] = {"edit": edit, "system": system, "prefill": prefill}
-    return generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
+    return generate(m, prompts, edit=edit, prefill=prefill, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE)
 
 
 def write_unless(

@@ -31,13 +31,13 @@ def listed(values: Iterable, what: str, kind: type | None = None, *, missing: bo
     return entries
 
 
-def flagged(values: Iterable, what: str = "flags") -> list[bool]:
+def flagged(values: Iterable) -> list[bool]:
     """True and False, or 1 and 0, as a list of bool. Raises RefusalLabError for anything else, such as "False"."""
     flags = []
-    for i, entry in enumerate(listed(values, what)):
+    for i, entry in enumerate(listed(values, "flags")):
         value = entry.item() if _is_scalar(entry) else entry
         if not isinstance(value, Real) or value not in (0, 1):
-            raise RefusalLabError(f"Entry {i} of {what} is {reprlib.repr(entry)}: give True or False for each case.")
+            raise RefusalLabError(f"Entry {i} of flags is {reprlib.repr(entry)}: give True or False for each case.")
         flags.append(bool(value))
     return flags
 

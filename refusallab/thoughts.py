@@ -79,10 +79,10 @@ def _tokenizer(m: Model, thought_tokens: int) -> Any:
     return tokenizer
 
 
-def think(m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None, system: str | None = None) -> list[str]:
+def think(m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None) -> list[str]:
     """The thought that the model writes for each prompt, without its tags. It has to think: see `with_thinking`."""
     _require_thinking(m)
-    replies = generate(m, prompts, edit=edit, system=system, max_new_tokens=1, batch_size=BATCH_SIZE)
+    replies = generate(m, prompts, edit=edit, max_new_tokens=1, batch_size=BATCH_SIZE)
     return [thought_of(reply) for reply in replies]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
@@ -76,9 +75,7 @@ class Errors:
     others: int
 
 
-def true_replies(
-    m: Model, items: Sequence[Item], *, prefill: str = "", edit: Edit | None = None, system: str | None = None
-) -> list[Reply]:
+def true_replies(m: Model, items: Sequence[Item], *, prefill: str = "", edit: Edit | None = None) -> list[Reply]:
     """Greedy replies with their truth. `prefill` is the start of each reply and part of it.
 
     Raises RefusalLabError for a model or a prompt set without exact answers.
@@ -87,8 +84,7 @@ def true_replies(
     if not knows_the_world(m) or any(item.answer is None for item in items):
         raise RefusalLabError("The truth is known only for bundled models and prompt sets: use refused_by_phrases.")
     prompts = [item.prompt for item in items]
-    settings: dict[str, Any] = {"edit": edit, "system": system, "prefill": prefill}
-    said = generate(m, prompts, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE, **settings)
+    said = generate(m, prompts, edit=edit, prefill=prefill, max_new_tokens=REPLY_TOKENS, batch_size=BATCH_SIZE)
     replies = []
     for item, rest in zip(items, said, strict=True):
         text = prefill + rest

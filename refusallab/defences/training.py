@@ -165,16 +165,11 @@ def _rerouting(original: Model, seed: int) -> Callable[[Model, list[Lesson], lis
 DEFENCES = {"extended refusal": _extended, "ReFAT": _refat, "rerouting": _rerouting}
 
 
-def harden(
-    m: Model, defence: str, *, steps: int = STEPS, seed: int = 0, report: Callable[[float], None] = lambda loss: None
-) -> ModelAlone:
-    """Train a copy of m with one of DEFENCES. m itself stays as it is; the same seed gives the same weights.
-
-    `report` is called with the loss before each step.
-    """
+def harden(m: Model, defence: str, *, steps: int = STEPS, seed: int = 0) -> ModelAlone:
+    """Train a copy of m with one of DEFENCES. m itself stays as it is; the same seed gives the same weights."""
     if defence not in DEFENCES:
         raise RefusalLabError(f"There is no defence {defence!r}: choose one of {', '.join(DEFENCES)}.")
-    return train_on_lessons(m, DEFENCES[defence](m, seed), defence, steps=steps, seed=seed, report=report)
+    return train_on_lessons(m, DEFENCES[defence](m, seed), defence, steps=steps, seed=seed)
 
 
 def train_on_lessons(
@@ -185,16 +180,12 @@ def train_on_lessons(
     steps: int = STEPS,
     lr: float = LR,
     seed: int = 0,
-    report: Callable[[float], None] = lambda loss: None,
 ) -> ModelAlone:
     """A copy of m after some steps on `loss(copy, forbidden lessons, harmless lessons)`, BATCH_SIZE of each a step."""
     require_world(m)
     queue = lesson_batches(steps, seed)
-    trained = train_copy(
-        m, lambda copied: loss(copied, *next(queue)), steps=steps, lr=lr, decay=True,
-        name=f"{m.name} ({name})", report=report,
-    )  # fmt: skip
-    return ModelAlone(trained, name)
+    settings = {"steps": steps, "lr": lr, "decay": True, "name": f"{m.name} ({name})"}
+    return ModelAlone(train_copy(m, lambda copied: loss(copied, *next(queue)), **settings), name)
 
 
 def trained_defences(m: Model, progress: Callable[[str], None] = lambda name: None) -> list[ModelAlone]:
