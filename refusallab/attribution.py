@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32
@@ -36,6 +35,7 @@ from refusallab.model import (
     render,
     residual_scale,
 )
+from refusallab.orthogonalization import outputs_last
 
 
 def cosine_trace(m: Model, prompts: Sequence[Prompt], r: Float[Tensor, " width"]) -> Float32[Tensor, "n layers"]:
@@ -74,7 +74,7 @@ def attribute(m: Model, prompts: Sequence[Prompt], r: Float[Tensor, " width"], *
         )
     nn, direction, prompts = m.nn, unit(r).to(m.device), listed_prompts(prompts)
     heads = m.hf.config.num_attention_heads
-    reads = torch.stack([head_readout(weight_of(attention_writes(b)), direction, heads) for b in blocks(m.hf)])
+    reads = torch.stack([head_readout(outputs_last(attention_writes(b)).T, direction, heads) for b in blocks(m.hf)])
     start, z, mlps = [torch.empty(len(prompts), *shape) for shape in ((), reads.shape, (m.n_layers,))]
     for rows, batch in batches(m, prompts, batch_size):
         with nn.trace(**batch, logits_to_keep=1, remote=m.remote):
@@ -107,12 +107,6 @@ def head_writes(
 ) -> Float[Tensor, "*rest heads"]:
     """What each head writes along the direction."""
     return (z * reads).sum(-1)
-
-
-def weight_of(projection: Any) -> Float[Tensor, "width inputs"]:
-    """The weight of an output projection; GPT-2 stores it the other way round."""
-    weight: Tensor = projection.weight
-    return weight if isinstance(projection, torch.nn.Linear) else weight.T
 
 
 # ---------------------------------------------------------------------------------------------------------

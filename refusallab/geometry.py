@@ -15,7 +15,7 @@ from refusallab.activations import stream
 from refusallab.directions import difference_in_means
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import unit
-from refusallab.model import Model, Prompt, encode, final_norm, unembedding
+from refusallab.model import Model, Prompt, encode, final_norm, norm_gain, unembedding
 
 
 def projections(
@@ -92,17 +92,10 @@ def direct_logits(m: Model, r: Float[Tensor, " width"]) -> Float32[Tensor, " voc
     norm, direction = final_norm(m.hf), unit(r).to(m.device)
     if isinstance(norm, torch.nn.LayerNorm):
         direction = direction - direction.mean()
-    effect = (unembedding(m.hf).weight.float() @ (_gain(norm, direction) * direction)).detach().cpu()
+    effect = (unembedding(m.hf).weight.float() @ (norm_gain(norm) * direction)).detach().cpu()
     return effect - effect.mean()
 
 
-def _gain(norm: torch.nn.Module, like: Tensor) -> Tensor:
-    """gamma, whatever the architecture calls it: read off from +-1, which have mean 0 and size 1."""
-    signs = torch.ones_like(like)
-    signs[::2] = -1
-    weight = next(norm.parameters())
-    up, down = (norm(s[None].to(weight))[0].float() for s in (signs, -signs))
-    return signs * (up - down) / 2
 
 
 @dataclass(frozen=True, eq=False)

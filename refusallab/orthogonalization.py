@@ -29,6 +29,7 @@ from refusallab.model import (
     listed_prompts,
     logits,
     mlp_writes,
+    norm_gain,
     positional_embedding,
     post_norm,
     unembedding,
@@ -159,7 +160,7 @@ def written_weights(m: Model) -> dict[str, Float32[Tensor, "_ width"]]:
         writers = (("attention", attention_writes(block)), ("MLP", mlp_writes(block)))
         for (kind, module), norm in zip(writers, post_norm(block), strict=True):
             weight = outputs_last(module).float()
-            written[f"{kind} {i}"] = weight if norm is None else weight * _gain(norm, weight[0])
+            written[f"{kind} {i}"] = weight if norm is None else weight * norm_gain(norm)
     return written
 
 
@@ -170,14 +171,9 @@ def _untie(hf: PreTrainedModel) -> None:
         hf.config.tie_word_embeddings = False
 
 
-def _gain(norm: torch.nn.Module, r: Tensor) -> Tensor:
-    """gamma, up to a factor, whatever the architecture calls it: an RMS norm maps ones to it."""
-    return norm(torch.ones_like(r)[None])[0]
-
-
 def _before_norm(r: Tensor, norm: torch.nn.Module | None) -> Tensor:
     """What a matrix must not write, so that r does not reach the stream: behind a post-norm that is gamma * r."""
-    return r if norm is None else _gain(norm, r) * r
+    return r if norm is None else norm_gain(norm) * r
 
 
 def outputs_last(module: Any) -> Float[Tensor, "_ width"]:

@@ -5,9 +5,10 @@ import torch
 
 from refusallab import attribution as attributed
 from refusallab.activations import residual, stream
-from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions, weight_of
+from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions
 from refusallab.errors import RefusalLabError
 from refusallab.model import attention_writes, blocks, encode, post_norm
+from refusallab.orthogonalization import outputs_last
 
 SUFFIX = " copper kettle step"
 
@@ -32,7 +33,7 @@ def test_the_parts_add_up_to_the_projection_at_every_layer(m, prompts, r):
 def test_a_head_writes_what_is_missing_without_it(model_of, prompts, r, architecture):
     m, layer, head = model_of(architecture), 1, 2
     write = attention_writes(blocks(m.hf)[layer])
-    size, u = weight_of(write).shape[1] // m.hf.config.num_attention_heads, r / r.norm()
+    size, u = len(outputs_last(write)) // m.hf.config.num_attention_heads, r / r.norm()
     outputs = []
 
     def silence(_module, args):

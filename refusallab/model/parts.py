@@ -147,6 +147,15 @@ def post_norm(block: Any) -> tuple[Any, Any]:
     return None, None
 
 
+@torch.no_grad()
+def norm_gain(norm: torch.nn.Module) -> Tensor:
+    """gamma, whatever the architecture calls it: fp32 [width], read off from +-1, which have mean 0 and size 1."""
+    signs = torch.ones_like(next(norm.parameters()))
+    signs[::2] = -1
+    up, down = (norm(s[None])[0].float() for s in (signs, -signs))
+    return signs * (up - down) / 2
+
+
 def residual_scale(hf: torch.nn.Module) -> float:
     """What attention and MLP outputs are multiplied by before they join the stream: 1 except in Granite."""
     return getattr(hf.config, "residual_multiplier", None) or 1.0
