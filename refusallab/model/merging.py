@@ -80,8 +80,7 @@ def find_adapter(name: str) -> Adapter | None:
         raise RefusalLabError(f"{name} is more than a plain LoRA adapter ({what}): {ELSEWHERE}")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise RefusalLabError(
-            f"{name}: adapter_config.json is damaged (r {rank!r}, lora_alpha {alpha!r} are no rank and scale): fetch it "
-            "again."
+            f"{name}: adapter_config.json is damaged (r {rank!r}, lora_alpha {alpha!r}): fetch it again."
         )
     if not base:
         raise RefusalLabError(
