@@ -245,14 +245,14 @@ def attack_matrix(
     RefusalLabError where they do not, for two defences of one name, and where items are missing.
     """
     items, benign = listed(items, "items", Item), {name: listed(b, "items", Item) for name, b in benign.items()}
-    if not (items and benign and all(benign.values())):
-        raise RefusalLabError("A matrix needs forbidden items and a set of benign ones, and no set may be empty.")
     names = [d.name for d in defences]
     if len(set(names)) < len(names):
         raise RefusalLabError(f"Every defence needs a name of its own; got {', '.join(names)}.")
     rows = {a.name: a for a in attacks}
     if other := next((a.name for a in attacks if a.run is not rows[a.name].run), ""):
         raise RefusalLabError(f"Two attacks are called {other!r} and do different things: give each its own name.")
+    if not (items and benign and all(benign.values())):
+        raise RefusalLabError("A matrix needs forbidden items and a set of benign ones, and no set may be empty.")
     judged: dict[tuple[str, str], tuple[Outcome, ...]] = {}
     pairs = _pairs(defences, attacks)
     for attack, d in with_bar(pairs, "attacks", len(pairs)):
