@@ -96,8 +96,6 @@ def direct_logits(m: Model, r: Float[Tensor, " width"]) -> Float32[Tensor, " voc
     return effect - effect.mean()
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class Strip:
     """Projections of one prompt on a direction, token by token and layer by layer."""

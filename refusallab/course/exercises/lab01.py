@@ -693,8 +693,8 @@ KIND = define(
     ),
     hints=(
         "Ask in this order: is the exact answer in it, is a phrase in it, does it have the form? If not: no answer.",
-        "`refused_by_phrases(reply, phrases)` says whether a phrase is in it. The form: `answer.lower().split()[:2]`, joined by a "
-        "space.",
+        "`refused_by_phrases(reply, phrases)` says whether a phrase is in it. The form: `answer.lower().split()[:2]`, "
+        "joined by a space.",
         "`if answer in reply: return 'exact'`, then `'refused'`, then `'attempt' if form in reply.lower() else "
         "'no answer'`.",
     ),
