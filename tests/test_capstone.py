@@ -441,6 +441,11 @@ class TestAnswers:
             assert defence._folder.exists()
         assert not defence._folder.exists()
 
+    def test_no_reply_is_too_long_to_be_judged(self, answers):
+        answers({"replies": ["*" * 10**6], "extra_passes": 0})
+        with Submitted("", chat_model(), walled=False) as defence:
+            assert len(*defence.replies(["x"])) == submitted.LONGEST_REPLY
+
     @pytest.mark.parametrize("said", [["a"], ["a", "b", "c"], "ab", ["a", 2], None])
     def test_something_else_than_a_text_for_each_prompt(self, answers, said):
         answers({"replies": said, "extra_passes": 0})

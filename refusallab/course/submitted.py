@@ -38,6 +38,7 @@ from smallmodels.world import DATA
 MARK = re.compile(r"\s*#\s*capstone\b", re.I)  # how the first line of a submitted cell begins
 HIDDEN = ("harmful_test.csv", "harmless_test.csv", "borderline.csv", "capability.jsonl")
 LARGEST = 1 << 24  # bytes of an answer
+LONGEST_REPLY = 2000  # characters, of which a reply of 32 tokens needs some 150; judging takes longer than reading
 
 
 class Failed(RefusalLabError):
@@ -120,14 +121,17 @@ class Submitted:
             raise
 
     def replies(self, prompts: Sequence[Prompt], *, edit: Removal | None = None, prefill: str = "") -> list[str]:
-        """What the defence replies. Raises Failed where it raises, hangs, ends or returns something else."""
+        """What the defence replies, at most `LONGEST_REPLY` characters each.
+
+        Raises Failed where it raises, hangs, ends or returns something else.
+        """
         order = {"prompts": list(prompts), "edit": None if edit is None else asdict(edit), "prefill": prefill}
         said = self._ask(order, self._limits.call)
         replies = said["replies"]
         if not isinstance(replies, list) or len(replies) != len(prompts) or any(type(x) is not str for x in replies):
             raise Failed("It returned something other than a text for each prompt.")
         self.extra_passes = said["extra_passes"] if type(said["extra_passes"]) is int else 0
-        return replies
+        return [reply[:LONGEST_REPLY] for reply in replies]
 
     def _ask(self, order: dict[str, Any], seconds: float, what: str = "no answer came") -> dict[str, Any]:
         with contextlib.suppress(OSError):  # it has ended: the next line says so
