@@ -442,7 +442,7 @@ class TestAnswers:
         assert not defence._folder.exists()
 
     def test_no_reply_is_too_long_to_be_judged(self, answers):
-        answers({"replies": ["*" * 10**6], "extra_passes": 0})
+        answers({"replies": ["*" * 10**5], "extra_passes": 0})
         with Submitted("", chat_model(), walled=False) as defence:
             assert len(*defence.replies(["x"])) == submitted.LONGEST_REPLY
 
