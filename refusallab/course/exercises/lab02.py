@@ -297,6 +297,8 @@ def _candidate_sets(seed: int) -> list[Case]:
         "the lowest bypass lies in the last fifth of 10 layers": (10, (trap(8),)),
         "one KL is NaN": (10, (trap(3, kl=math.nan),)),
         "the bypass of the first candidate is NaN": (10, (trap(3, bypass=math.nan),)),
+        "one induce is NaN": (10, (trap(3, induce=math.nan),)),
+        "the lowest bypass has a KL of exactly 0.1": (8, (trap(4, kl=0.1),)),
     }
     return [
         Case(what, {"candidates": candidates(layers, *traps), "n_layers": layers})
@@ -329,6 +331,11 @@ CHOOSE = define(
             "no KL filter",
             _best(lambda c, n: c["layer"] < int(0.8 * n) and c["induce"] > 0),
             "A candidate with KL over 0.1 won: it changes harmless prompts too. Discard it.",
+        ),
+        Mistake(
+            "KL of 0.1 discarded",
+            _best(lambda c, n: _passes(c, n) and c["kl"] < 0.1),
+            "A candidate with a KL of exactly 0.1 passes: the filter is KL <= 0.1.",
         ),
         Mistake(
             "induce of 0 let through",
