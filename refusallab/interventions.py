@@ -108,6 +108,8 @@ def affine(r: Vectors, layer: int, reference: Float[Tensor, " width"], alpha: fl
     site.
     """
     direction, step, origin = unit(r), alpha * _finite(r), _finite(reference)
+    if origin.ndim != 1:
+        raise RefusalLabError(f"A reference has shape [width], not {list(origin.shape)}: it is one for all prompts.")
 
     def edit(nn: Any) -> None:
         block = _block(nn, layer)

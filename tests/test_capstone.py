@@ -441,6 +441,12 @@ class TestAnswers:
             assert defence._folder.exists()
         assert not defence._folder.exists()
 
+    def test_an_order_that_nobody_reads_ends_in_time(self, answers):
+        answers(end="import time; time.sleep(600)")
+        limits = DefenceLimits(call=1)
+        with Submitted("", chat_model(), limits=limits, walled=False) as defence, pytest.raises(Failed, match="hangs"):
+            defence.replies(["x" * 10**6])  # more than a pipe holds
+
     def test_no_reply_is_too_long_to_be_judged(self, answers):
         answers({"replies": ["*" * 10**5], "extra_passes": 0})
         with Submitted("", chat_model(), walled=False) as defence:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from refusallab.course import check, checking, progress, solved
+from refusallab.course import check, checking, observing, progress, solved
 from refusallab.course.catalogue import QUESTIONS
 from refusallab.course.checking import PUBLIC_SEED
 from refusallab.course.exercise import Case, CheckFailed, Exercise, Mistake, result_text, run_cases
@@ -274,8 +274,9 @@ class TestSolved:
 
     @staticmethod
     def is_the_library(function):
-        assert inspect.signature(function) == inspect.signature(find_exercise("2.1").reference)
-        return run_cases(find_exercise("2.1"), inspect.unwrap(function), 0).passed
+        e = find_exercise("2.1")
+        assert inspect.signature(function) == inspect.signature(e.reference) and not hasattr(function, "__wrapped__")
+        return all(torch.equal(function(**case.inputs), e.reference(**case.inputs)) for case in e.cases(0))
 
     def test_an_approved_answer_is_what_the_lab_goes_on_with(self, capsys):
         check("2.1", self.right)
@@ -315,6 +316,13 @@ class TestSolved:
                 check("2.1", answer)
         assert passed() == set()
         assert fallback(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [1, 1]  # anywhere else it works
+
+    def test_in_the_sandbox_an_answer_may_call_itself_and_be_gone_on_with_twice(self):
+        source = "def kl(a, b): return 0 if a is None else kl(None, b)\nkl = solved('2.2', kl)\nkl = solved('2.2', kl)"
+        names = {"solved": solved}
+        exec(source, names)
+        inputs = to_json([case.inputs for case in find_exercise("2.2").cases(0)])
+        assert "cases" in from_json(observing._observe(find_exercise("2.2"), names, inputs))
 
     def test_an_answer_may_call_the_fallback_of_another_exercise(self):
         divergence = solved("2.2", print)

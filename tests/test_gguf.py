@@ -152,13 +152,13 @@ def test_without_the_packages_it_says_which(file, monkeypatch):
     assert "pip install '.[gguf]'" in refused(file)
 
 
-@pytest.mark.slow
 def test_a_file_of_ones_own_is_on_disk(file, tmp_path):
     assert is_on_disk(str(file))
     with pytest.raises(RefusalLabError, match="no such folder"):
         is_on_disk(str(tmp_path / "other.gguf"))
 
 
+@pytest.mark.slow
 def test_a_base_model_has_no_template(hf, make, tmp_path):
     tokenizer = make.tokenizer()
     tokenizer.chat_template = ""

@@ -104,6 +104,11 @@ def test_row_directions_need_one_batch_of_as_many_prompts(model_of, prompts, run
             run(model_of("llama"), prompts[:4], edit=edit, batch_size=2)
 
 
+def test_a_reference_is_one_for_all_prompts():
+    with pytest.raises(RefusalLabError, match="A reference has shape"):
+        affine(torch.ones(32), 1, torch.ones(2, 32), 0.4)
+
+
 def test_a_zero_step_changes_nothing(model_of, prompts):
     m = model_of("llama")
     assert torch.equal(logits(m, prompts, edit=addition(torch.zeros(32), 0)), logits(m, prompts))

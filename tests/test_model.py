@@ -1,5 +1,6 @@
 """Loading, names of parts, prompts, logits and generation; every error is one line that says what to do."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -278,6 +279,14 @@ def test_generate_equals_a_plain_loop_with_and_without_a_null_edit(m, hooks, pro
     assert generate(m, prompts, max_new_tokens=8) == expected
     assert generate(m, prompts, max_new_tokens=8, edit=no_edit) == expected
     assert len({tuple(row) for row in expected}) > 1
+
+
+def test_settings_of_the_cache_that_a_model_ships_change_nothing(model_of, prompts):
+    m = model_of("llama")
+    expected = generate(m, prompts, max_new_tokens=6)
+    odd = wrap(copy.deepcopy(m.hf), m.tokenizer)
+    odd.hf.generation_config.use_cache, odd.hf.generation_config.cache_implementation = False, "static"
+    assert generate(odd, prompts, max_new_tokens=6) == expected
 
 
 @pytest.mark.slow

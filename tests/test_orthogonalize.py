@@ -13,10 +13,12 @@ from refusallab.model import (
     attention_writes,
     blocks,
     embedding,
+    final_norm,
     generate,
     load,
     logits,
     mlp_writes,
+    norm_gain,
     positional_embedding,
     post_norm,
     unembedding,
@@ -128,6 +130,12 @@ def test_an_untied_copy_survives_saving(model_of, prompts, r, tmp_path):
     again = load(str(tmp_path))
     assert again.equivalence == "exact"
     torch.testing.assert_close(logits(again, prompts), logits(edited, prompts), atol=1e-5, rtol=0)
+
+
+def test_the_gain_of_a_norm_in_half_precision_is_not_rounded(model_of):
+    half = copy.deepcopy(final_norm(model_of("gemma2").hf)).to(torch.bfloat16)
+    torch.nn.init.normal_(half.weight)
+    torch.testing.assert_close(norm_gain(half), 1 + half.weight.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_is_edited_in_place_of_type(make, prompts, r):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import os
 import warnings
@@ -83,7 +84,9 @@ class Exercise(Header):
                 raise Borrowed("refusallab.course.solved")
             return self.reference(*args, **settings)
 
-        lent.lent_for = answer  # type: ignore[attr-defined]
+        lent.__signature__ = inspect.signature(self.reference)  # type: ignore[attr-defined]
+        del lent.__wrapped__  # type: ignore[attr-defined]  # or the reference could be had through it
+        lent.lent_for = getattr(answer, "lent_for", answer)  # type: ignore[attr-defined]
         return lent
 
 

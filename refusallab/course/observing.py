@@ -54,7 +54,7 @@ def _observe(exercise: Exercise, namespace: dict[str, Any], inputs: str) -> str:
         return to_json({"missing": True})
     function = namespace[exercise.function]
     if type(function) is types.FunctionType:  # f = solved(number, f) stands for f: no check has approved it here
-        function = vars(function).get("lent_for", function)
+        function = namespace[exercise.function] = vars(function).get("lent_for", function)  # it may call itself
     if not callable(function):
         return to_json({"kind": type(function).__name__})
     if name := course_code(function):

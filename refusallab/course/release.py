@@ -109,7 +109,7 @@ def release(root: Path, *, force: bool = False) -> list[Path]:
     if work := [str(path) for path in labs if path.is_file() and not force and not _git_has(path)]:
         raise RefusalLabError(
             f"Git does not have what is in {', '.join(work)}. Move this work elsewhere or commit it, and run release "
-            "again. To lose it: refusallab release --force."
+            "again. To lose it, or without git: refusallab release --force."
         )
     for path in changed:
         if path in files:
@@ -122,7 +122,7 @@ def release(root: Path, *, force: bool = False) -> list[Path]:
 
 
 def _git_has(path: Path) -> bool:
-    """Whether git holds a file as it is now, in any commit."""
+    """Whether git's store of objects holds a file as it is now: it was committed, or the last release wrote it."""
     return _git(path, "cat-file", "-t", _git(path, "hash-object", path.name)) == "blob"
 
 

@@ -134,11 +134,10 @@ class Submitted:
         return [reply[:LONGEST_REPLY] for reply in replies]
 
     def _ask(self, order: dict[str, Any], seconds: float, what: str = "no answer came") -> dict[str, Any]:
-        with contextlib.suppress(OSError):  # it has ended: the next line says so
-            self._process.stdin.write(to_json(order).encode() + b"\n")
-            self._process.stdin.flush()
+        end = min(time.monotonic() + seconds, self._end)
         try:
-            line = self._next_line(min(time.monotonic() + seconds, self._end))
+            self._send(to_json(order).encode() + b"\n", end)
+            line = self._next_line(end)
         except TimeoutError:
             within = min(seconds, self._limits.total)
             raise Failed(f"It hangs or is too slow: {what} within {within:.0f} s.") from None
@@ -153,6 +152,21 @@ class Submitted:
             if isinstance(error, Failed):
                 raise
             raise Failed("It returned something that is not plain data.") from error
+
+    def _send(self, order: bytes, end: float) -> None:
+        """Write an order, which the process may leave unread."""
+        orders = self._process.stdin.fileno()
+        os.set_blocking(orders, False)
+        while order:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([], [orders], [], left)[1]:
+                raise TimeoutError
+            try:
+                order = order[os.write(orders, order) :]
+            except BlockingIOError:
+                continue
+            except OSError:  # it has ended: the next line says so
+                return
 
     def _next_line(self, end: float) -> str:
         """The next line of the process, empty where it has ended. No more is read, however much it writes."""

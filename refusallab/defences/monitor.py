@@ -34,7 +34,7 @@ def linear_probe(harmful: Tensor, harmless: Tensor, shrinkage: float = SHRINKAGE
     harmful, harmless = harmful.double(), harmless.double()
     centred = torch.cat([harmful - harmful.mean(0), harmless - harmless.mean(0)])
     within = centred.T @ centred / len(centred)  # [width, width]
-    if within.diagonal().mean() == 0:
+    if within.diagonal().mean() <= 1e-24 * harmful.square().mean():  # not 0, where means are rounded
         raise RefusalLabError("The streams are all alike within each kind: take a later layer.")
     identity = torch.eye(len(within), dtype=torch.float64) * within.diagonal().mean()
     mixed = (1 - shrinkage) * within + shrinkage * identity

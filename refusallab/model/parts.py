@@ -5,6 +5,7 @@ Each function takes the raw transformers model or its nnsight envoy and returns 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable
@@ -150,9 +151,10 @@ def post_norm(block: Any) -> tuple[Any, Any]:
 @torch.no_grad()
 def norm_gain(norm: torch.nn.Module) -> Tensor:
     """gamma, whatever the architecture calls it: fp32 [width], read off from +-1, which have mean 0 and size 1."""
+    norm = copy.deepcopy(norm).float()
     signs = torch.ones_like(next(norm.parameters()))
     signs[::2] = -1
-    up, down = (norm(s[None])[0].float() for s in (signs, -signs))
+    up, down = (norm(s[None])[0] for s in (signs, -signs))
     return signs * (up - down) / 2
 
 

@@ -19,7 +19,7 @@ from refusallab.model.prompts import batches, check_length, listed_prompts, text
 from refusallab.model.templates import THOUGHT, end_of_turn, spoken
 from refusallab.watch import all_rows
 
-# Hub models ship sampling settings and repetition penalties; the latter change even greedy decoding.
+# Hub models ship sampling settings, repetition penalties, which change even greedy decoding, and settings of the cache.
 GREEDY = {
     "do_sample": False,
     "num_beams": 1,
@@ -28,6 +28,8 @@ GREEDY = {
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 50,
+    "use_cache": True,
+    "cache_implementation": None,
 }
 
 
