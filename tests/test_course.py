@@ -318,7 +318,7 @@ class TestSolved:
         assert fallback(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [1, 1]  # anywhere else it works
 
     def test_in_the_sandbox_an_answer_may_call_itself_and_be_gone_on_with_twice(self):
-        source = "def kl(a, b): return 0 if a is None else kl(None, b)\nkl = solved('2.2', kl)\nkl = solved('2.2', kl)"
+        source = "def kl(**given): return kl() if given else 0\nkl = solved('2.2', kl)\nkl = solved('2.2', kl)"
         names = {"solved": solved}
         exec(source, names)
         inputs = to_json([case.inputs for case in find_exercise("2.2").cases(0)])
