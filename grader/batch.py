@@ -38,7 +38,7 @@ class Batch:
     unchanged: int = 0
     failed: list[str] = field(default_factory=list)  # submissions that the grader itself could not deal with
     found: FoundFiles = field(default_factory=FoundFiles)  # what became of the files
-    carried: list[str] = field(default_factory=list)  # rows of an earlier run that belong to somebody else now
+    carried: list[str] = field(default_factory=list)  # what became of rows of earlier runs
 
     @property
     def counts(self) -> dict[str, int]:

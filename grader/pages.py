@@ -127,14 +127,15 @@ def read_rubrics(folder: Path) -> dict[str, str]:
     return {cell.tag["number"]: cell.source for cell in cells if cell.tag.get("role") == "rubric"}
 
 
-def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
+def read_by_hand(records: Records, path: Path, *, early: bool = False) -> list[str]:
     """Take over the points that people have filled in, where the answer is still the one that they read.
 
-    RefusalLabError if a line makes no sense.
+    Returns a line for all others. RefusalLabError if a line of the table makes no sense.
     `early` stands for a run that has not graded yet: lines for what the records do not know may make sense later.
     """
     if not path.exists():
-        return
+        return []
+    passed_over = []
     most = {question.number: question.points for question in QUESTIONS}
     for number, row in enumerate(_read_table(path), 2):
         given = row["points"].strip().replace(",", ".")
@@ -148,8 +149,14 @@ def read_by_hand(records: Records, path: Path, *, early: bool = False) -> None:
             fits = 0 <= value <= most[row["question"]]
         except (ValueError, KeyError):
             fits = False
-        if not fits or not (records.write_points(student, lab, row["question"], value, comment, read) or early):
+        said = records.write_points(student, lab, row["question"], value, comment, read) if fits else ""
+        if not fits or not (said or early):
             raise RefusalLabError(f"{path.name}, line {number}: {given!r} cannot be given there. Correct that line.")
+        if said == "another":
+            passed_over.append(
+                f"{student}, {row['question']}: {given} points were for an earlier answer, read the new one"
+            )
+    return passed_over
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

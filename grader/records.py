@@ -119,27 +119,30 @@ class Records:
             if rows:
                 connection.execute(insert(grades), rows)
 
-    def write_points(self, student: str, lab: str, question: str, points: float, comment: str, read: str = "") -> bool:
-        """Note what a person gave for a written answer. False if there is no answer to that question.
+    def write_points(self, student: str, lab: str, question: str, points: float, comment: str, read: str = "") -> str:
+        """Note what a person gave for a written answer: "noted", or "another" answer is there now, or "" for none.
 
-        `read` is the hash of the answer that the person read: if there is another one now, the points are not for it. A
-        table that was filled in before an identity changed may still use the old one.
+        `read` is the hash of the answer that the person read. A table that was filled in before an identity changed may
+        still use the old one.
         """
         with self.engine.begin() as connection:
 
-            def give(name: str) -> bool:
+            def give(name: str) -> str:
                 own = (grades.c.student == name) & (grades.c.lab == lab) & (grades.c.exercise == question)
                 own &= grades.c.answer.is_not(None)
                 answer = connection.execute(select(grades.c.answer).where(own)).scalar()
-                if answer is not None and read in ("", answer_hash(answer)):
-                    connection.execute(update(grades).where(own).values(points=points, problem=comment))
-                return answer is not None
+                if answer is None:
+                    return ""
+                if read not in ("", answer_hash(answer)):
+                    return "another"
+                connection.execute(update(grades).where(own).values(points=points, problem=comment))
+                return "noted"
 
-            if give(student):
-                return True
+            if said := give(student):
+                return said
             where = (renamed.c.lab == lab) & (renamed.c.old == student)
             now = connection.execute(select(renamed.c.student).where(where)).scalar()
-            return now == "" or (now is not None and give(now))
+            return "noted" if now == "" else "" if now is None else give(now)
 
     def carry_over(self, found: FoundFiles) -> list[str]:
         """Give the rows of earlier runs to the students who have their files or accounts now, and say which.

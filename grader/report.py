@@ -19,7 +19,9 @@ def write_reports(
     Rubrics are in `solutions`; `done` is what the run did, for the account of files in the overview. One file costs no
     other. Returns what could not be written, with the reason.
     """
-    read_by_hand(records, out / "by_hand.csv")
+    passed_over = read_by_hand(records, out / "by_hand.csv")
+    if done:
+        done.carried += passed_over
     failed = write_feedback(records, out / "feedback")
     steps = {
         "by_hand.csv": lambda: write_by_hand(records, out / "by_hand.csv"),

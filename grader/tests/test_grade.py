@@ -371,6 +371,7 @@ def test_points_in_the_table_are_not_for_an_answer_that_nobody_has_read(records,
     assert read(table)[1][3:5] == ["2.5", "good"]
     table.write_bytes(filled)
     records.write(submission(tmp_path), graded(written="Another answer"), "two")
+    assert pages.read_by_hand(records, table) == ["ada, 2.6: 2.5 points were for an earlier answer, read the new one"]
     write_reports(records, tmp_path, tmp_path / "none")
     assert [g.points for g in records.all_grades() if g.answer] == [None]
     assert read(table)[1][3:6] == ["", "", "Another answer"]
