@@ -166,7 +166,7 @@ def test_a_probe_separates_along_the_whitened_difference():
     with pytest.raises(RefusalLabError, match="two or more"):
         linear_probe(harmful[:1], harmless)
     with pytest.raises(RefusalLabError, match="all alike within each kind: take a later layer"):
-        linear_probe(torch.full((97, 4), 0.1).double(), torch.full((97, 4), 0.2).double())
+        linear_probe(torch.full((97, 4), 1 / 3).double(), torch.full((300, 4), 1 / 3, dtype=torch.float64))
 
 
 @pytest.mark.slow
