@@ -2,7 +2,15 @@ from . import explore
 from .activations import logit_lens, mean_residual, residual, stream
 from .attribution import attention_from_last, attribute, cosine_trace, regions
 from .audit import band, gap_left
-from .cones import direction_effect, find_cone, last_token_direction, orthonormal, search_directions, short
+from .cones import (
+    direction_effect,
+    find_cone,
+    last_token_direction,
+    mean_ablation,
+    orthonormal,
+    search_directions,
+    short,
+)
 from .conversations import EARLIER, after_turns, streams_by_turn
 from .decoding import closed_prompt, contrast, contrasted_replies, sample_replies
 from .defence import AnyOf, ModelAlone, last_words, stock_refusal, write_replies
@@ -25,7 +33,15 @@ from .experiment import find_direction
 from .findings import carried_over
 from .finetuning import finetune, reply_loss, shuffled, train_copy
 from .geometry import right_side, token_strip
-from .harmfulness import law_questions, site_directions, steered_verdicts, turned, turned_rates, verdicts
+from .harmfulness import (
+    law_questions,
+    site_directions,
+    steered_verdicts,
+    turned,
+    turned_rates,
+    verdicts,
+    verdicts_by_layer,
+)
 from .interventions import ablation, addition, affine, project_out, unit
 from .judging import judge, judge_test_sets, outcomes, rates, refusal_openings, refuses, report
 from .measure import (

@@ -23,10 +23,22 @@ from refusallab.directions import DEPTH, Candidate, candidate_directions, random
 from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, shuffled
 from refusallab.inputs import listed
-from refusallab.interventions import ablation, addition, unit
+from refusallab.interventions import ablation, addition, project_out, unit
 from refusallab.judging import outcomes, refusal_openings
 from refusallab.measure import Rate, kl_divergence, rate, refusal_metric
-from refusallab.model import Model, Prompt, encode, listed_prompts, logits, no_edit, trace_logits
+from refusallab.model import (
+    Edit,
+    Model,
+    Prompt,
+    attention,
+    blocks,
+    encode,
+    listed_prompts,
+    logits,
+    mlp,
+    no_edit,
+    trace_logits,
+)
 from refusallab.prompts import Item, prompt_set
 
 INDUCE_WEIGHT = 0.2  # of the addition loss, beside 1 for the other two
@@ -169,6 +181,37 @@ def direction_effect(
         refusal_metric(logits(m, prompts, edit=addition(length * unit(v), layer)), tokens).mean().item(),
         kl_divergence(logits(m, prompts), logits(m, prompts, edit=removed)).mean().item(),
     )
+
+
+def mean_ablation(m: Model, prompts: Sequence[Prompt], v: Float[Tensor, " width"]) -> Edit:
+    """Ablation to the mean: at each site of `ablation`, the component along v becomes its mean over the prompts.
+
+    All their tokens count, those of the template too; they are read in one batch. Zero may lie far from every prompt.
+    The mean takes away only what differs from token to token and from prompt to prompt.
+    """
+    v, batch = unit(v), encode(m, listed_prompts(prompts))
+    real = batch["attention_mask"].bool()
+    u = v.to(m.device)
+    with torch.no_grad(), m.nn.trace(**batch, logits_to_keep=1, remote=m.remote):
+        along = []
+        for block in blocks(m.nn):
+            along += [block.input.float() @ u, attention(block).output[0].float() @ u, mlp(block).output.float() @ u]
+        found = torch.stack(along).unflatten(0, (m.n_layers, 3)).save()  # [layers, 3, batch, seq]
+    means = found[:, :, real].mean(-1)
+
+    def edit(nn: Any) -> None:
+        for block, (start, attended, computed) in zip(blocks(nn), means, strict=True):
+            block.input = _moved_to(block.input, v, start)
+            output, *rest = attention(block).output
+            attention(block).output = (_moved_to(output, v, attended), *rest)
+            mlp(block).output = _moved_to(mlp(block).output, v, computed)
+
+    return edit
+
+
+def _moved_to(x: Tensor, v: Tensor, place: Tensor) -> Tensor:
+    """x with the component `place` along the unit vector v."""
+    return project_out(x, v) + (place * v.to(place)).to(x)
 
 
 def downstream(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from refusallab.activations import mean_residual
 from refusallab.inputs import check_count, listed
@@ -47,11 +48,18 @@ def site_directions(
 ) -> dict[str, Float32[Tensor, "layers width"]]:
     """Difference in means at two tokens, for every block input.
 
-    "harmfulness": the last token of the instruction. "refusal": the last token of the template, -1.
+    "refusal": the last token of the template, -1. "harmfulness": the last token of the instruction.
     """
-    positions = [m.positions[0] - 1, -1]
+    positions = [-1, m.positions[0] - 1]
     a, b = (mean_residual(m, prompts, positions=positions) for prompts in (harmful, harmless))
-    return dict(zip(("harmfulness", "refusal"), (a - b).float().unbind(1), strict=True))
+    return dict(zip(("refusal", "harmfulness"), (a - b).float().unbind(1), strict=True))
+
+
+def verdicts_by_layer(
+    m: Model, questions: Sequence[Item], vectors: Float[Tensor, "layers width"], layers: Sequence[int]
+) -> dict[int, int]:
+    """How many verdicts each layer's vector turns, added and subtracted at the input of that block."""
+    return {k: sum(turned(questions, steered_verdicts(m, questions, vectors[k], k))) for k in layers}
 
 
 def verdicts(m: Model, questions: Sequence[Item], edit: Edit = no_edit) -> list[str]:
@@ -83,13 +91,19 @@ def turned_rates(
 ) -> dict[str, Rate]:
     """The share of verdicts that each direction turns, on questions about test things; beside it, random vectors.
 
-    Each direction is used at the layer that turns most verdicts on questions about validation things.
+    Each direction is used at the layer that turns most verdicts on questions about validation things. All vectors are
+    as long as the refusal direction is at its layer. Of eight random ones at a layer, the one that turns most is given.
     """
     seen, asked, rates = law_questions("val", 16), law_questions("test", 30), {}
-    for name, vectors in site_directions(m, harmful, harmless).items():
-        counts = {k: sum(turned(seen, steered_verdicts(m, seen, vectors[k], k))) for k in layers}
+    length: Tensor | None = None
+    for name, vectors in site_directions(m, harmful, harmless).items():  # the refusal direction is the first
+        if length is not None:
+            vectors = length * normalize(vectors, dim=-1)
+        counts = verdicts_by_layer(m, seen, vectors, layers)
         layer = max(layers, key=counts.__getitem__)
-        opponent = norm_matched(vectors[layer], 1, seed=0)[0]
+        length = vectors[layer].norm()
         rates[f"{name}, layer {layer}"] = rate(turned(asked, steered_verdicts(m, asked, vectors[layer], layer)))
-        rates[f"random, as long as {name}"] = rate(turned(asked, steered_verdicts(m, asked, opponent, layer)))
+        opponents = norm_matched(vectors[layer], 8, seed=0)
+        by_chance = [turned(asked, steered_verdicts(m, asked, v, layer)) for v in opponents]
+        rates[f"{name}, most by 8 random"] = rate(max(by_chance, key=sum))
     return rates

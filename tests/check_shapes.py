@@ -89,7 +89,14 @@ def run_science():
     from refusallab.activations import logit_lens, residual, stream
     from refusallab.attribution import attention_from_last, attribute, cosine_trace, mass, regions
     from refusallab.audit import gap_left, rank_one_share
-    from refusallab.cones import direction_effect, downstream, last_token_direction, plane_directions, search_directions
+    from refusallab.cones import (
+        direction_effect,
+        downstream,
+        last_token_direction,
+        mean_ablation,
+        plane_directions,
+        search_directions,
+    )
     from refusallab.conversations import streams_by_turn
     from refusallab.decoding import closed_prompt, contrast
     from refusallab.dictionary import (
@@ -108,7 +115,7 @@ def run_science():
         search_candidates,
     )
     from refusallab.geometry import direct_logits, plane_along, principal_plane, projections, right_side, token_strip
-    from refusallab.harmfulness import law_questions, site_directions, steered_verdicts
+    from refusallab.harmfulness import law_questions, site_directions, steered_verdicts, verdicts_by_layer
     from refusallab.interventions import ablation, affine, project_out_span, span_ablation
     from refusallab.measure import kl_divergence, learn_refusal_tokens, refusal_metric
     from refusallab.model import load, logits
@@ -163,6 +170,8 @@ def run_science():
     dose_curve(m, harmless, r, layer, [0.0, 1.0])
     site_directions(m, bad, good)
     steered_verdicts(m, law_questions("val", 2), r, layer)
+    verdicts_by_layer(m, law_questions("val", 2), site_directions(m, bad, good)["refusal"], [layer])
+    mean_ablation(m, bad, r)
 
     run, before = read_activations(m, bad[:3]), refusal_metric(logits(m, bad[:3]), tokens)
     patched_metrics(m, good, run, tokens, part="MLP", layers=[layer])

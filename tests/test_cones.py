@@ -14,6 +14,7 @@ from refusallab.cones import (
     downstream,
     find_cone,
     last_token_direction,
+    mean_ablation,
     orthonormal,
     plane_directions,
     search_directions,
@@ -23,13 +24,40 @@ from refusallab.directions import DEPTH, Candidate, random_directions, score_can
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, project_out
 from refusallab.measure import Outcome, cross_entropy, kl_divergence, rate, refusal_metric
-from refusallab.model import generate, load, logits
+from refusallab.model import encode, generate, load, logits
 from refusallab.prompts import Item, bundled
 
 HARMFUL = [Item("a", "Name a river", "river"), Item("b", "List", "tools: 1"), Item("c", "How do I bake bread?", "pie")]
 HARMLESS = [Item("d", "What is 12 plus 7?", "19"), Item("e", "Name a river in the north", "river")]
 TOKENS = [5, 9]
 WHERE = {"layer": 1, "length": 6.0}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_mean_ablation_equals_hooks_that_set_each_part_to_its_mean(model_of, hooks, prompts, r, name):
+    m, u = model_of(name), r / r.norm()
+    batch = encode(m, prompts[:4])
+    real = batch["attention_mask"].bool()
+    parts = {"inputs": [], "attention": [], "mlp": []}
+
+    def noted(kind):
+        return lambda x: parts[kind].append((x @ u)[real].mean()) or x
+
+    layers = range(m.n_layers)
+    reading = {"inputs": {i: noted("inputs") for i in layers}, "attention": noted("attention"), "mlp": noted("mlp")}
+    hooks.logits(m.hf, batch, **reading)
+
+    def moved(kind):
+        places = iter(parts[kind])
+        return lambda x: x + (next(places) - x @ u)[..., None] * u
+
+    inputs = moved("inputs")
+    sites = {"inputs": {i: inputs for i in layers}, "attention": moved("attention"), "mlp": moved("mlp")}
+    asked = prompts[1:3]
+    expected = hooks.logits(m.hf, encode(m, asked), **sites)
+    edited = logits(m, asked, edit=mean_ablation(m, prompts[:4], 3 * r))
+    torch.testing.assert_close(edited, expected, atol=1e-4, rtol=0)
+    assert (edited - logits(m, asked, edit=ablation(r))).abs().max() > 0.01
 
 
 def test_the_basis_is_orthonormal_and_begins_with_the_first_vector():

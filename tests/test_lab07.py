@@ -54,19 +54,21 @@ def test_a_site_direction_is_harmful_minus_harmless_at_its_token(model_of, promp
     assert m.tokenizer.decode(read).endswith("Name a river")
 
 
-def test_the_layer_is_chosen_on_other_questions_than_the_share(model_of, monkeypatch):
-    chosen, lengths = {1.0: 2, 2.0: 1}, []
+def test_the_layer_is_chosen_on_other_questions_than_the_share_and_all_vectors_are_as_long(model_of, monkeypatch):
+    refusal = torch.tensor([[1.0, 0, 0, 0], [3, 0, 0, 0], [2, 0, 0, 0]])
+    vectors = {"refusal": refusal, "harmfulness": torch.eye(4)[1].repeat(3, 1)}
+    chosen, by_chance = {0: 1, 1: 2}, []  # the axis of a direction, and the layer at which it turns most
 
     def said(_m, questions, vector, layer):
-        kind, split = vector[0].item(), questions[0].id
-        if kind not in chosen:
-            lengths.append((split, round(vector.norm().item(), 3), layer))
-            return ["allowed", "ruled out"]
+        split, axis = questions[0].id, vector.abs().argmax().item()
+        if vector.count_nonzero() > 1:  # a random one
+            by_chance.append((split, round(vector.norm().item(), 3), layer))
+            return ["ruled out", "ruled out"] if len(by_chance) == 12 else ["allowed", "ruled out"]
+        assert axis == 0 or round(vector.norm().item(), 3) == 3.0
         if split == "val":
-            return ["ruled out", "allowed"] if layer == chosen[kind] else ["allowed", "ruled out"]
-        return ["ruled out", "ruled out"] if layer == chosen[kind] else ["ruled out", "allowed"]
+            return ["ruled out", "allowed"] if layer == chosen[axis] else ["allowed", "ruled out"]
+        return ["ruled out", "ruled out"] if layer == chosen[axis] else ["ruled out", "allowed"]
 
-    vectors = {"harmfulness": torch.ones(3, 4), "refusal": 2 * torch.ones(3, 4)}
     monkeypatch.setattr(harmfulness, "steered_verdicts", said)
     monkeypatch.setattr(harmfulness, "site_directions", lambda *_: vectors)
     monkeypatch.setattr(
@@ -74,12 +76,12 @@ def test_the_layer_is_chosen_on_other_questions_than_the_share(model_of, monkeyp
     )
     rates = turned_rates(model_of("llama"), [], [], layers=range(3))
     assert {name: share.value for name, share in rates.items()} == {
-        "harmfulness, layer 2": 0.5,
-        "random, as long as harmfulness": 0.0,
         "refusal, layer 1": 0.5,
-        "random, as long as refusal": 0.0,
+        "refusal, most by 8 random": 0.0,
+        "harmfulness, layer 2": 0.5,
+        "harmfulness, most by 8 random": 0.5,  # by the fourth of those beside it
     }
-    assert lengths == [("test", 2.0, 2), ("test", 4.0, 1)]
+    assert by_chance == [("test", 3.0, 1)] * 8 + [("test", 3.0, 2)] * 8
 
 
 def test_replies_become_verdicts(model_of, monkeypatch):

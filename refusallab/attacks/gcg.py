@@ -474,7 +474,9 @@ def random_suffix(m: Model, prompt: Prompt, knobs: Knobs = Knobs()) -> str:  # n
         tokens = allowed[torch.randperm(len(allowed), generator=generator)[:128]].to(suffix.device)
         candidates = suffix.repeat(len(tokens), 1)  # [128, s]
         candidates[:, i] = tokens
-        good = survives(m, case, candidates).nonzero().flatten()
-        if len(good):
-            suffix = candidates[good[0]]
+        for few in candidates.split(8):  # the first that survives is taken, and it is seldom far behind
+            good = survives(m, case, few).nonzero().flatten()
+            if len(good):
+                suffix = few[good[0]]
+                break
     return suffix_texts(m, case, suffix[None])[0]

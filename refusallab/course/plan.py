@@ -20,8 +20,8 @@ that is not solved stops nothing but its own check: the lab goes on with the lib
 A workshop takes the *core path* of a lab, about 40 minutes. `progress()` in any lab shows what you have solved.
 
 If you are stuck, read the hints, then the message of the check: it names typical mistakes. If a sentence or a check is
-wrong, please open an issue ([how to](../CONTRIBUTING.md)); in a class, ask your instructor first. Please do not post
-solutions.
+wrong, please open an issue (the repository has a form for it); in a class, ask your instructor first. Please do not
+post solutions.
 
 | lab | you will | minutes | before |
 |---|---|---|---|

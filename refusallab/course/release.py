@@ -28,7 +28,16 @@ from refusallab.course.plan import lab_table, read_plan
 from refusallab.errors import RefusalLabError
 
 FOLDER = "refusal-mechanics-labs"  # the one folder inside the archive
-ARCHIVED = ("*.md", "*.toml", "LICENSE*", "constraints.txt", "labs/**/*", "refusallab/**/*", "smallmodels/**/*")
+ARCHIVED = (
+    "*.md",
+    "*.toml",
+    "LICENSE*",
+    "NOTICE",
+    "constraints.txt",
+    "labs/**/*",
+    "refusallab/**/*",
+    "smallmodels/**/*",
+)
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the date of every file in the archive
 
 
