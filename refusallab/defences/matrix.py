@@ -120,7 +120,7 @@ def standard_attacks(layer: int, position: int) -> list[Attack]:
         *(Attack(kind, lambda d, items, kind=kind: _first_text(d, items, kind)) for kind in rewritings()),
         Attack("prefill", lambda d, items: prefilling_attack(d, items, "Sure!")),
         Attack("best of 4", lambda d, items: best_of_n_attack(d, items, 4)),
-        _searched("GCG"),
+        searched("GCG"),
         Attack("ablation", lambda d, items: direct(d, items, edit=extracted(d.m, items))),
     ]
 
@@ -141,7 +141,7 @@ def knowing_attacks(defences: Sequence[Defence]) -> list[Attack]:
     """For each defence at run time, an attack by someone who knows it. `defences` holds all of these."""
     named = {d.name: d for d in defences}
     hidden = {
-        watchers: _searched(
+        watchers: searched(
             f"GCG, unseen by {' and '.join(name.split()[-1] for name in watchers)}",  # "perplexity filter" is "filter"
             lambda m, watchers=watchers: hiding_from([named[name] for name in watchers]),
         )
@@ -163,9 +163,9 @@ def suffix_attacks(layer: int, position: int, probes: Sequence[ExchangeProbe | S
     layer, position: where the refusal direction is found. Attackers who ask a probe of replies make one up.
     """
     return [
-        _searched("GCG, guided by r", lambda m: guided_by_direction(m, layer, position)),
+        searched("GCG, guided by r", lambda m: guided_by_direction(m, layer, position)),
         *(
-            replace(_searched(f"GCG, unseen by {d.name}", lambda m, d=d: hiding_from([d], reply=GUESS)), against=d.name)
+            replace(searched(f"GCG, unseen by {d.name}", lambda m, d=d: hiding_from([d], reply=GUESS)), against=d.name)
             for d in probes
         ),
     ]
@@ -321,9 +321,9 @@ def _once(search: Callable[[Model, Sequence[Item]], Any]) -> Callable[[Model, Se
     return found
 
 
-def _searched(name: str, penalty: Callable[[Model], Penalty] | None = None) -> Attack:
+def searched(name: str, penalty: Callable[[Model], Penalty] | None = None, *, knobs: Knobs = KNOBS) -> Attack:
     """GCG, found once for each checkpoint; `penalty` is made for the checkpoint."""
-    found = _once(lambda m, items: gcg_attack(m, items, [OPENING] * len(items), KNOBS, penalty=penalty and penalty(m)))
+    found = _once(lambda m, items: gcg_attack(m, items, [OPENING] * len(items), knobs, penalty=penalty and penalty(m)))
     return Attack(name, lambda d, items: send(d, name, items, [result.prompt for result in found(d.m, items)]))
 
 
