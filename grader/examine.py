@@ -375,9 +375,10 @@ def _public(problem: str, case: dict[str, Any]) -> str:
         known = isinstance(getattr(builtins, name, None), type)
         where = f" at line {line} of its cell" if isinstance(line, int) and 0 < line < 10_000 else ""
         return f"It raised {name if known else 'an exception of its own'}{where}."
+    problem = re.sub(r"(Expected another (?:value of kind \w+|text))(?: than|\. Yours) .*", r"\1.", problem, flags=re.S)
     if got := re.search(r"got an? ([^:]*): ", problem):
         return f"{problem[: got.start()]}got {got[1] if got[1] in KINDS else 'something else'}."
-    return re.sub(r"(Expected another value of kind \w+) than .*", r"\1.", problem, flags=re.S)
+    return problem
 
 
 def _cut(text: str, most: int) -> str:

@@ -22,6 +22,7 @@ from refusallab.course.exercises import every_exercise, find_exercise
 from refusallab.course.notebook import DIFFICULTY, HIDDEN_SEED
 from refusallab.course.progress_file import passed, record
 from refusallab.errors import RefusalLabError
+from refusallab.model import blocks, encode
 from refusallab.sandbox.plain import from_json, to_json
 
 EXERCISES = every_exercise()
@@ -126,17 +127,58 @@ class TestJudge:
 
         assert "not written yet" in run_cases(DOUBLE, stub, 0).problem
 
-    @pytest.mark.parametrize("observe", [None, lambda function, inputs: function("model", **inputs)])
+    @pytest.mark.slow
+    def test_a_name_that_a_trace_does_not_know_is_told_apart_from_other_unknown_names(self):
+        def not_saved(m, prompts, source, layer, position):
+            with m.nn.trace(**encode(m, source)):
+                kept = blocks(m.nn)[layer].input[:, position]
+            with m.nn.trace(**encode(m, prompts)):
+                x = blocks(m.nn)[layer].input.clone()
+                x[:, position] = kept
+            return x
+
+        def not_imported(m, prompts, source, layer, position):
+            with m.nn.trace(**encode(m, prompts)):
+                x = blocks(m.nn)[layer].input.clone().save()
+            return einsum(x, "n t w -> n w")  # noqa: F821
+
+        saving, name = "Then it needs `.save()`", "It raised NameError: name "
+        verdict = run_cases(find_exercise("12.1"), not_saved, 0)
+        assert verdict.problem.startswith(f"{name}'kept' is not defined") and saving in verdict.problem
+        verdict = run_cases(find_exercise("12.1"), not_imported, 0)
+        assert verdict.problem.startswith(f"{name}'einsum' is not defined") and saving not in verdict.problem
+
     @pytest.mark.parametrize(
-        ("inputs", "edit"),
+        ("got", "problem"),
         [
-            ({"x": torch.ones(3)}, lambda x: x.mul_(2)),
-            ({"x": torch.tensor(float("nan"))}, lambda x: x.fill_(1)),
-            ({"x": [1, 2]}, lambda x: x.append(3)),
-            ({"x": {"a": 1.0}}, lambda x: x.pop("a")),
+            (f"{20 * 'same '}My end.", f"right up to {8 * 'same '!r}; there it goes on with 'My end.'."),
+            (f"{20 * 'same '}Here comes more.\n", "same Here comes more.'; there it goes on with '\\n'."),
+            (20 * "same ", f"right up to {8 * 'same '!r}; there it ends."),
+            (f"Not the {20 * 'same '}", "Expected another value of kind str than 'Not the same same"),
+            ("Short.", "Expected another value of kind str than 'Short.'."),
         ],
     )
-    def test_an_edit_in_place_is_caught(self, inputs, edit, observe):
+    def test_of_a_long_text_the_place_is_told_where_it_goes_wrong(self, got, problem):
+        expected = f"{20 * 'same '}Here comes more."
+        verdict = run_cases(exercise(lambda x: {"reply": [expected]}, {"x": 1}), lambda x: {"reply": [got]}, 0)
+        assert verdict.problem.startswith("At key 'reply': Value 1 of 1: Expected another ")
+        assert problem in verdict.problem
+        assert "comes" in got or "comes" not in verdict.problem
+
+    @pytest.mark.parametrize("observe", [None, lambda function, inputs: function("model", **inputs)])
+    @pytest.mark.parametrize(
+        ("inputs", "edit", "advice"),
+        [
+            ({"x": torch.ones(3)}, lambda x: x.mul_(2), "Work on a new tensor"),
+            ({"x": torch.tensor(float("nan"))}, lambda x: x.fill_(1), "Work on a new tensor"),
+            ({"x": [torch.ones(3), torch.ones(3)]}, lambda x: x[1].mul_(2), "Work on a new tensor"),
+            ({"x": [torch.ones(3)]}, lambda x: x.clear(), "Work on a copy: [*x, y]"),
+            ({"x": [1, 2]}, lambda x: x.append(3), "Work on a copy: [*x, y]"),
+            ({"x": [2, 1]}, lambda x: x.sort(), "Work on a copy: [*x, y]"),
+            ({"x": {"a": 1.0}}, lambda x: x.pop("a"), "Work on a copy: [*x, y]"),
+        ],
+    )
+    def test_an_edit_in_place_is_caught(self, inputs, edit, advice, observe):
         """Though the result is right."""
 
         def answer(*_, x):
@@ -147,6 +189,7 @@ class TestJudge:
         assert run_cases(e, lambda *_, x: 1, 0).passed
         verdict = run_cases(e, answer, 0)
         assert verdict.mistake == "changes its input" and "`x`" in verdict.problem
+        assert advice in verdict.problem
 
     def test_an_answer_cannot_spoil_the_inputs_of_the_next_check(self):
         e = exercise(lambda x: x.sum(), {"x": torch.ones(3)})
@@ -161,6 +204,7 @@ class TestJudge:
             ({"key": 1.2345}, {"key": 0.0}),
             ([1.2345, 1.0], [0.0, 1.0]),
             ("1.2345", "0"),
+            (f"{90 * '1'}1.2345", 90 * "1"),
             (12345, 0),
         ],
     )
@@ -211,6 +255,13 @@ class TestJudge:
         assert run_cases(e, lambda x: x + x + x, 0).mistake == "triple"
         assert run_cases(e, lambda x: 5 * x, 0).mistake == ""
         assert "Twice, not three times." in result_text(run_cases(e, lambda x: x + x + x, 0))
+
+    def test_a_mistake_whose_result_is_none_has_a_name_too(self):
+        never = Mistake("none for zero", lambda x: x or None, "Zero is a number.")
+        broken = Mistake("broken", lambda x: 1 / 0, "Never seen.")
+        e = exercise(lambda x: x, {"x": 0})
+        e = Exercise(**{**vars(e), "mistakes": (broken, never)})
+        assert run_cases(e, lambda x: None if x == 0 else x, 0).mistake == "none for zero"
 
     def test_nothing_that_an_answer_says_is_shown(self, capfd):
         handler = logging.StreamHandler(sys.stderr)  # as libraries make them: bound to the stderr of that time

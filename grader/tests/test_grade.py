@@ -275,6 +275,19 @@ def test_feedback_tells_no_value_that_came_from_hidden_inputs():
     )
 
 
+@pytest.mark.parametrize("end", ["", "SECRET", "got a str: 'x'", "Expected another text. Yours is that.", "\n \n x"])
+def test_feedback_on_a_text_tells_nothing_of_it(end):
+    exercise = find_exercise("9.1")
+    cases = exercise.cases(31)
+    right = exercise.observe(exercise.reference, cases[0].inputs)
+    hidden = right[0][:60]
+    for value in (f"{hidden} {end}", f"{hidden} {90 * 'x'} {end}", f"{right[0]} {end}", f"{90 * 'x'} {hidden} {end}"):
+        said = to_json({"cases": [{"value": [value, *right[1:]], "inputs": case.inputs} for case in cases]})
+        outcome = _judge(exercise, said, Task("ada", "09", b"", 31))
+        assert outcome.detail != outcome.problem  # the instructor sees more
+        assert outcome.problem in (f"Value 1 of 4: Expected another {what}." for what in ("text", "value of kind str"))
+
+
 # --- answers for a person ------------------------------------------------------------------------------------------
 
 IMPORT = "from refusallab.directions import difference_in_means"

@@ -12,6 +12,7 @@ import copy
 import inspect
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ BORROWED = (
     "yourself."
 )
 
+SHOWN = 80  # characters of a value that a message shows
+
 
 @dataclass(frozen=True)
 class Case:
@@ -40,6 +43,7 @@ class Case:
 
 
 Observe = Callable[[Callable[..., Any], dict[str, Any]], Any]
+FAILED = object()  # in place of a result: there is none, and None may be one
 
 
 def call(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -174,11 +178,11 @@ def check_cases(exercise: Exercise, seed: int, observed: Callable[[int, dict[str
             )
         except Exception as error:
             problem = f"It raised {type(error).__name__}: {_first_line(error)}"
-            if isinstance(error, UnboundLocalError):
+            if isinstance(error, UnboundLocalError) or (isinstance(error, NameError) and _in_a_trace(error)):
                 problem += ". Was it made inside a trace? Then it needs `.save()` to be there after it."
             return CheckResult(exercise, problem, case=case.what, notes=tuple(notes))
         if changed := _changed(inputs, case.inputs):
-            problem = f"It changes its input `{changed}`. Work on a new tensor: x - y makes one, x -= y does not."
+            problem = f"It changes its input `{changed}`. {_how_to_keep(inputs[changed], case.inputs[changed])}"
             return CheckResult(exercise, problem, "changes its input", case.what, tuple(notes))
         difference = describe_difference(got, expected, exercise.tolerance)
         if difference:
@@ -193,19 +197,33 @@ def _recognise(exercise: Exercise, seed: int, place: int, got: Any) -> Mistake |
     """The typical mistake that gives just this wrong result."""
     for mistake in exercise.mistakes:
         wrong = _mistaken(exercise, mistake, seed, place)
-        if wrong is not None and not describe_difference(got, wrong, exercise.tolerance):
+        if wrong is not FAILED and not describe_difference(got, wrong, exercise.tolerance):
             return mistake
     return None
 
 
 @cache
 def _mistaken(exercise: Exercise, mistake: Mistake, seed: int, place: int) -> Any:
-    """What a typical mistake makes of a case. None if it fails there."""
+    """What a typical mistake makes of a case. FAILED if it raises an exception there."""
     try:
         with _quiet():
             return exercise.observe(mistake.wrong, _fresh(_expected(exercise, seed)[place][0]))
     except Exception:
-        return None
+        return FAILED
+
+
+def _in_a_trace(error: Exception) -> bool:
+    """Whether an error arose inside a trace of nnsight, where names of an earlier trace are gone unless saved."""
+    return any("nnsight" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _how_to_keep(now: Any, before: Any) -> str:
+    """What to do instead of the edit in place that made an input what it is now."""
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return next(_how_to_keep(a, b) for a, b in zip(now, before, strict=True) if describe_difference(a, b, 0.0))
+    if isinstance(before, Tensor):
+        return "Work on a new tensor: x - y makes one, x -= y does not."
+    return "Work on a copy: [*x, y] makes a new list, x.append(y) does not."
 
 
 def _changed(inputs: dict[str, Any], before: dict[str, Any]) -> str:
@@ -239,8 +257,17 @@ def describe_difference(got: Any, expected: Any, tolerance: float) -> str:
             return ""
         if isinstance(got, bool) and isinstance(expected, bool):
             return f"This is {got}, and should not be."
+        if isinstance(got, str) and isinstance(expected, str) and len(got) > SHOWN and got[0] == expected[:1]:
+            return f"Expected another text. {_where_texts_part(got, expected)}"
         return f"Expected another value of kind {type(expected).__name__} than {_short(got)}."
     return next((where + text for where, a, b in parts if (text := describe_difference(a, b, tolerance))), "")
+
+
+def _where_texts_part(got: str, expected: str) -> str:
+    """Up to where a text is right, and how it goes on: all of it in its own words."""
+    same = len(os.path.commonprefix([got, expected]))
+    further = f"goes on with {got[same : same + 40]!r}" if same < len(got) else "ends"
+    return f"Yours is right up to {got[max(0, same - 40) : same]!r}; there it {further}."
 
 
 def _is_truth_value(value: Any) -> bool:
@@ -282,7 +309,7 @@ def _kind(value: Any) -> str:
 
 def _short(value: Any) -> str:
     text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def _first_line(error: Exception) -> str:
