@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,11 +32,11 @@ def _generator(seed: int) -> torch.Generator:
 
 def _window_cases(seed: int) -> list[Case]:
     g = _generator(1000 + seed)
-    quiet, short = 2 + torch.rand(30, generator=g), 4 * torch.rand(5, generator=g)
-    quiet[-6:] += 6  # strange tokens at the end
+    quiet, short = 2 + torch.rand(29, generator=g), 4 * torch.rand(5, generator=g)
+    quiet[-6:] += torch.tensor([6.0] * 5 + [1.0])  # strange tokens near the end; the last window is the worst one
     return [
-        Case("30 tokens, the last 6 strange, window 8", {"surprise": quiet, "window": 8}),
-        Case("30 tokens backwards, window 4", {"surprise": quiet.flip(0), "window": 4}),
+        Case("29 tokens, 5 strange ones before the last, window 8", {"surprise": quiet, "window": 8}),
+        Case("29 tokens backwards, window 4", {"surprise": quiet.flip(0), "window": 4}),
         Case("5 tokens, window 8", {"surprise": short, "window": 8}),
     ]
 
@@ -49,6 +50,12 @@ PERPLEXITY = define(
             "mean of the whole text",
             lambda surprise, window: surprise.mean().item(),
             "This is the mean over all tokens: a long fluent request hides a short strange suffix. Take windows.",
+        ),
+        Mistake(
+            "windows cut off at the end",
+            lambda surprise, window: max(surprise[i : i + window].mean().item() for i in range(len(surprise))),
+            "Your last windows hold fewer tokens than `window`, so a single strange token counts as one. Stop at the "
+            "last full window.",
         ),
         Mistake(
             "worst token",
@@ -85,6 +92,7 @@ def _vote_cases(seed: int) -> list[Case]:
     rows = [
         [True, False, True],
         [False, True, True, False, True],
+        [False, True, False, False, False],
         [True, False, False, True, False],
         [False, True, False, True],
         [True, False, True, False],
@@ -105,6 +113,12 @@ VOTE = define(
             "a tie is answered",
             lambda refused: refused.index(2 * sum(refused) > len(refused)),
             "In a tie you return an answer. Answer only when more than half of the copies were answered.",
+        ),
+        Mistake(
+            "half rounded down",
+            lambda refused: refused.index(sum(refused) >= len(refused) // 2),
+            "Two of five are less than half: `//` rounds half of the copies down. Compare 2 * sum(refused) with "
+            "len(refused).",
         ),
         Mistake(
             "one refusal is enough",
@@ -145,12 +159,12 @@ def monitor(harmful: Tensor, harmless: Tensor, calibration: Tensor, false_alarms
 
 def _streams(seed: int) -> list[Case]:
     g, cases = _generator(1200 + seed), []
-    for what, width, share in (("12 dimensions, 5 %", 12, 0.05), ("40 dimensions, 10 %", 40, 0.1)):
+    for what, width, share, others in (("12 dimensions, 5 %", 12, 0.05, 80), ("40 dimensions, 10 %", 40, 0.1, 87)):
         mix = torch.randn(width, width, generator=g) + 2 * torch.eye(width)
         shift = torch.randn(width, generator=g)
-        a, b, c = (torch.randn(n, width, generator=g) @ mix for n in (60, 50, 80))
+        a, b, c = (torch.randn(n, width, generator=g) @ mix for n in (60, 50, others))
         inputs = {"harmful": a + shift, "harmless": b, "calibration": c + 0.2 * shift, "false_alarms": share}
-        cases.append(Case(f"60 and 50 streams of {what} false alarms on 80 others", inputs))
+        cases.append(Case(f"60 and 50 streams of {what} false alarms on {others} others", inputs))
     return cases
 
 
@@ -160,6 +174,12 @@ def _probe(change: Any = linear_probe, cut: Any = threshold_at, on: str = "calib
         return w, cut(inputs[on] @ w, inputs["false_alarms"])
 
     return wrong
+
+
+def rounded_up(scores: Tensor, false_alarms: float) -> float:
+    """A wrong threshold: one score too many lies above it, unless the share of them is a whole number."""
+    n = len(scores)
+    return scores.sort().values[n - 1 - math.ceil(false_alarms * n - 1e-9)].item()
 
 
 def _pooled(harmful: Tensor, harmless: Tensor) -> Tensor:
@@ -207,6 +227,12 @@ PROBE = define(
             _probe(cut=lambda s, share: threshold_at(s, 1 - share)),
             "This threshold alarms on nearly all harmless prompts. Only the share `false_alarms` may lie above it.",
         ),
+        Mistake(
+            "share rounded up",
+            _probe(cut=rounded_up),
+            "One score too many lies above: of 87 streams at most 8 may, not 9, which are more than a tenth. Round "
+            "n * `false_alarms` down.",
+        ),
     ),
     hints=(
         "Three steps: the covariance within the kinds, the probe that it gives, the threshold on fresh streams.",
@@ -223,22 +249,27 @@ PROBE = define(
 def _steering_cases(seed: int) -> list[Case]:
     from refusallab.activations import residual
 
-    vectors, cases = random_directions(chat_model().width, 6, seed=1300 + seed), []
-    for k, (read, act, above) in enumerate([(2, 4, 6), (2, 5, 0), (3, 4, 3)]):
-        texts, w = prompts("harmless_val", seed + k, 6), vectors[2 * k]
-        scores = residual(chat_model(), texts, layers=[read], positions=[-1])[:, 0, 0] @ w
-        ascending = scores.sort().values.tolist()
-        low, high = [ascending[0] - 2, *ascending, ascending[-1] + 2][6 - above : 8 - above]
-        inputs = {"w": w, "threshold": (low + high) / 2, "read": read, "r": 40 * vectors[2 * k + 1], "act": act}
+    vectors, cases = random_directions(chat_model().width, 12, seed=1300 + seed), []
+    for k, (read, act, above) in enumerate([(2, 4, 6), (2, 5, 0), (3, 5, 3)]):
+        texts = prompts("harmless_val", seed + k, 6)
+        streams = residual(chat_model(), texts, layers=[read, read + 1, act], positions=[-1])[:, :, 0]
+        *probes, r = vectors[4 * k : 4 * k + 4]
+        for w in probes:  # the first with which another block would choose other prompts; if there is none, the last
+            ascending = (streams[:, 0] @ w).sort().values.tolist()
+            low, high = [ascending[0] - 2, *ascending, ascending[-1] + 2][6 - above : 8 - above]
+            right, *others = (streams @ w > (low + high) / 2).unbind(1)
+            if not any(torch.equal(right, other) for other in others):
+                break
+        inputs = {"w": w, "threshold": (low + high) / 2, "read": read, "r": 40 * r, "act": act}
         what = f"6 prompts, {above} above the threshold, read at {read}, act at {act}"
         cases.append(Case(what, inputs | {"prompts": texts}))
     return cases
 
 
-def _steer(gate: Any, site: str = "act") -> Any:
+def _steer(gate: Any, site: str = "act", reads: str = "input") -> Any:
     def make(w: Tensor, threshold: float, read: int, r: Tensor, act: int) -> Edit:
         def edit(nn: Any) -> None:
-            fires = gate(blocks(nn)[read].input, w, threshold)
+            fires = gate(getattr(blocks(nn)[read], reads), w, threshold)
             block = blocks(nn)[{"act": act, "read": read}[site]]
             block.input = block.input + fires * r
 
@@ -269,9 +300,15 @@ STEER = define(
             "r is added to every prompt. Add it only where the score is above the threshold.",
         ),
         Mistake(
-            "condition reversed",
+            "nothing added above the threshold",
             _steer(lambda x, w, t: 1 - _open(x, w, t)),
-            "You steer the prompts *below* the threshold.",
+            "Nothing is added to the prompts above the threshold. Either the condition is reversed, or nothing is "
+            "edited at all: a new variable is not the stream, so assign to it, `block.input = ...`.",
+        ),
+        Mistake(
+            "output of the block that is read",
+            _steer(_open, reads="output"),
+            "You read the output of block `read`. Read its input.",
         ),
         Mistake(
             "each position on its own",
