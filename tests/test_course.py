@@ -40,6 +40,9 @@ def progress_file(tmp_path, monkeypatch):
     return path
 
 
+NO_CONSTANTS = {"9.3"}  # here a number does not do: its gradient with respect to the inputs is looked at
+
+
 @pytest.mark.slow
 class TestExercises:
     @each_exercise
@@ -62,7 +65,7 @@ class TestExercises:
             return given[-1]
 
         assert run_cases(e, noting, PUBLIC_SEED).passed
-        for seed, right in ((PUBLIC_SEED, True), (HIDDEN_SEED, False)):
+        for seed, right in ((PUBLIC_SEED, e.number not in NO_CONSTANTS), (HIDDEN_SEED, False)):
             answers = copy.copy(given)
             assert run_cases(e, lambda *_, answers=answers, **__: answers.pop(0), seed).passed == right
 

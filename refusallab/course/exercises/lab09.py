@@ -19,7 +19,6 @@ from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import chat_model, on_chat_model, prompts
 from refusallab.defences.training import Lesson, away, extend, lessons, refat_loss
 from refusallab.directions import random_directions
-from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss
 from refusallab.interventions import ablation, unit
 from refusallab.measure import Outcome
@@ -105,6 +104,11 @@ EXTEND = define(
     ),
 )
 
+NO_GRADIENT = (
+    "The loss has no gradient, so nothing can be trained with it. Compute with tensors alone, without .item() and "
+    "torch.no_grad()."
+)
+
 # --- 9.2 -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,15 +124,18 @@ def _loss_seen(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A loss and its gradient with respect to the weights of the head and of one attention."""
     m = _student()
     loss = function(m, **{name: _read(value) for name, value in inputs.items()})
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        return {"loss": loss}
-    if not loss.requires_grad:
-        raise RefusalLabError(
-            "The loss has no gradient. Return the tensor, not its .item(), and use no torch.no_grad()."
-        )
-    weights = [unembedding(m.hf).weight, m.hf.model.layers[2].self_attn.o_proj.weight]
-    gradients = torch.autograd.grad(loss, weights, retain_graph=True)
-    return {"loss": loss.detach(), "length of the gradient": torch.stack([g.norm() for g in gradients])}
+    return _with_gradient(loss, [unembedding(m.hf).weight, m.hf.model.layers[2].self_attn.o_proj.weight])
+
+
+def _with_gradient(loss: Any, wrt: list[Tensor]) -> dict[str, Any]:
+    """A loss and the lengths of its gradients with respect to some tensors: 0 where it has none."""
+    if isinstance(loss, float):
+        loss = torch.tensor(loss)  # what .item() has made of it
+    lengths = torch.zeros(len(wrt))
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+        gradients = torch.autograd.grad(loss, wrt, retain_graph=True, allow_unused=True)
+        lengths = torch.stack([torch.tensor(0.0) if g is None else g.norm() for g in gradients])
+    return {"loss": loss.detach() if isinstance(loss, Tensor) else loss, "length of the gradient": lengths}
 
 
 def _refat_cases(seed: int) -> list[Case]:
@@ -188,6 +195,11 @@ REFAT = define(
             lambda m, forbidden, harmless, r: _parts(m, forbidden, ablation(r)) - _parts(m, harmless),
             "Both terms are losses to be made small: add them.",
         ),
+        Mistake(
+            "no gradient",
+            lambda m, forbidden, harmless, r: refat_loss(m, forbidden, harmless, r).detach(),
+            NO_GRADIENT,
+        ),
     ),
     hints=(
         "Two calls of `reply_loss`. What is said in each, and what does the attacker do in each?",
@@ -213,6 +225,12 @@ def _streams(seed: int) -> list[Case]:
     return cases
 
 
+def _trainable(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A loss and its gradient with respect to the new streams."""
+    new = inputs["new"].clone().requires_grad_()
+    return _with_gradient(function(**{**inputs, "new": new}), [new])
+
+
 def _cosines(new: Tensor, old: Tensor) -> Tensor:
     return (normalize(new, dim=-1) * normalize(old, dim=-1)).sum(-1)
 
@@ -220,6 +238,7 @@ def _cosines(new: Tensor, old: Tensor) -> Tensor:
 REROUTE = define(
     "9.3",
     reference=away,
+    observe=_trainable,
     cases=_streams,
     mistakes=(
         Mistake(
@@ -254,6 +273,11 @@ REROUTE = define(
             "sign reversed",
             lambda new, old, counted: -_cosines(new, old).clamp(min=0)[:, counted].mean(),
             "This loss falls when the streams become more alike. It should fall when they move apart.",
+        ),
+        Mistake(
+            "no gradient",
+            lambda new, old, counted: away(new, old, counted).detach(),
+            NO_GRADIENT,
         ),
     ),
     hints=(
@@ -367,19 +391,23 @@ def _with_outcomes(function: Any, inputs: dict[str, Any]) -> Any:
 
 def _curves(seed: int) -> list[Case]:
     rng = random.Random(990 + seed)
-    a, b, c, d = sorted(rng.sample(range(1, 60), 4))
+    a, b, c, d, e = sorted(rng.sample(range(6, 60), 5))
     n = rng.choice([10, 20, 40])
-    rising = {0: (0, 0, 0), a: (0.1, 0, 0.5), b: (0.2, 0, 0.5), c: (0.6, 0, 0.3), d: (0.9, 0, 0)}
+    rising = {0: (0, 0, 0), a: (0.1, 0, 0.3), b: (0.2, 0, 0.5), c: (0.6, 0, 0.3), d: (0.9, 0, 0)}
     naive = {0: (0, 0, 0), a: (0, 0, 0.6), b: (0, 0, 0.9), c: (0.1, 0, 0.9)}
     long = {0: (0, 0, 0), a: (0.1, 0.2, 0.5), b: (0.2, 0.4, 0.2), c: (0.8, 0.2, 0)}
     exact = {0: (0, 0, 0), a: (0.4, 0, 0), b: (0.5, 0, 0.2), d: (0.6, 0, 0.2)}
-    backwards = dict(sorted(_curve(rng, rising, n).items(), reverse=True))
+    slow = {e: (0.9, 0, 0), d: (0.6, 0, 0), c: (0.3, 0, 0), b: (0.2, 0, 0), a: (0.1, 0, 0), 0: (0, 0, 0)}
+    open_ = {0: (0.6, 0, 0), a: (0.7, 0, 0), b: (0.8, 0, 0)}
+    to_and_fro = {0: (0, 0, 0), a: (0.1, 0, 0.1), b: (0.6, 0, 0.1), c: (0.3, 0, 0.1), d: (0.8, 0, 0), e: (0.9, 0, 0)}
     return [
         Case("a defence that gives way", {"curve": _curve(rng, rising, n), "share": 0.5}),
         Case("a model that stops refusing and knows nothing", {"curve": _curve(rng, naive, n), "share": 0.5}),
         Case("a model that tells and then refuses", {"curve": _curve(rng, long, n), "share": 0.5}),
         Case("just half of the answers", {"curve": _curve(rng, exact, n), "share": 0.5}),
-        Case("steps in another order", {"curve": backwards, "share": 0.2}),
+        Case("steps in another order", {"curve": _curve(rng, slow, n), "share": 0.2}),
+        Case("a model that is broken as it is", {"curve": _curve(rng, open_, n), "share": 0.5}),
+        Case("a share that rises, falls and rises", {"curve": _curve(rng, to_and_fro, n), "share": 0.5}),
     ]
 
 
@@ -434,6 +462,22 @@ BROKEN = define(
                 (s for s, row in curve.items() if sum(o.correct for o in row) >= share * len(row)), default=None
             ),
             "This is the largest number of steps that fits. An attacker stops at the smallest.",
+        ),
+        Mistake(
+            "share not computed",
+            lambda curve, share: next((s for s in sorted(curve) if sum(o.correct for o in curve[s]) >= share), None),
+            "You compare the number of exact answers with a share. Divide by the number of outcomes first.",
+        ),
+        Mistake(
+            "half for any share",
+            lambda curve, share: broken_at(curve, 0.5),
+            "`share` has no effect: you look for half of the answers.",
+        ),
+        Mistake(
+            "0 steps passed over",
+            lambda curve, share: broken_at({steps: row for steps, row in curve.items() if steps}, share),
+            "The model is broken as it is, so the answer is 0. In Python 0 counts as False: ask `is None`, not "
+            "`not steps`.",
         ),
     ),
     hints=(
