@@ -30,6 +30,14 @@ def test_a_cascade_that_asks_too_much_is_told_apart_from_one_that_stops_wrongly(
     assert "also read" in run_cases(exercise, spendthrift.wrong, 0).problem
 
 
+@pytest.mark.parametrize("seed", [5441698, 0, 1, 7, 2**24])  # of the first, one prompt has no word of its own
+def test_each_guard_stops_as_many_prompts_as_its_case_says(seed):
+    for case in find_exercise("10.2").cases(seed):
+        for guard in ("cheap", "costly"):
+            words = case.inputs[guard]
+            assert sum(any(word in prompt for word in words) for prompt in case.inputs["prompts"]) == len(words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["10.1", "10.5"])
 def test_an_answer_may_use_the_library(number):

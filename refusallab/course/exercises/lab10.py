@@ -33,20 +33,11 @@ def _guarded_seen(function: Any, inputs: dict[str, Any]) -> list[str]:
     )
 
 
-def _last_words(texts: Sequence[str], count: int) -> list[str]:
-    """A word of each of the first `count` prompts that no other prompt has."""
-    return [
-        max((w for w in text.split() if not any(w in other for other in texts if other != text)), key=len)
-        for text in texts[:count]
-    ]
-
-
 def _guarded_cases(seed: int) -> list[Case]:
     texts = prompts("harmless_val", seed, 5)
-    stopped = _last_words(texts[1:4], 2)  # the second and the third
     layer = chat_model().n_layers - 1
     edit = {"r": 300 * random_directions(chat_model().width, 1, seed=1000 + seed)[0], "layer": layer}
-    plain = {"words": stopped, "prompts": texts, "edit": None, "prefill": ""}
+    plain = {"words": texts[1:3], "prompts": texts, "edit": None, "prefill": ""}  # whole prompts: no other holds them
     return [
         Case("five prompts, two of them stopped", plain),
         Case("the same, and the attacker starts the reply", {**plain, "prefill": "Very well."}),
@@ -152,9 +143,8 @@ def _cascade_cases(seed: int) -> list[Case]:
         ]
     ):
         texts = prompts("harmless_val", 10 * seed + k, 6)
-        words = _last_words(texts, 6)
-        stops = {name: [words[i] for i in places] for name, places in (("cheap", cheap), ("costly", costly))}
-        cases.append(Case(what, {**stops, "prompts": texts}))
+        words = {name: [texts[i] for i in places] for name, places in (("cheap", cheap), ("costly", costly))}
+        cases.append(Case(what, {**words, "prompts": texts}))
     return cases
 
 
@@ -278,7 +268,8 @@ BUDGET = define(
                 x[x > t].min().item() if (x > t).any() else t
                 for x, t in zip((first, second), _thresholds(first, second, cost), strict=True)
             ),
-            "A step lower still fits the budget. An alarm is a score *above* the threshold, not at it.",
+            "A step lower still fits the budget. An alarm is a score *above* the threshold, not at it, and a share of "
+            "just `cost` is allowed.",
         ),
         Mistake(
             "lowest scores",
@@ -315,6 +306,10 @@ def _rate_tables(seed: int) -> list[Case]:
             {"defended": dict.fromkeys(attacks, 1.0), "kept": dict.fromkeys(traffic, 0.0)},
         ),
         Case("a poor one", {"defended": shares(attacks, 0.1, 0.3), "kept": shares(traffic, 0.3, 0.6)}),
+        Case(
+            "two attacks, harmless traffic kept best",
+            {"defended": shares(attacks[:2], 0.6, 0.9), "kept": {"harmless": 0.97, **shares(traffic[1:], 0.7, 0.9)}},
+        ),
     ]
 
 
