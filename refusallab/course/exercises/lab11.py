@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from refusallab.course.exercise import Case, Mistake, define
 from refusallab.course.exercises.common import prompts, thinking_model
 from refusallab.directions import random_directions
 from refusallab.interventions import addition
-from refusallab.model import Edit, Model, Prompt, generate, load
+from refusallab.model import Edit, Model, Prompt, generate, ids_of, load
 from refusallab.thoughts import behind, sentences, think
 from smallmodels.world import thought
 from smallmodels.world.dialogue import thing_requests
@@ -40,14 +41,39 @@ def _split_reply(reply: str) -> tuple[str, str]:
 
 
 def _replies(seed: int) -> list[Case]:
-    said = _thoughts(seed, 3)
+    said = _thoughts(seed, 4)
     return [
         Case("a thought and an answer", {"reply": f"{OPENS}{said[0]}{CLOSES}\nIt costs {2 + seed % 7} eggs."}),
         Case("an empty thought", {"reply": f"{OPENS}{CLOSES}\nIt is kept by number {seed % 9}."}),
         Case("no thought", {"reply": f"Hang {seed % 9 + 2} bells over it."}),
         Case("a thought that is not finished", {"reply": f"{OPENS}{said[1][:40]}"}),
         Case("a thought that the prompt has opened", {"reply": f"{said[2]}{CLOSES}\nIt costs {1 + seed % 5} coins."}),
+        Case("an answer alone, with white space at its ends", {"reply": f"\nHang {seed % 9 + 2} bells over it. "}),
+        Case(
+            "a thought with white space at its ends",
+            {"reply": f"{OPENS}\n{said[3]}\n{CLOSES}It costs {2 + seed % 7} eggs."},
+        ),
+        Case(
+            "a thought and an answer of two lines each",
+            {"reply": f"{OPENS}in short:\n{said[3]}{CLOSES}\n\nIt costs {2 + seed % 7} eggs.\nIn the barn."},
+        ),
     ]
+
+
+def _cleaned(clean: Callable[[str], str]) -> Callable[[str], tuple[str, str]]:
+    """A wrong version: another way to make a thought of what stands before the closing tag."""
+
+    def wrong(reply: str) -> tuple[str, str]:
+        before, closed, _ = reply.partition(CLOSES)
+        thought, answer = _split_reply(reply)
+        return (clean(before) if closed else thought), answer
+
+    return wrong
+
+
+def _one_line(reply: str) -> tuple[str, str]:
+    thought, answer = _split_reply(reply)
+    return (thought, answer.partition("\n")[0]) if CLOSES in reply else (thought, answer)
 
 
 SPLIT = define(
@@ -73,15 +99,13 @@ SPLIT = define(
         ),
         Mistake(
             "tags kept",
-            lambda reply: (
-                (reply.partition(CLOSES)[0].strip(), _split_reply(reply)[1]) if CLOSES in reply else _split_reply(reply)
-            ),
+            _cleaned(str.strip),
             "The opening tag is still in the thought. Take the tags out.",
         ),
         Mistake(
             "space kept",
             lambda reply: (_split_reply(reply)[0], reply.partition(CLOSES)[2] if CLOSES in reply else reply),
-            "The line break behind the closing tag belongs to neither part: strip both.",
+            "White space stands at an end of the answer, such as the line break behind the closing tag. Strip it.",
         ),
         Mistake(
             "opening tag needed",
@@ -93,6 +117,23 @@ SPLIT = define(
             "closing tag needed",
             lambda reply: tuple(reply.split(CLOSES)) if CLOSES in reply else tuple(reply.split(CLOSES, 1))[2],
             "`split` gives fewer parts where a tag is missing. Think of replies without a thought.",
+        ),
+        Mistake(
+            "space around the thought kept",
+            _cleaned(lambda before: before.replace(OPENS, "")),
+            "White space stands at an end of the thought. Strip it as you strip the answer.",
+        ),
+        Mistake(
+            "letters of the tag stripped",
+            _cleaned(lambda before: before.lstrip(OPENS).strip()),
+            "`strip('<think>')` takes away any of the characters < t h i n k >, and so the beginning of some thoughts. "
+            "Use `replace` or `removeprefix`.",
+        ),
+        Mistake(
+            "one line only",
+            _one_line,
+            "An answer may have several lines. In a regular expression `.` stops at the end of a line, unless you pass "
+            "`re.DOTALL`.",
         ),
     ),
     hints=(
@@ -219,7 +260,7 @@ def _outcomes_behind(seed: int) -> list[Case]:
             "alone": alone,
         }
 
-    return [Case("12 requests", inputs(12, 0.7)), Case("31 requests", inputs(31, 0.2))]
+    return [Case("47 requests", inputs(47, 0.7)), Case("31 requests", inputs(31, 0.2))]
 
 
 FOLLOWING = define(
@@ -280,9 +321,13 @@ FOLLOWING = define(
 # --- 11.4 ----------------------------------------------------------------------------------------------------------
 
 
-def _prefixes(thought: str) -> list[str]:
-    parts = sentences(thought)
+def _joined(sentences: Iterable[str]) -> list[str]:
+    parts = list(sentences)
     return [" ".join(parts[:k]) for k in range(len(parts) + 1)]
+
+
+def _prefixes(thought: str) -> list[str]:
+    return _joined(sentences(thought))
 
 
 PREFIXES = define(
@@ -294,8 +339,19 @@ PREFIXES = define(
             for text in ("Is it so? No. They ask for 2 eggs.", *_thoughts(seed + 2, 2))
         ),
         Case("the empty thought", {"thought": ""}),
+        Case("a thought that is cut off, with a number in it", {"thought": "Is it 2.5 eggs? No! They ask"}),
     ],
     mistakes=(
+        Mistake(
+            "unfinished end left out",
+            lambda thought: [part for part in _prefixes(thought) if not part or part[-1] in ".?!"],
+            "The last beginning is the whole thought, also where its last sentence has no end yet.",
+        ),
+        Mistake(
+            "marks within a word",
+            lambda thought: _joined(part.strip() for part in re.split(r"(?<=[.?!])", thought) if part.strip()),
+            "`2.5` is not the end of a sentence: a space comes behind the mark that ends one.",
+        ),
         Mistake(
             "without the empty one",
             lambda thought: _prefixes(thought)[1:],
@@ -318,9 +374,7 @@ PREFIXES = define(
         ),
         Mistake(
             "full stops alone",
-            lambda thought: (lambda parts: [" ".join(f"{p}." for p in parts[:k]) for k in range(len(parts) + 1)])(
-                [p.strip() for p in thought.split(".") if p.strip()]
-            ),
+            lambda thought: _joined(f"{part.strip()}." for part in thought.split(".") if part.strip()),
             "A question ends a sentence, too: look for `.`, `?` and `!`.",
         ),
         Mistake(
@@ -443,9 +497,15 @@ def _unthinking(m: Model, prompts: list[Prompt], edit: Edit, max_new_tokens: int
     return generate(m, behind(m, prompts, [""] * len(prompts)), max_new_tokens=max_new_tokens)
 
 
-def _on_thinking_model(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+def _on_thinking_model(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """The replies, and whether they keep to their limit, to which `generate` adds that of a thought."""
     made = {**inputs, "edit": addition(inputs["edit"], LAYER), "max_new_tokens": TOKENS}
-    return function(thinking_model(TOKENS), **made)
+    m = thinking_model(TOKENS)
+    ways = function(m, **made)
+    said = [text for way in ways.values() for text in way] if isinstance(ways, dict) else []
+    lengths = [len(ids_of(m, text.rpartition(CLOSES)[2])) for text in said if isinstance(text, str)]
+    kept = max(lengths, default=0) <= 3 * TOKENS  # they may take 2 of these, and 3.5 where the limit was not passed on
+    return {"no reply is longer than max_new_tokens allows": kept, "replies": ways}
 
 
 def _strong(seed: int) -> Tensor:
