@@ -450,8 +450,9 @@ def _codes(seed: int) -> list[Case]:
         }
 
     return [
-        Case("4 streams, 9 features, 3 active", inputs(4, 6, 9, 3, 0.0)),
+        Case("8 streams, 16 features, 3 active", inputs(8, 6, 16, 3, 0.0)),
         Case("fewer than k features are above 0", inputs(3, 5, 6, 4, -4.0)),
+        Case("6 streams, 12 features, 5 active", inputs(6, 8, 12, 5, 1.0)),
     ]
 
 

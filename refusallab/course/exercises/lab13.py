@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from refusallab.course.exercise import Case, Mistake, define
+from refusallab.course.exercises.lab08 import rounded_up
 from refusallab.decoding import contrast
 from refusallab.defences.exchange import rolling_means
 from refusallab.defences.thresholds import threshold_at
@@ -303,14 +304,14 @@ def _harmless_scores(seed: int) -> list[Case]:
     g = torch.Generator().manual_seed(seed)
 
     def inputs(n: int, window: int, false_alarms: float) -> dict[str, Any]:
-        lengths = torch.randint(6, 20, (n,), generator=g).tolist()
+        lengths = torch.randint(10, 30, (n,), generator=g).tolist()
         return {
             "scores": [torch.randn(length, generator=g).double() for length in lengths],
             "window": window,
             "false_alarms": false_alarms,
         }
 
-    return [Case("20 replies, at most 0.1", inputs(20, 3, 0.1)), Case("30 replies, at most 0.2", inputs(30, 4, 0.2))]
+    return [Case("40 replies, at most 0.1", inputs(40, 3, 0.1)), Case("58 replies, at most 0.2", inputs(58, 4, 0.2))]
 
 
 THRESHOLD = define(
@@ -363,6 +364,13 @@ THRESHOLD = define(
             "Dividing the share by the number of tokens would do if tokens were independent. They are not, and there "
             "is no need: take the highest of each reply.",
         ),
+        Mistake(
+            "share rounded up",
+            lambda scores, window, false_alarms: rounded_up(
+                torch.stack([rolling_means(x, window).max() for x in scores]), false_alarms
+            ),
+            "One reply too many is stopped: a fifth of 58 replies are 11.6. So 11 may be stopped, and 12 are too many.",
+        ),
     ),
     hints=(
         "How many harmless *replies* does her watcher stop? One high rolling mean anywhere in a reply is enough.",
@@ -387,13 +395,19 @@ def _kappa(a: list[bool], b: list[bool]) -> float:
 def _verdicts(seed: int) -> list[Case]:
     rng = random.Random(seed)
 
-    def inputs(n: int, share: float, same: float) -> dict[str, Any]:
-        a = [rng.random() < share for _ in range(n)]
-        b = [x if rng.random() < same else rng.random() < share for x in a]
-        a[:4], b[:4] = [True, False, True, False], [True, False, False, False]
+    def inputs(n: int, share: float, same: float, a: list[bool], b: list[bool]) -> dict[str, Any]:
+        """Verdicts that begin as given. Where they do not agree by chance, the second judge says yes more often."""
+        a = a + [rng.random() < share for _ in range(n - len(a))]
+        b = b + [x if rng.random() < same else rng.random() < share + 0.3 for x in a[len(b) :]]
         return {"a": a, "b": b}
 
-    return [Case("40 replies, few refused", inputs(40, 0.15, 0.6)), Case("25 replies", inputs(25, 0.5, 0.4))]
+    each = [True, False, True, False], [True, False, False, False]
+    apart = [True] * 8 + [False] * 8, [False] * 8 + [True] * 8
+    return [
+        Case("40 replies, few refused", inputs(40, 0.15, 0.6, *each)),
+        Case("25 replies", inputs(25, 0.4, 0.4, *each)),
+        Case("20 replies, less agreement than by chance", inputs(20, 0.5, 0.5, *apart)),
+    ]
 
 
 KAPPA = define(
@@ -436,6 +450,11 @@ KAPPA = define(
                 sum(x == y for x, y in zip(a, b, strict=True)) / len(a), sum(a) / len(a)
             ),
             "The expected agreement needs both judges' shares of yes, not one of them twice.",
+        ),
+        Mistake(
+            "cut off at 0",
+            lambda a, b: max(0.0, _kappa(a, b)),
+            "Judges who agree less often than by chance have a kappa below 0. Leave it.",
         ),
     ),
     hints=(

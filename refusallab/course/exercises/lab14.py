@@ -202,7 +202,9 @@ def _tents(seed: int) -> list[Case]:
         Case("below the centre", inputs(3, 4 + shift, 3.0)),
         Case("above the centre", inputs(6, 5 - shift, 4.0)),
         Case("just at the end of the reach", inputs(2, 4.0, 2.0)),
-        Case("outside", inputs(0, 4 + shift, 2.5)),
+        Case("just outside", inputs(2, 4.6 + shift / 3, 2.5)),
+        Case("just at the end of the reach, above the centre", inputs(6, 4.0, 2.0)),
+        Case("far outside, above the centre", inputs(7, 3 + shift, 2.5)),
     ]
 
 
@@ -262,9 +264,10 @@ def _to_round(seed: int) -> list[Case]:
     g = torch.Generator().manual_seed(seed)
     with_zeros = torch.randn(4, 6, generator=g)
     with_zeros[1] = 0
-    sizes = torch.tensor([[1.0], [10.0], [0.1]])
+    of_sizes = torch.tensor([[1.0], [10.0], [0.1]]) * torch.randn(3, 8, generator=g)
+    of_sizes[0, 3] = -4.0  # the largest magnitude of its row
     return [
-        Case("4 bits, rows of three sizes", {"weight": sizes * torch.randn(3, 8, generator=g), "bits": 4}),
+        Case("4 bits, rows of three sizes", {"weight": of_sizes, "bits": 4}),
         Case("3 bits, a row of zeros", {"weight": with_zeros, "bits": 3}),
     ]
 
@@ -321,6 +324,11 @@ BITS = define(
             "cut instead of rounded",
             _rounded(_row_scale, torch.floor),
             "You cut down. Round to the nearest integer.",
+        ),
+        Mistake(
+            "fraction dropped",
+            _rounded(_row_scale, torch.trunc),
+            "`int` drops the fraction. Round to the nearest integer.",
         ),
         Mistake(
             "integers",
