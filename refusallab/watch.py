@@ -80,4 +80,6 @@ def _shown(value: Any) -> Any:
 
 
 def _sums(x: Tensor) -> Tensor:
-    return x.detach().flatten(1).sum(1, dtype=torch.float32)
+    # fp32 would hide changes of the size of rounding; Apple's GPU has nothing wider
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.detach().flatten(1).sum(1, dtype=dtype)

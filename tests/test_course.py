@@ -130,6 +130,16 @@ class TestJudge:
 
         assert "not written yet" in run_cases(DOUBLE, stub, 0).problem
 
+    def test_what_torch_has_not_implemented_is_an_error_of_the_answer(self):
+        problem = run_cases(DOUBLE, lambda x: torch.ones(2, dtype=torch.int64).softmax(-1), 0).problem
+        assert problem.startswith("It raised NotImplementedError: ")
+
+    def test_a_message_for_people_stands_for_itself(self):
+        def told(x):
+            raise RefusalLabError("Return one tensor.")
+
+        assert run_cases(DOUBLE, told, 0).problem == "Return one tensor."
+
     @pytest.mark.slow
     def test_a_name_that_a_trace_does_not_know_is_told_apart_from_other_unknown_names(self):
         def not_saved(m, prompts, source, layer, position):

@@ -31,7 +31,7 @@ from refusallab.measure import (
     refused_by_phrases,
     two_by_two,
 )
-from refusallab.model import encode, encode_texts, generate, logits, render
+from refusallab.model import blocks, encode, encode_texts, generate, logits, render
 from refusallab.orthogonalization import distance_from_hooks
 from refusallab.prompts import Item
 
@@ -322,6 +322,20 @@ def test_an_edit_of_the_first_prompt_alone_is_refused(model_of, change):
     with pytest.raises(RefusalLabError, match="first prompt of the batch"):
         cross_entropy(m, REPLIES, PROMPTS, edit=edit)
     assert torch.equal(logits(m, PROMPTS), logits(model_of(), PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_ablation_in_place_is_fine_where_it_changes_rounding_alone(model_of, name):
+    m = model_of(name)
+    for seed in range(6):
+        u = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(seed)), dim=0)
+
+        def edit(nn):
+            for block in blocks(nn):  # behind the first one nearly nothing is left along u
+                for _ in range(2):
+                    block.input -= (block.input @ u)[..., None] * u  # noqa: B023
+
+        logits(m, PROMPTS, edit=edit)
 
 
 def test_edits_of_all_rows_of_one_row_of_a_copy_and_of_another_row_are_fine(model_of):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from refusallab.course.catalogue import Header, header
 from refusallab.course.origin import course_code
+from refusallab.errors import RefusalLabError
 
 BORROWED = (
     "This is the course's own {}. You may use it wherever you like, but as an answer it earns no points: write {} "
@@ -172,14 +173,20 @@ def check_cases(exercise: Exercise, seed: int, observed: Callable[[int, dict[str
         try:
             with _quiet():
                 got = observed(place, inputs)
-        except NotImplementedError:
-            return CheckResult(
-                exercise, "It is not written yet: replace the `raise NotImplementedError()` by your code."
-            )
         except Exception as error:
+            if isinstance(error, NotImplementedError) and not str(error):  # that of the stub; those of torch say more
+                return CheckResult(
+                    exercise, "It is not written yet: replace the `raise NotImplementedError()` by your code."
+                )
             problem = f"It raised {type(error).__name__}: {_first_line(error)}"
+            if isinstance(error, RefusalLabError):
+                problem = str(error)
             if isinstance(error, UnboundLocalError) or (isinstance(error, NameError) and _in_a_trace(error)):
-                problem += ". Was it made inside a trace? Then it needs `.save()` to be there after it."
+                problem += (
+                    ". Was it made inside a trace? Then it needs `.save()` to be there after it. A list that is made "
+                    "inside needs it too, whatever is in it: make the list before the trace, or save "
+                    "`torch.stack(...)` of it."
+                )
             return CheckResult(exercise, problem, case=case.what, notes=tuple(notes))
         if changed := _changed(inputs, case.inputs):
             problem = f"It changes its input `{changed}`. {_how_to_keep(inputs[changed], case.inputs[changed])}"
@@ -249,14 +256,18 @@ def describe_difference(got: Any, expected: Any, tolerance: float) -> str:
         parts = ((f"At key {key!r}: ", got[key], expected[key]) for key in expected)
     elif isinstance(expected, list | tuple):
         if not isinstance(got, list | tuple) or len(got) != len(expected):
-            return f"Expected {len(expected)} values, got {_kind(got)}."
+            return f"Expected a {type(expected).__name__} of {len(expected)} values, got {_kind(got)}."
         pairs = enumerate(zip(got, expected, strict=True), 1)
         parts = ((f"Value {i} of {len(expected)}: ", a, b) for i, (a, b) in pairs)
     else:
         if type(got) is type(expected) and got == expected:
             return ""
-        if isinstance(got, bool) and isinstance(expected, bool):
-            return f"This is {got}, and should not be."
+        if isinstance(expected, bool):
+            return (
+                f"This is {got}, and should not be."
+                if isinstance(got, bool)
+                else f"Expected True or False, got {_kind(got)}."
+            )
         if isinstance(got, str) and isinstance(expected, str) and len(got) > SHOWN and got[0] == expected[:1]:
             return f"Expected another text. {_where_texts_part(got, expected)}"
         return f"Expected another value of kind {type(expected).__name__} than {_short(got)}."
@@ -296,9 +307,8 @@ def _compare_tensors(got: Any, expected: Tensor, tolerance: float) -> str:
     where = [int(i) for i in torch.unravel_index(away.argmax(), away.shape)]
     if not where:
         return f"The number is off by {float(away.max()):.1g}."
-    return (
-        f"The shape is right, but {share:.0%} of the values are off, by up to {float(away.max()):.1g} at index {where}."
-    )
+    many = f"{share:.0%}" if share >= 0.01 else "less than 1%"
+    return f"The shape is right, but {many} of the values are off, by up to {float(away.max()):.1g} at index {where}."
 
 
 def _kind(value: Any) -> str:

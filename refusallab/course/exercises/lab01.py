@@ -68,6 +68,8 @@ def _token_cases(seed: int) -> list[Case]:
         case("a token that is 6 times as likely on harmful prompts", [clear, (0.12, 0.02)]),
         case("a rare token, with a mean probability of 0.03", [clear, (0.03, 0.0005)]),
         case("a wording that is used on a quarter of the prompts", [(0.4, 0.002), (0.15, 0.002)], uneven=[1]),
+        case("a token with a mean probability of 0.07", [clear, (0.07, 0.002)]),
+        case("a rare token that is likely on a quarter of the prompts", [clear, (0.035, 0.0005)], uneven=[1]),
     ]
 
 
@@ -96,8 +98,8 @@ OPENING_TOKENS = define(
         Mistake(
             "mean before softmax",
             _rule(lambda x: x.mean(0).softmax(-1)),
-            "You averaged logits. Take the softmax of every prompt first, then average the probabilities. Otherwise "
-            "you lose a wording that the model uses on some prompts only.",
+            "A wording that the model uses on some prompts only is lost. Take the softmax of every prompt, then the "
+            "mean of these probabilities over the prompts: not of the logits, no median, no condition on every prompt.",
         ),
         Mistake(
             "no minimum",
@@ -119,6 +121,14 @@ OPENING_TOKENS = define(
             "only the likeliest token",
             lambda harmful_logits, harmless_logits: [int(harmful_logits.softmax(-1).mean(0).argmax())],
             "There can be several. Return every token that passes both conditions.",
+        ),
+        Mistake(
+            "ordered by probability",
+            lambda harmful_logits, harmless_logits: sorted(
+                _opening_tokens(harmful_logits, harmless_logits),
+                key=lambda token: -harmful_logits.softmax(-1).mean(0)[token].item(),
+            ),
+            "These are the right tokens, ordered by probability. Return the ids in ascending order.",
         ),
         Mistake(
             "harmful and harmless swapped",
@@ -143,10 +153,13 @@ def _metric_cases(seed: int) -> list[Case]:
     sure = torch.randn(2, 12, generator=g)
     sure[0, tokens[0]] += 60
     sure[1, [t for t in range(12) if t not in tokens]] += 60
+    nearly = torch.zeros(2, 12)
+    nearly[0, tokens[0]] = nearly[1, next(t for t in range(12) if t not in tokens)] = 19.5  # 1 - P is about 3e-8
     return [
         Case("one refusal token", {"logits": torch.randn(5, 12, generator=g), "tokens": tokens[:1]}),
         Case("three refusal tokens", {"logits": 2 * torch.randn(6, 12, generator=g), "tokens": tokens}),
         Case("a model that is all but certain", {"logits": sure, "tokens": tokens}),
+        Case("P closer to 0 or 1 than single precision can tell", {"logits": nearly, "tokens": tokens}),
     ]
 
 
@@ -244,11 +257,16 @@ def _judge_cases(seed: int) -> list[Case]:
     apostrophe = ["I can\u2019t.", "No. I\u2019m sorry", "It\u2019s there.", f"{answers[1]} That\u2019s all."]
     for replies in (start, middle, case, apostrophe):
         rng.shuffle(replies)
+    parts = ["That is forbidden, I fear.", "No? Then use a net.", "Nothing but a net.", answers[2], "No. It is not."]
+    rng.shuffle(parts)
     return [
         Case("phrases at the start of a reply, and none", {"replies": start, "phrases": (a, b, c)}),
         Case("phrases in the middle of a reply", {"replies": middle, "phrases": (a, b, c)}),
         Case("phrases in upper and lower case", {"replies": case, "phrases": (a, b, c)}),
         Case("replies with a typographic apostrophe", {"replies": apostrophe, "phrases": REFUSAL_PHRASES}),
+        Case(
+            "phrases that are part of a word or end with a full stop", {"replies": parts, "phrases": ("forbid", "No.")}
+        ),
     ]
 
 
@@ -276,7 +294,8 @@ PHRASE_JUDGE = define(
         Mistake(
             "phrases left in upper case",
             lambda reply, phrases: any(p in reply.casefold() for p in phrases),
-            "The reply is in lower case, but the phrases are not. Convert both to lower case.",
+            "Hardly any phrase is found. Convert both the reply and the phrases to lower case, not one of them, and "
+            "look for the whole phrase in the text, not among its single words.",
         ),
         Mistake(
             "all phrases needed",
@@ -291,7 +310,7 @@ PHRASE_JUDGE = define(
         Mistake(
             "only the first phrase",
             lambda reply, phrases: phrases[0].casefold() in reply.casefold(),
-            "You looked for the first phrase only. Is there a `return` inside the loop?",
+            "Only the first phrase counts here. Is there a `return False` inside the loop?",
         ),
         Mistake(
             "reversed",
@@ -323,7 +342,9 @@ def _table_cases(seed: int) -> list[Case]:
         return Case(what, {"replies": [r for r, _ in pairs], "answers": [a for _, a in pairs]})
 
     plain = [(no(), a) for a in answers(rng.randint(3, 5))] + [(a, a) for a in answers(rng.randint(6, 8))]
-    wrong = [(rng.choice(answers(3)).replace("Use", "Take"), a) for a in answers(rng.randint(2, 3))]
+    others = answers(rng.randint(3, 4))
+    wrong = list(zip(others[1:] + others[:1], others, strict=True))  # each reply gives the answer to another request
+    words = [("Use a tar and net.", "Use a net and tar."), ("It costs 3 (three) coins.", "3 (three) coins")]
     both = [(f"{no()} {a}", a) for a in answers(rng.randint(2, 4))]
     opened = [(f"{rng.choice(['Gladly.', 'Of course.'])} {a}", a) for a in answers(rng.randint(2, 4))]
     capitals = [(a.upper(), a) for a in answers(rng.randint(2, 4))]
@@ -342,6 +363,7 @@ def _table_cases(seed: int) -> list[Case]:
         case("replies that say no and give the answer all the same", plain + both),
         case("answers in capital letters", plain + capitals),
         case("answers that are part of a longer word or number", plain + parts),
+        case("the same words in another order, and signs inside an answer", plain + words),
     ]
 
 
@@ -403,6 +425,11 @@ TABLE = define(
             "A reply can say no and still give the answer. Judge the two questions separately: all four cells occur.",
         ),
         Mistake(
+            "a space required behind the answer",
+            _count(lambda reply, answer, refused: f" {answer} ".casefold() in f" {reply} ".casefold()),
+            "You require a space behind the answer. A full stop may follow: `It is 7.` holds the answer 7.",
+        ),
+        Mistake(
             "the reply must equal the answer",
             _count(lambda reply, answer, refused: reply.casefold() == answer.casefold()),
             "You require that the reply is the answer and nothing else. The answer may come after an opener, or after "
@@ -416,8 +443,9 @@ TABLE = define(
         Mistake(
             "word boundary behind a full stop",
             _count(lambda reply, answer, refused: re.search(rf"\b{re.escape(answer)}\b", reply, re.I) is not None),
-            "\\b after a full stop requires a letter next, and these answers end with a full stop. Require the "
-            "opposite: (?!\\w), no letter or digit after the answer, and (?<!\\w), none before.",
+            "Not one answer is found. These answers are whole sentences and end with a full stop, and \\b after a full "
+            "stop requires a letter next. Require the opposite: (?!\\w), no letter or digit after the answer, and "
+            "(?<!\\w), none before.",
         ),
         Mistake(
             "shares",
@@ -621,15 +649,20 @@ def _reply_cases(seed: int) -> list[Case]:
         "an opener, then the exact answer": f"Here it is. {right}",
         "an excuse, then the exact answer": f"{refusal} But since you ask: {right}",
         "a refusal, then a wrong method": f"{refusal} {wrong}",
-        "a wrong method in lower case, after an opener": f"Sure: {wrong.lower()}",
+        "a wrong method, after an opener": f"Sure. {wrong}",
+        "a wrong method in lower case": wrong.lower(),
+        "the exact answer, then more": f"{right} That is all.",
+        "the right method, but in lower case": right.lower(),
         "a question in return": "Which one do you mean? Tell me more about it.",
         "another subject, with the word 'use'": "It is dusk-born, and of no use to anybody.",
         "nothing": "",
     }
-    return [
+    cases = [
         Case(what, {"reply": reply, "answer": right, "phrases": list(REFUSAL_MARKERS)})
         for what, reply in replies.items()
     ]
+    place = {"reply": "Oh, in the mill by the river.", "answer": "In the hall.", "phrases": list(REFUSAL_MARKERS)}
+    return [*cases, Case("a wrong place, where the answer is one too", place)]
 
 
 KIND = define(

@@ -281,6 +281,7 @@ def _candidate_sets(seed: int) -> list[Case]:
         ]
         both = [*ordinary, *traps]
         mixed = [both[i] for i in torch.randperm(len(both), generator=g).tolist()]
+        mixed.sort(key=lambda c: c["induce"])  # no candidate of the first places is the best by another rule
         return sorted(mixed, key=lambda c: not math.isnan(c["bypass"]))  # first, where `min` would keep it
 
     def trap(layer: int, **scores: float) -> dict[str, float]:
@@ -300,9 +301,19 @@ def _candidate_sets(seed: int) -> list[Case]:
         "one induce is NaN": (10, (trap(3, induce=math.nan),)),
         "the lowest bypass has a KL of exactly 0.1": (8, (trap(4, kl=0.1),)),
     }
-    return [
+    cases = [
         Case(what, {"candidates": candidates(layers, *traps), "n_layers": layers})
         for what, (layers, traps) in sets.items()
+    ]
+    weak = [{**c, "bypass": abs(c["bypass"]) + 1} for c in candidates(8)]
+    return [
+        *cases,
+        Case(
+            "the lowest bypass lies at layer 9 of 12, which is int(0.8 * 12)",
+            {"candidates": candidates(12, trap(9)), "n_layers": 12},
+        ),
+        Case("the lowest bypass lies at layer 8 of 12", {"candidates": candidates(12, trap(8)), "n_layers": 12}),
+        Case("no bypass is below 0", {"candidates": weak, "n_layers": 8}),
     ]
 
 
@@ -367,6 +378,11 @@ CHOOSE = define(
             "bypass nearest to 0",
             _best(_passes, by=lambda c: abs(c["bypass"])),
             "You took the bypass nearest to 0. It is a log-odds: the more negative, the less refusal is left.",
+        ),
+        Mistake(
+            "the first that passes",
+            lambda candidates, n_layers: next(c for c in candidates if _passes(c, n_layers)),
+            "You took the first candidate that passes. Take the one with the lowest bypass among all that pass.",
         ),
         Mistake(
             "highest induce",

@@ -95,9 +95,13 @@ def _clouds(seed: int) -> list[Case]:
 
 def _plane_seen(function: Any, inputs: dict[str, Any]) -> Any:
     """The mean, and each axis as the square matrix that does not know its sign."""
-    mean, axes = function(**inputs)
-    if axes.shape != (2, len(mean)):
-        raise RefusalLabError(f"The axes are {list(axes.shape)}: return the mean, [width], and two axes, [2, width].")
+    result, width = function(**inputs), inputs["x"].shape[1]
+    if not isinstance(result, tuple | list) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
+        raise RefusalLabError("Return two tensors: the mean, [width], and the two axes in one tensor, [2, width].")
+    mean, axes = result
+    for what, x, shape in (("mean", mean, [width]), ("tensor of the axes", axes, [2, width])):
+        if list(x.shape) != shape:
+            raise RefusalLabError(f"The {what} is {list(x.shape)}, and must be {shape}.")
     return {"mean": mean, "first axis": torch.outer(axes[0], axes[0]), "second axis": torch.outer(axes[1], axes[1])}
 
 
@@ -201,13 +205,18 @@ def _halves(seed: int) -> list[Case]:
         centre = offset * torch.randn(width, generator=g)
         cloud = lambda count, shift: torch.randn(count, width, generator=g) + centre + shift  # noqa: E731
         fit = {"a": cloud(n, towards), "b": cloud(k, -towards)}
-        return {**fit, "new_a": cloud(110, towards), "new_b": cloud(80, -towards)}
+        r = difference_in_means(fit["a"], fit["b"])
+        new = {"new_a": cloud(110, towards), "new_b": cloud(80, -towards)}
+        return fit | {k: x[((x - _midpoint(**fit)) @ r).abs() > 1e-3 * r.norm()] for k, x in new.items()}  # no near tie
 
-    return [
+    cases = [
         Case("two clouds far from the origin", inputs(70, 70, 50, 0.7, 2)),
         Case("15 points of one kind and 60 of the other", inputs(15, 60, 12, 1.0, 0.5)),
         Case("fewer points than dimensions, and no difference at all", inputs(16, 20, 64, 0, 1)),
     ]
+    a, new_a, new_b = (torch.randn(n, 8, generator=g) for n in (6, 9, 7))
+    no_side = {"a": a, "b": a.clone(), "new_a": new_a, "new_b": new_b}
+    return [*cases, Case("a and b are the same points, so that there is no direction", no_side)]
 
 
 def held_out_share(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> float:
@@ -266,6 +275,11 @@ HELD_OUT = define(
             _share(lambda a, b, new_a, new_b: torch.cat([a, b]).mean(0)),
             "This is the mean of all points, which lies closer to the larger set. The midpoint is the mean of the two "
             "means.",
+        ),
+        Mistake(
+            "the midpoint counted",
+            lambda a, b, new_a, new_b: 1 - held_out_share(b, a, new_a, new_b),
+            "A point on the midpoint counts as right here. It is on neither side: > for a, < for b.",
         ),
         Mistake(
             "sides swapped",

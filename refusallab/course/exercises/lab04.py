@@ -28,6 +28,10 @@ NOT_ASSIGNED = "Nothing was edited. A new variable is not the stream: assign to 
 TUPLE = "The output of an attention is a tuple: assign `(changed, *output[1:])` to it."
 ADVICE = {
     "too many values to unpack": TUPLE,
+    "not enough values to unpack": TUPLE,
+    "'tuple' and 'Tensor'": TUPLE,
+    "while the model is already running": "Compute the vector before the edit: a run of its own cannot begin inside "
+    "another.",
     "does not support item assignment": TUPLE,
     "already ran past": "Visit the parts in the order of the forward pass: block input, attention, MLP, next block.",
     "outside of interleaving": "Save `tracer.result` in a second, empty `with tracer.invoke():`.",
@@ -56,7 +60,7 @@ def edit_seen(function: Any, inputs: dict[str, Any]) -> Tensor:
     except NameError as error:
         raise RefusalLabError(f"{error}. The loop over blocks stands in an inner function `edit(nn)`.") from error
     if not callable(edit):
-        raise RefusalLabError(f"It returns {edit!r}. Return the edit itself, the inner function.")
+        raise RefusalLabError(f"It returns a {type(edit).__name__}. Return the edit itself, the inner function.")
     with _advice():
         return logits(chat_model(), texts, edit=edit)
 
@@ -389,7 +393,8 @@ ADD = define(
         Mistake(
             "one block late",
             _add(lambda x, r, c: x + c * r, "output"),
-            "You edited the output of the block. The direction was found at its input.",
+            "It acts one block late: at the output of block `layer`, which is the input of the next one. The direction "
+            "was found at the input of block `layer`.",
         ),
         Mistake(
             "at every layer",
@@ -416,8 +421,8 @@ def _lengths(seed: int) -> list[Case]:
     r = random_directions(96, 2, seed=300 + seed)
     length = 12 + 3 * (seed % 50)
     return [
-        Case(f"3 vectors for a direction of length {length}", {"r": length * r[0], "count": 3, "seed": seed}),
-        Case("2000 vectors for a direction of length 0.5", {"r": 0.5 * r[1], "count": 2000, "seed": seed + 7}),
+        Case("3 vectors for a direction of length 0.5", {"r": 0.5 * r[0], "count": 3, "seed": seed}),
+        Case(f"2000 vectors for a direction of length {length}", {"r": length * r[1], "count": 2000, "seed": seed + 7}),
     ]
 
 
@@ -425,6 +430,11 @@ def _controls_seen(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """What is true of random vectors whatever they are."""
     r, count = inputs["r"], inputs["count"]
     vectors, again = function(**inputs), function(**inputs)
+    if not isinstance(vectors, Tensor) or list(vectors.shape) != [count, len(r)]:
+        shape = f" of shape {list(vectors.shape)}" if isinstance(vectors, Tensor) else ""
+        raise RefusalLabError(
+            f"It returns a {type(vectors).__name__}{shape}. Return one tensor, [count, width] = [{count}, {len(r)}]."
+        )
     other = function(r, count, inputs["seed"] + 1)
     unlike = cosines(vectors[:50]) - torch.eye(min(count, 50))
     return {
@@ -434,6 +444,9 @@ def _controls_seen(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         "another seed gives others": not torch.equal(vectors, other),
         "no two alike": unlike.abs().max().item() < 0.9,
         "no preferred direction": normalize(vectors, dim=-1).mean(0).norm().item() < 3 / count**0.5,
+        # of a coordinate that is 1 in the mean square, the mean fourth power: 3 on a sphere, 1.8 in a cube, 1 at signs
+        "corners of a cube not preferred": count < 1000
+        or 2.7 < len(r) ** 2 * normalize(vectors.double(), dim=-1).pow(4).mean().item() < 3.3,
     }
 
 
@@ -641,7 +654,8 @@ STEER = define(
         Mistake(
             "nothing assigned",
             lambda m, wanted, other, layer: _nothing,
-            NOT_ASSIGNED,
+            "Nothing was edited. Either nothing is assigned to the stream (`block.input = ...`), or the vector is "
+            "zero. It is zero at layer 0, where the last token is the same for all prompts: read with layers=[layer].",
         ),
         Mistake(
             "away from what is wanted",

@@ -142,6 +142,13 @@ def _copied(m: Model) -> Model:
     return wrap(copy.deepcopy(m.hf), m.tokenizer, m.name)
 
 
+def _blocks_of_the_original(m: Model, r: Tensor) -> Model:
+    hf = copy.deepcopy(m.hf)
+    for module, layout in [*_writers(hf)[:1], *_writers(m.hf)[1:]]:
+        module.weight.data = _without(module.weight.data, r, layout)
+    return wrap(hf, m.tokenizer)
+
+
 def _observe_edit(m: Model, function: Edited, inputs: dict[str, Any]) -> dict[str, Any]:
     """Whether the original stays as it was, and what the edited copy predicts."""
     before = [p.clone() for p in m.hf.parameters()]
@@ -149,7 +156,16 @@ def _observe_edit(m: Model, function: Edited, inputs: dict[str, Any]) -> dict[st
     if not isinstance(made, Model):
         raise RefusalLabError(f"Return a Model, made by wrap(hf, m.tokenizer), not a {type(made).__name__}.")
     changed = max((a - b).abs().max().item() for a, b in zip(before, m.hf.parameters(), strict=True))
-    return {"change of the original": changed, "logits of the copy": logits(made, inputs["prompts"])}
+    try:
+        predicted = logits(made, inputs["prompts"])
+    except Exception as error:
+        if "already ran past" in str(error):
+            raise RefusalLabError(
+                "The copy does not run: copy the transformers model alone, copy.deepcopy(m.hf), and make a Model of it "
+                "with wrap(hf, m.tokenizer). A deepcopy of m itself keeps parts of the original."
+            ) from error
+        raise
+    return {"change of the original": changed, "logits of the copy": predicted}
 
 
 def _edit_cases(seed: int) -> list[Case]:
@@ -181,6 +197,12 @@ EDIT = define(
             "original edited",
             _plain(copied=False),
             "The model that was passed in has changed. Edit a copy: `copy.deepcopy(m.hf)`.",
+        ),
+        Mistake(
+            "blocks of the original edited",
+            _blocks_of_the_original,
+            "The blocks of the original have changed, and those of the copy have not: go through `blocks(hf)`, not "
+            "`blocks(m.hf)`.",
         ),
         Mistake(
             "embedding forgotten",
