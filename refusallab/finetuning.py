@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,23 +73,36 @@ def train_copy(
     `loss(copied)` is called once a step with the copy, whose weights take gradients, and returns a scalar. With `decay`
     the learning rate falls linearly: step i of n, counted from 0, has lr * (1 - 0.98 i / n). `report` is called with
     the loss before each step.
+
+    Weights in half precision are trained in float32 and rounded once, at the end: most of a small step would be lost
+    in bfloat16, and float16 would overflow. Raises RefusalLabError for a loss that is not finite.
     """
     if m.remote is True:
         raise RefusalLabError("A remote model has no weights here: load it locally to train it.")
-    copied = wrap(copy.deepcopy(m.hf), m.tokenizer, name, m.commit, remote=m.remote)
+    half = m.hf.dtype.itemsize < 4
+    copied = copy.deepcopy(m.hf)
+    copied = wrap(copied.float() if half else copied, m.tokenizer, name, m.commit, remote=m.remote)
     copied.hf.requires_grad_(True)
     optimizer = torch.optim.AdamW(copied.hf.parameters(), lr=lr, weight_decay=0.0)
     for step in with_bar(range(steps), "training", steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - 0.98 * step / steps) if decay else lr
         value = loss(copied)
+        if not math.isfinite(number := value.item()):
+            raise RefusalLabError(
+                f"The loss before step {step} is {number}: train with a smaller lr than {lr}, or with other replies."
+            )
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        report(value.item())
+        report(number)
     copied.hf.requires_grad_(False)
     copied.hf.zero_grad()
-    return copied
+    if not half:
+        return copied
+    rounded = copy.deepcopy(m.hf)
+    rounded.load_state_dict(copied.hf.state_dict())  # each weight takes the type that it had
+    return wrap(rounded, m.tokenizer, name, m.commit, remote=m.remote)
 
 
 def reply_loss(m: Model, prompts: Sequence[Prompt], replies: Sequence[str], edit: Edit = no_edit) -> Tensor:

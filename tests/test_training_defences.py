@@ -17,7 +17,7 @@ from refusallab.finetuning import finetune, reply_loss, shuffled, train_copy
 from refusallab.interventions import ablation, unit
 from refusallab.judging import REPLY_TOKENS, outcomes
 from refusallab.measure import Outcome, cross_entropy, outcome
-from refusallab.model import load, logits
+from refusallab.model import load, logits, wrap
 from refusallab.prompts import bundled, refusal_phrases
 from smallmodels.world.facts import world
 
@@ -147,6 +147,31 @@ class TestHarden:
         before = m.hf.state_dict()
         assert all(torch.equal(value, before[key]) for key, value in tuned.hf.state_dict().items())
         assert tuned.name == "still" and all(p.grad is None for p in tuned.hf.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_trained_in_float32_and_rounded_once(self, dtype, make):
+        hf = make.hf("llama-tied").to(dtype)
+        m = wrap(hf, make.tokenizer(), "half")
+        wide = wrap(copy.deepcopy(hf).float(), m.tokenizer, "wide")
+        before = copy.deepcopy(hf.state_dict())
+        loss = lambda copied: reply_loss(copied, ["Name a river"], ["bread"])  # noqa: E731
+        tuned, whole = (train_copy(each, loss, steps=3, lr=1e-4, name="tuned") for each in (m, wide))
+        for key, value in tuned.hf.state_dict().items():
+            assert value.dtype == dtype and torch.equal(value, whole.hf.state_dict()[key].to(dtype))
+        assert not torch.equal(tuned.hf.lm_head.weight, before["lm_head.weight"])
+        assert tuned.hf.lm_head.weight is tuned.hf.model.embed_tokens.weight and tuned.name == "tuned"
+        assert all(torch.equal(value, before[key]) for key, value in hf.state_dict().items())
+
+    def test_a_loss_that_is_not_finite_ends_the_training(self, model_of):
+        with pytest.raises(RefusalLabError, match="step 1.*nan.*smaller lr"):
+            losses = iter([1.0, float("nan")])
+            train_copy(
+                model_of("llama"),
+                lambda copied: next(losses) * reply_loss(copied, ["Name a river"], ["bread"]),
+                steps=2,
+                lr=1e-3,
+                name="x",
+            )
 
     def test_a_remote_model_is_not_trained(self, model_of):
         remote = dataclasses.replace(model_of("llama"), remote=True)
