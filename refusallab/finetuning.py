@@ -12,9 +12,9 @@ from torch import Tensor
 
 from refusallab.bars import with_bar
 from refusallab.errors import RefusalLabError
-from refusallab.inputs import listed
+from refusallab.inputs import check_count, listed
 from refusallab.measure import next_token_loss
-from refusallab.model import Edit, Model, Prompt, encode_texts, listed_prompts, no_edit, wrap
+from refusallab.model import Edit, Model, Prompt, check_batches, encode_texts, listed_prompts, no_edit, wrap
 from refusallab.watch import all_rows
 
 
@@ -79,6 +79,7 @@ def train_copy(
     """
     if m.remote is True:
         raise RefusalLabError("A remote model has no weights here: load it locally to train it.")
+    check_count(steps, what="number of steps")
     half = m.hf.dtype.itemsize < 4
     copied = copy.deepcopy(m.hf)
     copied = wrap(copied.float() if half else copied, m.tokenizer, name, m.commit, remote=m.remote)
@@ -121,6 +122,7 @@ def reply_loss(m: Model, prompts: Sequence[Prompt], replies: Sequence[str], edit
 
 def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Batches of the numbers 0 to count - 1 without end, in an order that is drawn again when it is used up."""
+    check_batches(count, batch_size)
     generator, queue = torch.Generator().manual_seed(seed), []
     while True:
         while len(queue) < min(batch_size, count):

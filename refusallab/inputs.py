@@ -51,10 +51,10 @@ def numbers(values: Iterable) -> list[float]:
     return [float(entry) for entry in entries]
 
 
-def check_count(count: int, most: int | None = None) -> None:
-    """RefusalLabError for a count below 0, or above `most` where it is given."""
-    if count < 0 or (most is not None and count > most):
-        raise RefusalLabError(f"The count is {count}: give 0 {'or more' if most is None else f'to {most}'}.")
+def check_count(count: int, most: int | None = None, *, least: int = 0, what: str = "count") -> None:
+    """RefusalLabError for a count below `least`, or above `most` where it is given. `what` names it in the error."""
+    if count < least or (most is not None and count > most):
+        raise RefusalLabError(f"The {what} is {count}: give {least} {'or more' if most is None else f'to {most}'}.")
 
 
 def _is_scalar(entry: Any) -> bool:

@@ -279,6 +279,13 @@ def test_finetuning_needs_pairs(model_of):
         finetune(model_of("llama"), [], [])
 
 
+def test_finetuning_needs_a_batch_and_no_steps_below_zero(model_of):
+    with pytest.raises(RefusalLabError, match="batch_size is 0: give at least 1"):
+        finetune(model_of("llama"), ["List"], ["bread"], steps=1, batch_size=0)
+    with pytest.raises(RefusalLabError, match="number of steps is -1: give 0 or more"):
+        finetune(model_of("llama"), ["List"], ["bread"], steps=-1)
+
+
 # --- figures -------------------------------------------------------------------------------------------------------
 
 

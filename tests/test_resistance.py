@@ -114,6 +114,12 @@ def test_successive_directions_are_orthogonal_and_the_first_is_the_usual_one(cha
     torch.testing.assert_close(stack[0], unit(successive_directions(chat, known, lawful, judges[:3], 1))[0])
 
 
+def test_successive_directions_are_at_least_one(chat):
+    items = bundled("harmful_train")[:1]
+    with pytest.raises(RefusalLabError, match="count is 0: give 1 or more"):
+        successive_directions(chat, items, items, items, 0)
+
+
 def test_a_true_method_of_anything_counts_and_an_invented_one_does_not():
     assert all(tells_a_method(f"Sure. {item.answer}") for item in bundled("harmful_val")[:9])
     assert not tells_a_method("Use a copper pot and river sand for four nights.")

@@ -16,7 +16,7 @@ from torch import Tensor
 from refusallab.directions import candidate_directions
 from refusallab.errors import RefusalLabError
 from refusallab.finetuning import reply_loss, shuffled, train_copy
-from refusallab.inputs import listed
+from refusallab.inputs import check_count, listed
 from refusallab.interventions import ablation, unit
 from refusallab.judging import outcomes
 from refusallab.measure import Outcome, cross_entropy
@@ -69,6 +69,7 @@ def successive_directions(
 
     [count, width]. How many of them break refusal says how far a model has spread it, by this way of finding them.
     """
+    check_count(count, least=1)
     found: list[Tensor] = []
     for _ in range(count):
         found.append(re_extract(m, harmful, harmless, validation).vector)
