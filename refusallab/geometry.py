@@ -14,6 +14,7 @@ from torch import Tensor
 from refusallab.activations import stream
 from refusallab.directions import difference_in_means
 from refusallab.errors import RefusalLabError
+from refusallab.inputs import check_count
 from refusallab.interventions import unit
 from refusallab.model import Model, Prompt, encode, final_norm, norm_gain, unembedding
 
@@ -48,6 +49,7 @@ class Plane:
 
 def principal_plane(x: Float[Tensor, "n width"]) -> Plane:
     """The plane of the first two principal components of x. Its axes have no preferred sign."""
+    check_count(len(x), least=2, what="number of prompts")
     mean = x.float().mean(0)
     _, lengths, axes = torch.linalg.svd(x.float() - mean, full_matrices=False)  # axes [k, width], longest first
     return Plane(mean, axes[:2], _shares(lengths.square()[:2], x))
@@ -55,6 +57,7 @@ def principal_plane(x: Float[Tensor, "n width"]) -> Plane:
 
 def plane_along(x: Float[Tensor, "n width"], r: Float[Tensor, " width"]) -> Plane:
     """The plane whose first axis is r^; the second is the first principal component of what is left of x."""
+    check_count(len(x), least=2, what="number of prompts")
     mean, direction = x.float().mean(0), unit(r)
     centred = x.float() - mean
     rest = centred - (centred @ direction)[:, None] * direction

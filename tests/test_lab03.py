@@ -48,6 +48,12 @@ def test_a_plane_along_a_direction_starts_with_it():
     torch.testing.assert_close(plane.axes @ plane.axes.T, torch.eye(2), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("plane", [geometry.principal_plane, lambda x: geometry.plane_along(x, torch.ones(5))])
+def test_a_plane_needs_two_prompts(plane):
+    with pytest.raises(RefusalLabError, match="number of prompts is 1: give 2 or more"):
+        plane(torch.randn(1, 5))
+
+
 def test_right_side_takes_direction_and_midpoint_from_the_first_two():
     a, b = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])  # means 4 and 1, midpoint 2.5
     new_a, new_b = torch.tensor([[2.4, 9.0], [2.6, -9.0]]), torch.tensor([[2.6, 0.0]])
@@ -112,6 +118,15 @@ def test_rows_of_dots_and_planes_hold_every_prompt():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["harmful (3)", "borderline (2)"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("component 1", "component 2")
     assert [tuple(text.xy) for text in axis.texts] == [(1.0, 2.0), (1.0, 2.0)]
+
+
+def test_a_plane_shows_any_set_and_two_of_one_kind_in_one_colour():
+    names = ("harmful", "harmful, behind shots", "harmful, behind ten", "harmless", "of another kind")
+    (axis,) = plots.plane_figure({name: torch.randn(3, 2) for name in names}, "x", "y").axes
+    colours = [tuple(dots.get_edgecolor()[0]) for dots in axis.collections]
+    shapes = [dots.get_paths()[0].vertices.tolist() for dots in axis.collections]
+    assert len(set(colours[:3])) == 1 and len(set(colours)) == 3
+    assert all(shapes[i] != shapes[j] for i in range(5) for j in range(i))
 
 
 @pytest.mark.slow

@@ -85,10 +85,28 @@ def test_a_bar_of_outcomes_is_cut_at_the_shares():
     assert axis.get_yticklabels()[0].get_text() == "GCG (10)"
 
 
+def test_bars_of_outcomes_stand_at_their_names_in_every_panel():
+    told, refused = [Outcome(False, True)] * 4, [Outcome(True, False)] * 4
+    panels = {"plain": {"direct": refused, "GCG": told}, "guarded": {"GCG": told[:2], "begin": refused}}
+    first, second = plots.outcome_bars(panels).axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["direct (4)", "GCG (4 / 2)", "begin (4)"]
+    exact = [
+        {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in axis.containers[0]}
+        for axis in (first, second)
+    ]
+    assert exact == [{0: 0.0, 1: 1.0}, {1: 1.0, 2: 0.0}]
+
+
 def test_a_loss_curve_shows_the_lowest_loss_so_far_and_its_mean():
     (axis,) = plots.loss_curves({"GCG": [[3.0, 4.0, 1.0], [1.0, 2.0, 3.0]]}, {"random suffix": 5.0}).axes
     heights = [line.get_ydata().tolist() for line in axis.lines[:3]]
     assert heights == [[3.0, 3.0, 1.0], [1.0, 1.0, 1.0], [2.0, 2.0, 1.0]]
+
+
+def test_a_search_that_stopped_early_keeps_its_lowest_loss():
+    (axis,) = plots.loss_curves({"GCG": [[3.0, 4.0], [5.0, 2.0, 1.0, 2.0]]}, {}).axes
+    heights = [line.get_ydata().tolist() for line in axis.lines[:3]]
+    assert heights == [[3.0, 3.0, 3.0, 3.0], [5.0, 2.0, 1.0, 1.0], [4.0, 2.5, 2.0, 2.0]]
 
 
 def test_other_figures():

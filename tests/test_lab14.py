@@ -38,6 +38,14 @@ def test_the_line_of_a_search_joins_what_no_other_trial_beats():
     assert len(axis.collections[0].get_offsets()) == 4 and axis.get_xscale() == "log" and axis.get_title() == "chat"
 
 
+def test_edits_that_cost_nothing_stand_at_the_left_end():
+    figure = plots.edit_trials({"chat": ([(-1e-7, 3.0), (0.0, 2.5), (0.1, -2.0)], {"textbook": (0.0, -1.0)})})
+    (axis,) = figure.axes
+    assert axis.collections[0].get_offsets()[:, 0].tolist() == [1e-7, 1e-7, 0.1]
+    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.lines}
+    assert lines == {"not beaten in both": [(1e-7, 2.5), (0.1, -2.0)], "textbook": [(1e-7, -1.0)]}
+
+
 def test_doses_of_another_attack_have_their_label():
     figure = plots.breaking_curves({"a": {0: [Outcome(True, False)], 2: [Outcome(False, True)]}}, "directions")
     assert {axis.get_xlabel() for axis in figure.axes} == {"directions"}

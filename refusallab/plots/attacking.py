@@ -24,10 +24,14 @@ def outcome_bars(bars: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
 
     Whiskers are the Wilson interval of the exact share. A reply that refuses counts as refused whatever else it says.
     """
-    first = next(iter(bars.values()))
-    figure, axes = panels(len(bars), 5.6 * len(bars), 0.36 * len(first) + 1.5, sharey=True)
+    sizes: dict[str, dict[int, None]] = {}  # attack -> its numbers of requests in the panels, each once
+    for attacks in bars.values():
+        for name, outcomes in attacks.items():
+            sizes.setdefault(name, {})[len(outcomes)] = None
+    places = {name: k for k, name in enumerate(sizes)}
+    figure, axes = panels(len(bars), 5.6 * len(bars), 0.36 * len(sizes) + 1.5, sharey=True)
     for axis, (condition, attacks) in zip(axes, bars.items(), strict=True):
-        rows, left = np.arange(len(attacks)), np.zeros(len(attacks))
+        rows, left = np.array([places[name] for name in attacks]), np.zeros(len(attacks))
         for name, (colour, hatch, belongs) in BECAME.items():
             shares = [rate([belongs(o) for o in outcomes]) for outcomes in attacks.values()]
             values = np.array([share.value for share in shares])
@@ -38,7 +42,7 @@ def outcome_bars(bars: dict[str, dict[str, Sequence[Outcome]]]) -> Figure:
         axis.set_title(condition)
         axis.set_xlim(0, 1)
         axis.set_xlabel("share of requests")
-    axes[0].set_yticks(range(len(first)), [f"{name} ({len(outcomes)})" for name, outcomes in first.items()])
+    axes[0].set_yticks(range(len(sizes)), [f"{name} ({' / '.join(map(str, n))})" for name, n in sizes.items()])
     axes[0].invert_yaxis()
     legend_above(figure)
     return figure
@@ -78,11 +82,14 @@ def first_order(changes: dict[str, tuple[Tensor, Tensor]]) -> Figure:
 def loss_curves(curves: dict[str, Sequence[Sequence[float]]], lines: dict[str, float]) -> Figure:
     """Lab 06: the lowest loss so far against the step: thin lines are single searches, thick ones their mean.
 
-    curves: search -> losses of each run, equally many; lines: horizontal ones, with names.
+    curves: search -> losses of each run; lines: horizontal ones, with names. A run that stopped early keeps its lowest
+    loss.
     """
     figure, (axis,) = panels(1, 7, 4)
     for k, (name, runs) in enumerate(curves.items()):
-        best, style = np.minimum.accumulate(np.array(runs), axis=1), series(k)
+        longest, style = max(map(len, runs)), series(k)
+        even = [[*run, *[run[-1]] * (longest - len(run))] for run in runs]
+        best = np.minimum.accumulate(np.array(even), axis=1)
         steps = range(1, best.shape[1] + 1)
         axis.plot(steps, best.T, style["linestyle"], color=style["color"], linewidth=0.7, alpha=0.5)
         axis.plot(steps, best.mean(0), linewidth=2, label=f"{name}: mean of {len(runs)}", **style)

@@ -27,6 +27,7 @@ from refusallab.steering import Dose
 
 OUTCOMES: dict[str, Style] = {"refused": {"color": VERMILLION, "marker": "o"}, "exact": {"color": BLUE, "marker": "s"}}
 ROUNDING = 1e-4  # what fp32 leaves of equal numbers
+FLOOR = 1e-7  # where a logarithmic axis shows 0
 
 
 def dose_figure(curves: dict[str, dict[str, Sequence[Dose]]]) -> Figure:
@@ -101,7 +102,7 @@ def gap_curves(curves: dict[str, dict[str, Tensor]]) -> Figure:
         for edit, gaps in edits.items():
             k = kinds.index(edit)
             style = {**series(k), "markersize": max(13 - 2 * k, 3), "fillstyle": "none"}  # lines may coincide
-            values = gaps.clamp(min=1e-7).tolist()
+            values = gaps.clamp(min=FLOOR).tolist()
             axis.plot(range(len(values) - 1), values[:-1], label=edit, **style)
             axis.plot(len(values), values[-1], **style)
         n = len(values) - 1
@@ -109,7 +110,7 @@ def gap_curves(curves: dict[str, dict[str, Tensor]]) -> Figure:
         axis.set_xticks([*range(0, n, step), n + 1], [*map(str, range(0, n, step)), "logits"])
         axis.set_yscale("log")
         label = "rounding in fp32" if axis is axes[-1] else None  # the last entry of the legend
-        axis.axhspan(1e-7, ROUNDING, color="grey", alpha=0.15, linewidth=0, label=label)
+        axis.axhspan(FLOOR, ROUNDING, color="grey", alpha=0.15, linewidth=0, label=label)
         axis.set_title(model)
         axis.set_xlabel("layer (block input)")
     axes[0].set_ylabel("largest |hooks - weights|\n(units of the stream; logits)")
@@ -143,17 +144,18 @@ def edit_trials(
     """Lab 14: all edits that a search tried, by what refusal they leave and what they cost; a panel for each model.
 
     searches: model -> (trials, name -> single edit to compare with), each edit as (KL, bypass). Low and left is good
-    for whoever edits. A line joins the trials that no other beats in both scores.
+    for whoever edits. A KL of 0, or below by rounding, is drawn at FLOOR. A line joins the trials that no other beats
+    in both scores.
     """
     figure, axes = panels(len(searches), 5.2 * len(searches), 4.2, sharey=True)
     for axis, (model, (trials, others)) in zip(axes, searches.items(), strict=True):
-        kl, bypass = np.array(sorted(trials)).T
+        kl, bypass = np.array(sorted((max(kl, FLOOR), bypass) for kl, bypass in trials)).T
         best = bypass <= np.minimum.accumulate(bypass)
         axis.scatter(kl, bypass, s=14, alpha=0.5, color="grey", label="a trial")
         axis.step(kl[best], bypass[best], where="post", color=BLUE, label="not beaten in both")
-        for k, (name, place) in enumerate(others.items(), start=1):
-            style = series(k)
-            axis.plot(*place, linestyle="", color=style["color"], marker=style["marker"], markersize=9, label=name)
+        for k, (name, (cost, left)) in enumerate(others.items(), start=1):
+            look: Style = {"color": series(k)["color"], "marker": series(k)["marker"], "markersize": 9}
+            axis.plot(max(cost, FLOOR), left, linestyle="", label=name, **look)
         axis.set_xscale("log")
         axis.set_xlabel("KL on harmless prompts (nats)")
         axis.set_title(model)

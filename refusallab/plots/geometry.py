@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from refusallab.plots.heatmaps import DIVERGING, colour_bar, heat_map
-from refusallab.plots.style import COLOURS, LEGIBLE, MARKERS, legend_above, number, panels, thinned
+from refusallab.plots.style import COLOURS, LEGIBLE, MARKERS, MARKS, kind_of, legend_above, number, panels, thinned
 
 
 def share_grids(grids: dict[str, Tensor], positions: Sequence[int], label: str) -> Figure:
@@ -57,17 +58,22 @@ def cosine_maps(maps: dict[str, tuple[Tensor, Sequence[int]]]) -> Figure:
 
 
 def plane_figure(points: dict[str, Tensor], x: str, y: str, arrow: Tensor | None = None) -> Figure:
-    """Lab 03: sets of prompts in a plane, coordinates [n, 2]. An arrow, [2], shows where a direction points."""
+    """Lab 03: sets of prompts in a plane, coordinates [n, 2]. An arrow, [2], shows where a direction points.
+
+    The name of a set begins with its kind, such as "harmful, behind shots". Sets of a kind have one colour.
+    """
     figure, (axis,) = panels(1, 6.4, 4.8)
+    marks, spare = dict(MARKERS), cycle(mark for mark in MARKS if mark not in MARKERS.values())
     for name, xy in points.items():
+        kind = kind_of(name)
         across, upwards = xy.numpy().T
         axis.scatter(
             across,
             upwards,
             s=26,
             alpha=0.75,
-            marker=MARKERS[name],
-            color=COLOURS[name],
+            marker=marks.pop(kind, None) or next(spare),
+            color=COLOURS.get(kind, "#555555"),
             label=f"{name} ({len(xy)})",
             linewidths=1.2,
         )
@@ -88,7 +94,7 @@ def dot_rows(rows: dict[str, Sequence[float]], x: str, lines: dict[str, float] |
     rng = np.random.default_rng(0)
     for height, (name, values) in enumerate(rows.items()):
         values = [float(value) for value in values]
-        kind = next((k for k in MARKERS if name.startswith(k)), "")
+        kind = kind_of(name)
         axis.scatter(
             values,
             height + rng.uniform(-0.22, 0.22, len(values)),

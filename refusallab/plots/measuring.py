@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refusallab.measure import Rate
 from refusallab.plots.intervals import interval_rows
-from refusallab.plots.style import COLOURS, legend_above, panels
+from refusallab.plots.style import COLOURS, kind_of, legend_above, panels
 
 
 def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
@@ -21,7 +21,7 @@ def metric_histograms(metrics: dict[str, Tensor]) -> Figure:
     everything = np.concatenate([np.asarray(values) for values in metrics.values()])
     bins = np.linspace(min(everything.min(), -1), max(everything.max(), 1), 41)
     for axis, (name, values) in zip(axes[:, 0], metrics.items(), strict=True):
-        kind = next((kind for kind in COLOURS if name.startswith(kind)), "harmless")
+        kind = kind_of(name) or "harmless"
         axis.hist(values, bins, color=COLOURS[kind], alpha=0.8)
         axis.axvline(0, color="black", linestyle="--", linewidth=0.9)
         axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))  # a low panel

@@ -47,6 +47,11 @@ def series(k: int) -> Style:
     return {"color": PALETTE[k % 6], "marker": MARKS[k % 6], "linestyle": DASHES[(k + k // 6) % 4]}
 
 
+def kind_of(name: str) -> str:
+    """The kind of a set of prompts, which its name begins with: a key of COLOURS and MARKERS, or ""."""
+    return next((kind for kind in COLOURS if name.startswith(kind)), "")
+
+
 def legend_above(figure: Figure, *axes: Axes) -> None:
     """One legend for these panels (default: all), above the figure, where it covers no data."""
     handles: dict[str, Any] = {}
