@@ -16,7 +16,7 @@ from refusallab.directions import difference_in_means
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import check_count
 from refusallab.interventions import unit
-from refusallab.model import Model, Prompt, encode, final_norm, norm_gain, unembedding
+from refusallab.model import Model, Prompt, encode, final_norm, norm_centres, norm_gain, unembedding
 
 
 def projections(
@@ -93,9 +93,9 @@ def direct_logits(m: Model, r: Float[Tensor, " width"]) -> Float32[Tensor, " voc
     factor: the final norm also divides by the size of the whole stream.
     """
     norm, direction = final_norm(m.hf), unit(r).to(m.device)
-    if isinstance(norm, torch.nn.LayerNorm):
+    if norm_centres(norm, direction):
         direction = direction - direction.mean()
-    effect = (unembedding(m.hf).weight.float() @ (norm_gain(norm) * direction)).detach().cpu()
+    effect = (unembedding(m.hf).weight.float() @ (norm_gain(norm, direction) * direction)).detach().cpu()
     return effect - effect.mean()
 
 

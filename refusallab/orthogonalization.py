@@ -160,7 +160,7 @@ def written_weights(m: Model) -> dict[str, Float32[Tensor, "_ width"]]:
         writers = (("attention", attention_writes(block)), ("MLP", mlp_writes(block)))
         for (kind, module), norm in zip(writers, post_norm(block), strict=True):
             weight = outputs_last(module).float()
-            written[f"{kind} {i}"] = weight if norm is None else weight * norm_gain(norm)
+            written[f"{kind} {i}"] = weight if norm is None else weight * norm_gain(norm, weight[0])
     return written
 
 
@@ -173,7 +173,7 @@ def _untie(hf: PreTrainedModel) -> None:
 
 def _before_norm(r: Tensor, norm: torch.nn.Module | None) -> Tensor:
     """What a matrix must not write, so that r does not reach the stream: behind a post-norm that is gamma * r."""
-    return r if norm is None else norm_gain(norm) * r
+    return r if norm is None else norm_gain(norm, r) * r
 
 
 def outputs_last(module: Any) -> Float[Tensor, "_ width"]:

@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3Text", GEMMA),
+    "olmo": ("Olmo", {"tie_word_embeddings": False}),  # norms without parameters
     "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
     "glm4": ("Glm4", {"head_dim": 8, "tie_word_embeddings": False}),
     "granite": (

@@ -60,15 +60,15 @@ def test_right_side_takes_direction_and_midpoint_from_the_first_two():
     assert geometry.right_side(a, b, new_a, new_b) == [False, True, False]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "gpt2", "cohere", "olmo"])
 def test_the_direct_effect_is_what_norm_and_head_make_of_a_step(model_of, architecture):
-    """Two streams of one size and mean that differ along a step: only that step can change the logits."""
+    """Two streams that differ along a step, of one size with their means and without: only the step can act."""
     m = model_of(architecture)
     g = torch.Generator().manual_seed(0)
     x, r = torch.randn(2, m.width, generator=g)
-    x, r = (v - v.mean() for v in (x, r))
     r = r / r.norm()
-    x = x - (x @ r) * r
+    x, centred = x - x.mean(), r - r.mean()
+    x = x - (x @ centred) / centred.square().sum() * centred
     norm, head = final_norm(m.hf), unembedding(m.hf).weight
     up, down = (head @ norm((x + s * 0.5 * r)[None])[0] for s in (1, -1))
     effect = (up - down) - (up - down).mean()

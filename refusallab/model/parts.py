@@ -148,14 +148,27 @@ def post_norm(block: Any) -> tuple[Any, Any]:
     return None, None
 
 
-@torch.no_grad()
-def norm_gain(norm: torch.nn.Module) -> Tensor:
-    """gamma, whatever the architecture calls it: fp32 [width], read off from +-1, which have mean 0 and size 1."""
-    norm = copy.deepcopy(norm).float()
-    signs = torch.ones_like(next(norm.parameters()))
+def norm_gain(norm: torch.nn.Module, like: Tensor) -> Tensor:
+    """gamma, whatever the architecture calls it: fp32 [width], read off from +-1, which have mean 0 and size 1.
+
+    like: any vector of the stream, [width], on the device of the norm. Some norms have no parameters.
+    """
+    signs = torch.ones_like(like, dtype=torch.float32)
     signs[::2] = -1
-    up, down = (norm(s[None])[0] for s in (signs, -signs))
-    return signs * (up - down) / 2
+    return signs * _odd_part(norm, signs)
+
+
+def norm_centres(norm: torch.nn.Module, like: Tensor) -> bool:
+    """Whether the norm takes the mean off first, as LayerNorm does and RMSNorm does not. like: as in `norm_gain`."""
+    return bool(_odd_part(norm, torch.ones_like(like, dtype=torch.float32)).abs().max() < 1e-3)
+
+
+@torch.no_grad()
+def _odd_part(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    """Half the difference between what a norm makes of x [width] and of -x, in fp32: a bias is not in it."""
+    norm = copy.deepcopy(norm).float()
+    up, down = (norm(side[None])[0] for side in (x, -x))
+    return (up - down) / 2
 
 
 def residual_scale(hf: torch.nn.Module) -> float:
