@@ -21,10 +21,11 @@ from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
 from refusallab.defences.prompting import SAFETY, SelfReminder, SystemPrompt
 from refusallab.defences.resistance import spread_refusal
-from refusallab.defences.runtime import run_time_defences
+from refusallab.defences.runtime import FALSE_ALARMS, fit_filter, run_time_defences
 from refusallab.defences.smoothing import SmoothLLM, perturb, vote
 from refusallab.defences.thinking import recovering
 from refusallab.defences.thresholds import roc, threshold_at
+from refusallab.defences.traffic import sample_exchanges
 from refusallab.defences.training import harden
 from refusallab.errors import RefusalLabError
 from refusallab.interventions import ablation, addition, unit
@@ -118,6 +119,14 @@ def test_the_filter_blocks_what_surprises_and_passes_the_rest(m):
     replies = d.replies([*PROMPTS, "zq!! ]] xv zq"])
     assert replies[:-1] == ModelAlone(m).replies(PROMPTS) and replies[-1] == stock_refusal(m)
     assert d.extra_passes == 4
+
+
+def test_a_filter_is_fitted_on_the_words_that_it_reads(m):
+    (bad, good), (_, val) = sample_exchanges("train", 30), sample_exchanges("val", 100)
+    d = fit_filter(m, [*bad, *good], val)
+    assert d.alarms([item.prompt for item in val]).float().mean() <= FALSE_ALARMS
+    alone = [[replace(i, prompt=i.prompt[-1]["content"]) for i in items] for items in ([*bad, *good], val)]
+    assert d.threshold == fit_filter(m, *alone).threshold
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defence import AnyOf, Defence
+from refusallab.defence import AnyOf, Defence, last_words
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import Bigrams, PerplexityFilter, count_bigrams, worst_window
@@ -58,8 +58,8 @@ def choose_probe(
 
 def fit_filter(m: Model, train: list[Item], val: list[Item]) -> PerplexityFilter:
     """A perplexity filter with bigrams of train traffic. It may refuse a share FALSE_ALARMS of val (harmless)."""
-    reader: Bigrams = count_bigrams(m, [str(item.prompt) for item in train])
-    scores = [worst_window(reader.surprise(str(item.prompt))) for item in val]
+    reader: Bigrams = count_bigrams(m, [last_words(item.prompt) for item in train])
+    scores = [worst_window(reader.surprise(last_words(item.prompt))) for item in val]
     return PerplexityFilter(m, reader.surprise, threshold_at(scores, FALSE_ALARMS))
 
 
