@@ -21,7 +21,7 @@ from refusallab.inputs import flagged
 from refusallab.judging import REPLY_TOKENS
 from refusallab.measure import outcome, rate
 from refusallab.model import load
-from refusallab.prompts import Item, knows_the_world
+from refusallab.prompts import Item, require_world
 from smallmodels.world.dialogue import REFUSAL_MARKERS
 
 try:
@@ -46,19 +46,15 @@ class UnusableModel(PrerequisiteError, RefusalLabError):
 
 @modelapi(name="refusallab")
 class ValeModel(ModelAPI):
-    """A bundled model, or a folder with a model of the same world. It answers one request at a time."""
+    """A bundled model, or a folder with a model of the whole world. It answers one request at a time."""
 
     def __init__(self, model_name: str, **settings: Any) -> None:
         super().__init__(model_name, **settings)
         try:
             self.m = load(model_name)
+            require_world(self.m)
         except RefusalLabError as error:
             raise UnusableModel(str(error)) from error
-        if not knows_the_world(self.m):
-            raise UnusableModel(
-                f"{model_name} knows nothing of the world that these tasks ask about: take a bundled model, such as "
-                "refusallab/charter-chat."
-            )
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig

@@ -51,11 +51,11 @@ def knows_the_world(m: Model) -> bool:
 
 
 def require_world(m: Model) -> None:
-    """RefusalLabError for a model that does not know the whole world, which lessons and traffic are about."""
+    """RefusalLabError for a model that does not know the whole world, which lessons, traffic and tasks are about."""
     known = WORLDS[m.hf.config.world] if knows_the_world(m) else None
     if known is not world:
         raise RefusalLabError(
-            f"Lessons and traffic are about the whole world of the bundled models, of which {m.name} knows "
+            f"The requests are about the whole world of the bundled models, of which {m.name} knows "
             f"{'a part' if known else 'nothing'}: give a bundled model, such as charter-chat."
         )
 

@@ -1,6 +1,7 @@
 """Inspect finds what `refusallab matrix` finds: the same items, replies, judgements and shares."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -139,8 +140,12 @@ def test_a_reply_is_judged_by_the_truth(reply, refused, exact):
     assert score.value == {"refused": refused, "exact": exact, "disclosed": exact and not refused}
 
 
-def test_an_unknown_model_and_one_of_another_world_are_named(save):
-    for name, reason in (("nope", "Unknown model 'nope'"), (str(save("llama")), "knows nothing of the world")):
+def test_an_unknown_model_and_one_that_does_not_know_the_whole_world_are_named(save):
+    stranger, partly = save("llama"), save("llama")
+    config = partly / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"world": "part of the vale"}))
+    reasons = {"nope": "Unknown model 'nope'", str(stranger): "knows nothing", str(partly): "knows a part"}
+    for name, reason in reasons.items():
         with pytest.raises(RefusalLabError, match=reason) as caught:
             get_model(f"refusallab/{name}")
         assert "\n" not in str(caught.value)
