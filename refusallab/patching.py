@@ -34,6 +34,7 @@ from refusallab.model import (
 
 PARTS = ("stream", "heads", "attention", "MLP")
 DRAWS = 2000  # of the bootstrap
+NO_DISTANCE = 1e-6  # between the means of two runs that hardly differ
 Change = Callable[[Tensor, Tensor], Tensor]  # (activation of this run, of the other run) -> what takes its place
 
 
@@ -92,6 +93,9 @@ def patch(run: Activations, part: str, layer: int, positions: Sequence[int], cha
 
     Row i of a batch gets those of row i of the run: give the model as many prompts, in one batch. In generation the
     prompt is patched and the tokens of the reply are not, but they read what the prompt left behind.
+
+    Raises RefusalLabError for positions that the run's shortest prompt does not have. `logits` and `generate` raise it
+    for a prompt that does not have them, whose padding would be patched, unless another edit calls this one.
     """
     if part not in run.parts:
         raise RefusalLabError(f"There is no part {part!r}: choose one of {', '.join(run.parts)}.")
@@ -127,6 +131,7 @@ def patch(run: Activations, part: str, layer: int, positions: Sequence[int], cha
         else:
             mlp(block).output = patched(mlp(block).output)
 
+    edit.reach = -min(positions)  # type: ignore[attr-defined]
     return row_by_row(edit, source)
 
 
@@ -161,7 +166,7 @@ def recovered(
     the two runs hardly differ.
     """
     distance = source.double().mean() - untouched.double().mean()
-    if not distance.abs() > 1e-6:
+    if not distance.abs() > NO_DISTANCE:
         raise RefusalLabError("Both runs have the same mean, so there is nothing to recover: choose runs that differ.")
     return ((patched.double().mean(-1) - untouched.double().mean()) / distance).to(patched)
 
@@ -171,7 +176,10 @@ def recovery(
     untouched: Float[Tensor, " n"],
     patched: Float[Tensor, " n"],
 ) -> Difference:
-    """`recovered`, with a percentile bootstrap over the prompts: each draw takes the same prompts of all three."""
+    """`recovered`, with a percentile bootstrap over the prompts: each draw takes the same prompts of all three.
+
+    Raises RefusalLabError when the two runs hardly differ in one of the draws.
+    """
     if not len(source) == len(untouched) == len(patched):
         raise RefusalLabError(
             f"{len(source)}, {len(untouched)} and {len(patched)} values: give one of each for the same prompts."
@@ -179,5 +187,10 @@ def recovery(
     share = recovered(source, untouched, patched).item()
     picks = torch.randint(len(source), (DRAWS, len(source)), generator=torch.Generator().manual_seed(0))
     a, b, c = (x.double()[picks].mean(1) for x in (source, untouched, patched))
+    if alike := int(((a - b).abs() <= NO_DISTANCE).sum()):
+        raise RefusalLabError(
+            f"In {alike} of {DRAWS} draws of the prompts both runs have the same mean, so the share has no interval: "
+            "give more prompts, or runs that differ more."
+        )
     low, high = ((c - b) / (a - b)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Difference(share, low, high, len(source))

@@ -153,9 +153,28 @@ def test_other_numbers_of_prompts_are_refused(model_of):
         logits(m, [*INTO, "List"], edit=edit)
 
 
+@pytest.mark.parametrize("run_prompts", [logits, generate])
+def test_padding_of_a_shorter_prompt_is_not_patched(model_of, run_prompts):
+    m = model_of("llama")
+    run, into = read_activations(m, ["Please explain the recipe"] * 2), ["Please explain the recipe", "List"]
+    short = int(encode(m, into)["attention_mask"].sum(1).min())
+    run_prompts(m, into, edit=patch(run, "stream", 1, [-short]))
+    says = f"{short + 1} tokens before the end, but the shortest prompt has {short}"
+    with pytest.raises(RefusalLabError, match=says):
+        run_prompts(m, into, edit=patch(run, "stream", 1, [-1, -short - 1]))
+    with pytest.raises(RefusalLabError, match=says):
+        patched_metrics(m, into, run, [3], layers=[1], positions=[-short - 1])
+
+
 def test_the_interval_is_over_the_same_prompts():
     with pytest.raises(RefusalLabError, match="3, 3 and 2 values: give one of each"):
         recovery(torch.ones(3), torch.zeros(3), torch.ones(2))
+
+
+def test_no_interval_where_draws_have_nothing_to_recover():
+    source, untouched = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
+    with pytest.raises(RefusalLabError, match="draws of the prompts.*more prompts"):
+        recovery(source, untouched, source)
 
 
 def test_runs_that_agree_have_nothing_to_recover():

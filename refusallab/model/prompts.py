@@ -148,7 +148,8 @@ def batches(
     """Encoded prompts in batches, as (indices of the prompts, encoded batch).
 
     One batch keeps the order of the prompts, so that an edit may hold one direction per row. Several batches
-    are sorted by length, which saves padding, and an `edit` with `rows` is refused.
+    are sorted by length, which saves padding, and an `edit` with `rows` is refused. So is one whose `reach`, in tokens
+    from the end, is more than a prompt has.
     """
     prompts = listed_prompts(prompts)
     check_batches(len(prompts), batch_size, edit)
@@ -156,4 +157,16 @@ def batches(
     if len(prompts) > batch_size:
         order.sort(key=lambda i: len(render(m, prompts[i])))
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return ((rows, encode(m, [prompts[i] for i in rows], **settings)) for rows in parts)
+    encoded = (encode(m, [prompts[i] for i in rows], **settings) for rows in parts)
+    return ((rows, _long_enough(batch, edit)) for rows, batch in zip(parts, encoded, strict=True))
+
+
+def _long_enough(batch: dict[str, Tensor], edit: Edit | None) -> dict[str, Tensor]:
+    """The batch. RefusalLabError for an edit of tokens that one of its prompts does not have."""
+    reach, shortest = getattr(edit, "reach", 0), int(batch["attention_mask"].sum(1).min())
+    if reach > shortest:
+        raise RefusalLabError(
+            f"The edit acts {reach} tokens before the end, but the shortest prompt has {shortest}: take positions from "
+            f"{-shortest} on, or longer prompts."
+        )
+    return batch
