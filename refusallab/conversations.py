@@ -10,7 +10,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -19,7 +18,7 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.model import Model, Prompt, messages
+from refusallab.model import Begun, Model, Prompt, behind_turns, messages
 from refusallab.prompts import Item, things_of
 from refusallab.truth import request_of
 from smallmodels.world import dialogue
@@ -35,7 +34,8 @@ def after_turns(items: Sequence[Item], kind: str, turns: int, seed: int = 0) -> 
     kind: "same thing", harmless questions about the thing of the request with right answers; "other things", the same
     about other things; "lawful shots", lawful methods with right answers; "shots", forbidden methods of other things
     with invented answers (many-shot jailbreaking); "refused shots" and "refused things", what "shots" and "other
-    things" ask, refused. Phrasings and things are those of the split of the request.
+    things" ask, refused. Phrasings and things are those of the split of the request. A system turn of the item stays
+    first, and a reply that has begun stays last.
 
     Raises RefusalLabError for an unknown kind and for items that name no thing.
     """
@@ -52,7 +52,7 @@ def after_turns(items: Sequence[Item], kind: str, turns: int, seed: int = 0) -> 
                 reply = invented(thing, rng)
             asked = dialogue.phrase(request, rng, thing.split)
             said += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-        made.append(replace(item, prompt=[*said, *messages(item.prompt)]))
+        made.append(replace(item, prompt=behind_turns(item.prompt, said)))
     return made
 
 
@@ -87,10 +87,14 @@ def invented(thing: Thing, rng: random.Random) -> str:
     return dialogue.answer("method", **parts)
 
 
-def turn_prompts(prompt: Prompt) -> list[list[dict[str, Any]]]:
-    """The conversation up to each user turn: what the model read before each of its replies."""
+def turn_prompts(prompt: Prompt) -> list[Prompt]:
+    """The conversation up to each user turn: what the model read before each of its replies.
+
+    A last reply that has begun belongs to the last of them.
+    """
     said = messages(prompt)
-    return [said[: k + 1] for k, turn in enumerate(said) if turn["role"] == "user"]
+    *before, last = (said[: k + 1] for k, turn in enumerate(said) if turn["role"] == "user")
+    return [*before, Begun(last, prompt.reply) if isinstance(prompt, Begun) else last]
 
 
 def streams_by_turn(m: Model, prompts: Sequence[Prompt], layer: int) -> Float32[Tensor, "n turns width"]:

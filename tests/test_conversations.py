@@ -1,7 +1,7 @@
 """Conversations, replies that are not greedy, attacks that converse, watchers that read the exchange."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from refusallab.defences.exchange import Cascade, ExchangeProbe, StreamingProbe,
 from refusallab.defences.monitor import Monitor
 from refusallab.defences.traffic import sample_exchanges
 from refusallab.errors import RefusalLabError
-from refusallab.model import Begun, generate, ids_behind, load, logits, render
+from refusallab.model import Begun, generate, ids_behind, load, logits, messages, render
 from refusallab.prompts import bundled
 from refusallab.truth import request_of
 from smallmodels.world import dialogue
@@ -83,6 +83,23 @@ def test_earlier_turns_that_cannot_be_made(forbidden):
     sums = [item for item in bundled("harmless_val") if item.id.startswith("arithmetic")]
     with pytest.raises(RefusalLabError, match="names no thing"):
         after_turns(sums[:1], "shots", 1)
+
+
+def test_a_system_turn_stays_first_and_a_reply_that_has_begun_last(m, forbidden):
+    system = {"role": "system", "content": "You are a clerk."}
+    items = [replace(item, prompt=Begun([system, *messages(item.prompt)], "Sure! Use a")) for item in forbidden[:2]]
+    (one, _), plain = after_turns(items, "shots", 2), after_turns(forbidden[:2], "shots", 2)
+    assert one.prompt == Begun([system, *plain[0].prompt], "Sure! Use a")
+    alone = replace(items[0], prompt=items[0].prompt.prompt)
+    assert after_turns([alone], "shots", 2)[0].prompt == one.prompt.prompt
+    cut = turn_prompts(one.prompt)
+    assert [len(prompt) for prompt in cut[:2]] == [2, 4] and cut[2] == one.prompt
+    x = streams_by_turn(m, [one.prompt], 3)
+    ends = residual(m, [one.prompt.prompt, one.prompt], layers=[3], positions=[-1])[:, 0, 0]
+    torch.testing.assert_close(x[0, -1], ends[1], atol=1e-4, rtol=0)
+    assert (x[0, -1] - ends[0]).abs().max() > 0.1
+    rewritten = conversing.rewriting_list()["6 shots, past"](items[0], random.Random(0))
+    assert [turn["role"] for turn in rewritten.prompt] == ["system", *["user", "assistant"] * 6, "user"]
 
 
 def test_streams_are_read_before_each_reply(m, forbidden):

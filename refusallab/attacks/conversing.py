@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from refusallab.attacks.result import AttackResult, Cost, send
+from refusallab.attacks.result import AttackResult, Cost, rewrite, send
 from refusallab.attacks.templates import rewritings
 from refusallab.bars import with_bar
 from refusallab.conversations import after_turns
@@ -101,10 +101,9 @@ def rewriting_list() -> dict[str, Rewriting]:
         return lambda text, item, rng: rng.choice(rewritings()[kind])(text)
 
     def behind(kind: str, turns: int) -> Callable[[str, Item, random.Random], Prompt]:
-        return lambda text, item, rng: [
-            *after_turns([item], kind, turns, rng.randrange(10**6))[0].prompt[:-1],
-            {"role": "user", "content": text},
-        ]
+        return lambda text, item, rng: rewrite(
+            after_turns([item], kind, turns, rng.randrange(10**6))[0].prompt, lambda _: text
+        )
 
     frames: dict[str, Callable[[str, Item, random.Random], Prompt]] = {
         "plain": lambda text, item, rng: text,

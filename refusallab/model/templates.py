@@ -104,6 +104,14 @@ def behind_system(prompt: Prompt, system: str) -> Prompt:
     return Begun(turns, prompt.reply) if isinstance(prompt, Begun) else turns
 
 
+def behind_turns(prompt: Prompt, earlier: list[dict[str, str]]) -> Prompt:
+    """The prompt behind earlier turns. A system turn stays first, and a reply that has begun stays last."""
+    turns = messages(prompt)
+    first = int(turns[0]["role"] == "system")
+    turns = [*turns[:first], *earlier, *turns[first:]]
+    return Begun(turns, prompt.reply) if isinstance(prompt, Begun) else turns
+
+
 def _message(turn: Any, i: int) -> dict[str, str]:
     """A message whose content is one text."""
     if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
