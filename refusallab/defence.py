@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refusallab.inputs import flagged, listed
 from refusallab.judging import BATCH_SIZE, REPLY_TOKENS
-from refusallab.model import Edit, Model, Prompt, generate, ids_of, listed_prompts, messages
+from refusallab.model import Begun, Edit, Model, Prompt, generate, ids_of, listed_prompts, messages
 from refusallab.prompts import knows_the_world
 from smallmodels.world.dialogue import REFUSAL_WORDINGS
 
@@ -108,6 +108,17 @@ def write_unless(
 def last_words(prompt: Prompt) -> str:
     """The text of the last turn: what a filter of requests reads."""
     return messages(prompt)[-1]["content"]
+
+
+def exchanges(prompts: Sequence[Prompt], replies: Sequence[str]) -> tuple[list[Prompt], list[str]]:
+    """The prompts alone, and the replies, each with the beginning that its prompt brings along in front of it."""
+    starts = [prompt.reply if isinstance(prompt, Begun) else "" for prompt in prompts]
+    return alone(prompts), [start + reply for start, reply in zip(starts, replies, strict=True)]
+
+
+def alone(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts without the beginnings of replies that they bring along."""
+    return [prompt.prompt if isinstance(prompt, Begun) else prompt for prompt in prompts]
 
 
 def stock_refusal(m: Model) -> str:

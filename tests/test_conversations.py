@@ -296,6 +296,17 @@ def test_the_exchange_probe_reads_the_end_of_the_reply_with_its_beginning(m, for
     assert alarms == (scores > probe.threshold).tolist() and sum(alarms) == 1
 
 
+def test_a_reply_that_has_begun_is_read_with_its_beginning(m, forbidden):
+    asked, start, rest = [item.prompt for item in forbidden[:2]], "Sure! Use", [" a tin funnel.", " it."]
+    begun, whole = [Begun(prompt, start) for prompt in asked], [start + reply for reply in rest]
+    w = torch.randn(m.width, generator=torch.Generator().manual_seed(0))
+    for x, y in zip(reply_streams(m, begun, rest, 3), reply_streams(m, asked, whole, 3), strict=True):
+        assert torch.equal(x, y)
+    for probe in (ExchangeProbe(m, w, 3, 0.0), StreamingProbe(m, w, 3, 0.0, window=2)):
+        assert torch.equal(probe.score(begun, rest), probe.score(asked, whole))
+    assert probe.stops(begun, rest) == probe.stops(asked, whole) != [None, None]
+
+
 def test_a_cascade_asks_the_second_only_about_suspects(m):
     prompts = [item.prompt for item in bundled("harmless_val")[:6]]
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defence import Defence, Watcher, last_words, stock_refusal, write_replies
+from refusallab.defence import Defence, Watcher, exchanges, last_words, stock_refusal, write_replies
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.thresholds import threshold_at
 from refusallab.defences.traffic import sample_exchanges
@@ -54,17 +54,10 @@ class AfterReply:
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
         prompts = listed_prompts(prompts)
         said = write_replies(self.m, prompts, edit=edit, prefill=prefill)
-        asked, starts = begun(prompts, prefill)
+        asked, whole = exchanges(prompts, [prefill + reply for reply in said])
         self.extra_passes += self.passes_each * len(prompts)
-        whole = [self.read(start + reply) for start, reply in zip(starts, said, strict=True)]
-        alarms = (self.score(asked, whole, edit) > self.threshold).tolist()
+        alarms = (self.score(asked, [self.read(reply) for reply in whole], edit) > self.threshold).tolist()
         return [stock_refusal(self.m) if alarm else reply for alarm, reply in zip(alarms, said, strict=True)]
-
-
-def begun(prompts: Sequence[Prompt], prefill: str) -> tuple[list[Prompt], list[str]]:
-    """The prompts without the beginnings of replies that they bring along, and these, each with `prefill` behind it."""
-    pairs = [(p.prompt, p.reply) if isinstance(p, Begun) else (p, "") for p in prompts]
-    return [prompt for prompt, _ in pairs], [start + prefill for _, start in pairs]
 
 
 @dataclass
@@ -80,7 +73,7 @@ class ExchangeProbe(AfterReply):
     extra_passes: int = 0
 
     def score(self, prompts: Sequence[Prompt], replies: Sequence[str], edit: Edit | None = None) -> Tensor:
-        ended = [Begun(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+        ended = [Begun(prompt, reply) for prompt, reply in zip(*exchanges(prompts, replies), strict=True)]
         x = residual(self.m, ended, layers=[self.layer], positions=[-1], edit=edit, batch_size=BATCH_SIZE)
         return x[:, 0, 0] @ self.w
 
@@ -116,12 +109,11 @@ class StreamingProbe:
     def replies(self, prompts: Sequence[Prompt], *, edit: Edit | None = None, prefill: str = "") -> list[str]:
         prompts = listed_prompts(prompts)
         said = write_replies(self.m, prompts, edit=edit, prefill=prefill)
-        asked, starts = begun(prompts, prefill)
-        stops = self.stops(asked, [start + reply for start, reply in zip(starts, said, strict=True)], edit)
+        asked, whole = exchanges(prompts, [prefill + reply for reply in said])
         shown = []
-        for prompt, start, reply, stop in zip(asked, starts, said, stops, strict=True):
+        for prompt, text, reply, stop in zip(asked, whole, said, self.stops(asked, whole, edit), strict=True):
             if stop is not None:
-                seen = first_tokens(self.m, prompt, start + reply, stop)[len(start) :]
+                seen = first_tokens(self.m, prompt, text, stop)[len(text) - len(reply) :]
                 reply = f"{seen} {stock_refusal(self.m)}".strip()
             shown.append(reply)
         return shown
@@ -140,9 +132,10 @@ def reply_streams(
 ) -> list[Tensor]:
     """The stream at the input of a block at each token of each reply: [tokens, width] each.
 
-    The stream of an empty reply is that of the last token of its prompt.
+    A reply that its prompt has begun is read with the beginning. The stream of an empty reply is that of the last token
+    of its prompt.
     """
-    prompts, replies = listed_prompts(prompts), listed(replies, "replies", str)
+    prompts, replies = exchanges(listed_prompts(prompts), listed(replies, "replies", str))
     lengths = [max(1, len(ids_behind(m, render(m, p), reply))) for p, reply in zip(prompts, replies, strict=True)]
     streams: dict[int, Tensor] = {}
     for length in sorted(set(lengths)):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from refusallab.activations import residual
-from refusallab.defence import Watcher
+from refusallab.defence import Watcher, alone
 from refusallab.errors import RefusalLabError
-from refusallab.model import Begun, Edit, Model, Prompt
+from refusallab.model import Edit, Model, Prompt
 
 SHRINKAGE = 0.1
 
@@ -56,6 +56,5 @@ class Monitor(Watcher):
 
     def score(self, prompts: Sequence[Prompt], edit: Edit | None = None) -> Tensor:
         """x . w for each prompt: [n]. A reply that has begun is not read: positions are those of the prompt."""
-        asked = [prompt.prompt if isinstance(prompt, Begun) else prompt for prompt in prompts]
-        x = residual(self.m, asked, layers=[self.layer], positions=[self.position], edit=edit)
+        x = residual(self.m, alone(prompts), layers=[self.layer], positions=[self.position], edit=edit)
         return x[:, 0, 0] @ self.w
