@@ -21,7 +21,8 @@ from refusallab.model import Edit, Model, Prompt, blocks, no_edit
 def conditional_addition(w: Tensor, threshold: float, read: int, r: Tensor, act: int) -> Edit:
     """Add r [width] at the input of block `act` to those prompts whose stream scores x . w > threshold at block `read`.
 
-    The stream is read at the last prompt token; r is added at all positions of the prompt, and to no generated token.
+    The stream is read at the last prompt token, which is the last one of a prefill if there is one. r is added at all
+    positions of the prompt, prefill included, and to no generated token.
     Raises RefusalLabError unless read < act.
     """
     if not 0 <= read < act:
