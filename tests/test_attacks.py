@@ -343,6 +343,18 @@ class TestSearch:
             assert r.reply == generate(chat, [r.prompt], max_new_tokens=32)[0]
             assert r.cost.forward_passes > 2 * 3
 
+    @pytest.mark.parametrize(
+        "room", [5, 10]
+    )  # tokens behind the prompt: too few for the suffix, or for the reply alone
+    def test_no_search_is_lost_to_an_item_that_is_too_long(self, model_of, room, monkeypatch):
+        m, searches = model_of("llama"), []
+        monkeypatch.setattr(gcg, "find_suffix", lambda *args, **settings: searches.append(args))
+        words = 256 - room - encode(m, ["x"])["input_ids"].shape[1]
+        items = [Item("short", PROMPT), Item("long", "x" + " x" * words)]
+        with pytest.raises(RefusalLabError, match="Item 'long': .* reads at most 256: shorten the prompt or reply"):
+            gcg.gcg_attack(m, items, [" x"] * 2, dataclasses.replace(SMALL, init=" x x x x x x"))
+        assert not searches
+
     @pytest.mark.slow
     def test_a_random_suffix_survives_and_is_as_long(self, chat):
         text = gcg.random_suffix(chat, PROMPT, Knobs(init=" the" * 8))

@@ -15,7 +15,7 @@ from refusallab.attacks.result import direct, send
 from refusallab.defence import AnyOf, ModelAlone, Watcher, passes, stock_refusal
 from refusallab.defences import matrix as evaluation
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
-from refusallab.defences.exchange import exchange_defences, fit_exchange
+from refusallab.defences.exchange import ExchangeProbe, exchange_defences, fit_exchange
 from refusallab.defences.integrity import hide, quietest
 from refusallab.defences.monitor import Monitor, linear_probe
 from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
@@ -216,6 +216,7 @@ def test_gcg_hides_from_watchers_that_it_knows(m):
         threshold = 60.0
 
         def score(self, prompts, edit=None):
+            assert edit is None, "it reads no reply"
             return torch.tensor([float(len(prompt)) for prompt in prompts])
 
     penalty = hiding_from([Short(), Short()], weight=2.0)
@@ -226,6 +227,13 @@ def test_gcg_hides_from_watchers_that_it_knows(m):
 
     of_replies = hiding_from([SimpleNamespace(threshold=60.0, score=longer)], reply="four")
     torch.testing.assert_close(of_replies(["x" * 50, "x" * 63]), torch.tensor([0.0, 21.0]))
+    of_both = hiding_from([Short(), SimpleNamespace(threshold=60.0, score=longer)], reply="four")
+    torch.testing.assert_close(of_both(["x" * 50, "x" * 63]), torch.tensor([0.0, 30.0]))
+
+
+def test_gcg_does_not_hide_from_a_watcher_of_replies_without_one(m):
+    with pytest.raises(RefusalLabError, match="exchange probe reads replies: give reply="):
+        hiding_from([ExchangeProbe(m, torch.ones(m.width), 3, 0.0)])
 
 
 # --- conditional steering ---------------------------------------------------------------------------------------------

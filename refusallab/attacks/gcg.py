@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Protocol
 
 import torch
@@ -26,7 +27,8 @@ from refusallab.attacks.result import AttackResult, Cost, rewrite, send
 from refusallab.bars import bar
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.model import Model, Prompt, embedding, encode, ids_of, listed_prompts, render
+from refusallab.judging import REPLY_TOKENS
+from refusallab.model import Model, Prompt, check_length, embedding, encode, ids_of, listed_prompts, render
 from refusallab.prefix import for_rows
 from refusallab.prompts import Item
 
@@ -51,7 +53,7 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Suffix:
-    """The best suffix of a search: the lowest loss with the most prompts in use."""
+    """The best suffix of a search with the most prompts in use: one that reaches the target, else the lowest loss."""
 
     text: str  # follows the request directly
     loss: float  # mean cross-entropy of the target, in nats per token, mean over the prompts in use
@@ -85,6 +87,12 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
     Every piece keeps the tokens that it has in the whole prompt: many tokenizers split a text differently when it
     stands alone. Raises RefusalLabError when a piece shares a token with the next one.
     """
+    before, after, parts = _cut(m, prompt, target, suffix, system)
+    return SuffixPrompt(prompt, before, after, *parts, keys_and_values(m, parts[0]))
+
+
+def _cut(m: Model, prompt: Prompt, target: str, suffix: str, system: str | None) -> tuple[str, str, list[Tensor]]:
+    """The texts before and behind the suffix, and the tokens of: what is before, suffix, what is behind, target."""
     if m.remote:
         raise RefusalLabError("GCG needs gradients and caches of a model on this computer: load it without remote.")
     if not suffix:
@@ -106,8 +114,7 @@ def prepare(m: Model, prompt: Prompt, target: str, suffix: str, *, system: str |
                 "target with a space or another sign, and end the suffix with another one."
             )
         ids.append(whole[len(known) :])
-    parts = [torch.tensor(part, dtype=torch.long, device=m.device) for part in ids]
-    return SuffixPrompt(prompt, before, after, *parts, keys_and_values(m, parts[0]))
+    return before, after, [torch.tensor(part, dtype=torch.long, device=m.device) for part in ids]
 
 
 @torch.no_grad()
@@ -409,10 +416,19 @@ def gcg_attack(
     system: str | None = None,
     penalty: Penalty | None = None,
 ) -> list[AttackResult]:
-    """A separate suffix for each item. The targets are chosen by the attacker, who does not know the answers."""
+    """A separate suffix for each item. The targets are chosen by the attacker, who does not know the answers.
+
+    All items are looked at before the first search. Raises RefusalLabError for one that cannot be attacked.
+    """
     items, targets = listed(items, "items", Item), listed(targets, "targets", str)
     if len(items) != len(targets):
         raise RefusalLabError(f"{len(items)} items and {len(targets)} targets: give one target for each item.")
+    for item, target in zip(items, targets, strict=True):
+        try:
+            *_, parts = _cut(m, item.prompt, target, knobs.init, system)
+            check_length(m, sum(map(len, parts[:3])) + REPLY_TOKENS + m.thought_tokens)
+        except RefusalLabError as error:
+            raise RefusalLabError(f"Item {item.id!r}: {error}") from None
     found = []
     with bar("GCG", len(items) * knobs.steps) as drawn:
         for item, target in zip(items, targets, strict=True):
@@ -427,7 +443,10 @@ def gcg_attack(
 
 
 class Scoring(Protocol):
-    """What a watcher of requests has, and one of replies: a score above `threshold` raises the alarm."""
+    """What a watcher of requests has, and one of replies: a score above `threshold` raises the alarm.
+
+    One of requests has score(prompts), one of replies score(prompts, replies).
+    """
 
     @property
     def threshold(self) -> float: ...
@@ -439,14 +458,27 @@ class Scoring(Protocol):
 def hiding_from(watchers: Sequence[Scoring], weight: float = HIDING, *, reply: str | None = None) -> Penalty:
     """The penalty of an attacker who can query the watchers: `weight` times what a score has above its threshold.
 
-    Watchers of replies are asked about `reply`, which the attacker has made up: they do not know the answer yet.
+    Watchers of replies are asked about `reply`, which the attacker has made up: they do not know the answer yet. Raises
+    RefusalLabError when it is missing.
     """
+    pairs = [(w, _reads_replies(w)) for w in watchers]
+    if reply is None and (readers := [w for w, reads in pairs if reads]):
+        name = getattr(readers[0], "name", type(readers[0]).__name__)
+        raise RefusalLabError(f"{name} reads replies: give reply=, one that you have made up.")
 
     def penalty(prompts: list[Prompt]) -> Tensor:
-        asked = (prompts,) if reply is None else (prompts, [reply] * len(prompts))
-        return torch.stack([(w.score(*asked) - w.threshold).clamp(min=0) for w in watchers]).sum(0) * weight
+        scores = [w.score(prompts, [reply] * len(prompts)) if reads else w.score(prompts) for w, reads in pairs]
+        return (
+            torch.stack([(x - w.threshold).clamp(min=0) for x, w in zip(scores, watchers, strict=True)]).sum(0) * weight
+        )
 
     return penalty
+
+
+def _reads_replies(watcher: Scoring) -> bool:
+    """Whether a score needs a second argument, the replies."""
+    parameters = signature(watcher.score).parameters.values()
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) > 1
 
 
 def with_suffix(

@@ -36,6 +36,7 @@ from refusallab.model.parts import (
 from refusallab.model.prompts import (
     batches,
     check_batches,
+    check_length,
     encode,
     encode_texts,
     ids_behind,
@@ -73,6 +74,7 @@ __all__ = [
     "behind_turns",
     "blocks",
     "check_batches",
+    "check_length",
     "digest_of_weights",
     "embedding",
     "encode",
