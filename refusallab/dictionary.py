@@ -44,12 +44,12 @@ class Dictionary:
 
     def encode(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest features"]:
         """How active each feature is: 0 for all but `active` of them."""
-        code = sparse_code((x.float() - self.mean) / self.scale, self.encoder, self.bias, self.active)
-        return code * self.scale
+        mean, encoder, bias = (part.to(x.device) for part in (self.mean, self.encoder, self.bias))
+        return sparse_code((x.float() - mean) / self.scale, encoder, bias, self.active) * self.scale
 
     def decode(self, code: Float[Tensor, "*rest features"]) -> Float[Tensor, "*rest width"]:
         """The stream that these activations describe."""
-        return code @ self.decoder + self.mean
+        return code @ self.decoder.to(code.device) + self.mean.to(code.device)
 
     def explained(self, x: Float[Tensor, "n width"], target: Float[Tensor, "n width"] | None = None) -> float:
         """The share of the variance of the target (by default x itself) that the dictionary gives back from x."""
@@ -57,14 +57,17 @@ class Dictionary:
         missed = (wanted - self.decode(self.encode(x))).square().sum()
         return 1 - (missed / (wanted - wanted.mean(0)).square().sum()).item()
 
+    def _written(self, x: Float[Tensor, "*rest width"], features: list[int]) -> Float[Tensor, "*rest width"]:
+        """What these features write where x is read."""
+        return self.encode(x)[..., features] @ self.decoder[features].to(x.device)
+
     def remove(self, features: Sequence[int], layer: int) -> Edit:
         """An edit that takes what these features write out of the input of one block, at all tokens."""
         chosen = list(features)
 
         def edit(nn: Any) -> None:
             block = blocks(nn)[layer]
-            written = self.encode(block.input)[..., chosen] @ self.decoder[chosen]
-            block.input = block.input - written.to(block.input)
+            block.input = block.input - self._written(block.input, chosen).to(block.input)
 
         return edit
 
@@ -80,7 +83,7 @@ class Transcoder(Dictionary):
         return super().encode(x) * (self.written_scale / self.scale)
 
     def decode(self, code: Float[Tensor, "*rest features"]) -> Float[Tensor, "*rest width"]:
-        return code @ self.decoder + self.written_mean
+        return code @ self.decoder.to(code.device) + self.written_mean.to(code.device)
 
     def remove(self, features: Sequence[int], layer: int) -> Edit:
         """An edit that takes what these features write out of what the MLP of one block writes, at all tokens."""
@@ -88,7 +91,7 @@ class Transcoder(Dictionary):
 
         def edit(nn: Any) -> None:
             part = mlp(blocks(nn)[layer])
-            written = self.encode(part.input)[..., chosen] @ self.decoder[chosen]
+            written = self._written(part.input, chosen)
             part.output = part.output - written.to(part.output)
 
         return edit

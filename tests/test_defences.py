@@ -1,5 +1,6 @@
 """Defences at run time: what each reads, blocks and costs; the thresholds; the matrix of attacks on all of them."""
 
+import copy
 import random
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from refusallab.activations import residual
 from refusallab.attacks.gcg import hiding_from
 from refusallab.attacks.result import direct, send
 from refusallab.defence import AnyOf, ModelAlone, Watcher, passes, stock_refusal
+from refusallab.defences import integrity
 from refusallab.defences import matrix as evaluation
 from refusallab.defences.conditional import ConditionalSteering, conditional_addition
 from refusallab.defences.exchange import ExchangeProbe, exchange_defences, fit_exchange
@@ -279,6 +281,14 @@ def test_the_detector_finds_an_edit_and_its_direction(m, r):
     before, after = quietest(m), quietest(orthogonalize(m, r))
     assert before.gap < 0.1 and after.gap > 5
     assert abs(torch.dot(after.direction, r / r.norm())) > 0.999
+
+
+def test_an_edit_hides_where_the_model_is(m, r, monkeypatch):
+    """The device "meta" holds nothing, but takes tensors of its own only."""
+    monkeypatch.setattr(integrity, "wrap", lambda hf, *_: hf)
+    far = replace(m, hf=copy.deepcopy(m.hf).to("meta"))
+    hidden = hide(far, far, r, keep=0.5, noise=1.0)
+    assert {weight.device.type for weight in hidden.parameters()} == {"meta"}
 
 
 def test_an_edit_hides_in_half_precision(make):

@@ -1,5 +1,7 @@
 """Sparse dictionaries: what a code is, what training finds, what removal takes away; requests made to order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from refusallab.activations import residual
 from refusallab.defences.traffic import sample_exchanges, sample_traffic
 from refusallab.dictionary import (
     Dictionary,
+    Transcoder,
     features_of,
     random_dictionary,
     sparse_code,
@@ -113,6 +116,21 @@ def test_removal_takes_away_what_the_features_write(model_of, prompts):
     assert (x[:, [3, 5]] > 0).any()
     x[:, [3, 5]] = x[:, [3, 5]].clamp(max=0)
     torch.testing.assert_close(edited, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("other", [(), (torch.ones(3), 2.0)], ids=["dictionary", "transcoder"])
+def test_a_dictionary_goes_where_the_streams_are(other, monkeypatch):
+    """The device "meta" holds nothing, but takes tensors of its own only."""
+    monkeypatch.setattr(made, "blocks", lambda nn: [nn])
+    monkeypatch.setattr(made, "mlp", lambda block: block)
+    eye = torch.eye(3)
+    coder = (Transcoder if other else Dictionary)(eye, torch.zeros(3), eye, torch.zeros(3), 1.0, 2, *other)
+    x = torch.zeros(1, 2, 3, device="meta")
+    part = SimpleNamespace(input=x, output=x)
+    coder.remove([0, 2], 0)(part)
+    for value in (coder.encode(x), coder.decode(coder.encode(x)), part.input, part.output):
+        assert value.device.type == "meta" and value.shape == x.shape
+    assert (part.output is not x, part.input is not x) == ((True, False) if other else (False, True))
 
 
 def test_features_are_graded_by_the_truth():

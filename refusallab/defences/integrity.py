@@ -61,11 +61,11 @@ def hide(m: Model, edited: Model, r: Tensor, *, keep: float = 0.0, noise: float 
     """
     if m.equivalence == "post-norm":
         raise RefusalLabError("Behind a post-norm the matrix does not write r itself: use a model without post-norms.")
-    hf, u, generator = copy.deepcopy(edited.hf), unit(r), torch.Generator().manual_seed(seed)
+    hf, u, generator = copy.deepcopy(edited.hf), unit(r).to(m.device), torch.Generator().manual_seed(seed)
     for before, after in zip(blocks(m.hf), blocks(hf), strict=True):
         for writes in (attention_writes, mlp_writes):
             old, new = outputs_last(writes(before)), outputs_last(writes(after))  # [n, width], views
-            random = torch.randn(len(new), generator=generator)
+            random = torch.randn(len(new), generator=generator).to(u)
             random *= noise * new.float().norm() / m.width**0.5 / random.norm()
             back = keep * (old.float() @ u) + random
             new.copy_(new.float() + back[:, None] * u)
