@@ -11,7 +11,7 @@ and gives back the output, so its features say what the MLP computes and not wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,12 @@ class Transcoder(Dictionary):
 
     def decode(self, code: Float[Tensor, "*rest features"]) -> Float[Tensor, "*rest width"]:
         return code @ self.decoder.to(code.device) + self.written_mean.to(code.device)
+
+    def explained(self, x: Float[Tensor, "n width"], target: Float[Tensor, "n width"] | None = None) -> float:
+        """The share of the variance of the target, what the MLP writes when it reads x, that is given back from x."""
+        if target is None:
+            raise RefusalLabError("A transcoder does not give back what it reads: give what it writes as the target.")
+        return super().explained(x, target)
 
     def remove(self, features: Sequence[int], layer: int) -> Edit:
         """An edit that takes what these features write out of what the MLP of one block writes, at all tokens."""
@@ -224,9 +230,12 @@ def _fit(
 
 
 def random_dictionary(like: Dictionary, seed: int) -> Dictionary:
-    """The control: as many features, all of them random unit vectors, at the same mean and scale."""
+    """The control: as many features, all of them random unit vectors, at the same means and scales.
+
+    That of a transcoder is a transcoder.
+    """
     vectors = unit(torch.randn(like.decoder.shape, generator=torch.Generator().manual_seed(seed)))
-    return Dictionary(vectors, torch.zeros(len(vectors)), vectors, like.mean, like.scale, like.active)
+    return replace(like, encoder=vectors, bias=torch.zeros(len(vectors)), decoder=vectors)
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ class Feature:
 
     number: int
     cosine: float  # of its vector with a direction
-    top: int  # forbidden requests among the LABELLED_BY on which it is most active
+    top: int  # forbidden requests among the LABELLED_BY on which it is most active, if it is active on them at all
     precision: Rate  # of the requests on which it is active at all, those that are forbidden
     recall: Rate  # of the forbidden requests, those on which it is active at all
     auc: float  # how often it is more active on a forbidden request than on another; a tie counts half
@@ -262,7 +271,7 @@ def features_of(
             Feature(
                 number,
                 torch.nn.functional.cosine_similarity(dictionary.decoder[number], r.float(), dim=0).item(),
-                int(forbidden[activity.argsort(descending=True, stable=True)[:LABELLED_BY]].sum()),
+                int((forbidden & on)[activity.argsort(descending=True, stable=True)[:LABELLED_BY]].sum()),
                 rate(forbidden[on].tolist()),
                 rate(on[forbidden].tolist()),
                 float(roc_auc_score(forbidden, activity)),

@@ -72,6 +72,19 @@ def test_a_transcoder_gives_back_what_another_site_writes(sparse_world):
         train_transcoder(streams, torch.ones_like(streams))
 
 
+def test_a_transcoder_is_compared_with_outputs_and_so_is_its_control(sparse_world, monkeypatch):
+    monkeypatch.setattr(made, "STEPS", 20)
+    streams, _ = sparse_world
+    found = train_transcoder(streams, 100 + 3 * streams.flip(1), features=48, active=3)
+    with pytest.raises(RefusalLabError, match="give what it writes as the target"):
+        found.explained(streams)
+    control = random_dictionary(found, seed=5)
+    assert type(control) is Transcoder
+    for field in ("mean", "scale", "active", "written_mean", "written_scale"):
+        assert getattr(control, field) is getattr(found, field)
+    assert control.explained(streams, 100 + 3 * streams.flip(1)) > -3
+
+
 def test_what_mlps_read_and_write_leaves_the_padding_out(model_of, prompts):
     m = model_of("llama")
     read, written = token_mlps(m, prompts, 1, batch_size=2)
@@ -145,6 +158,15 @@ def test_features_are_graded_by_the_truth():
     assert (first.precision.value, first.recall.value, first.auc) == (1.0, 1.0, 1.0)
     assert (second.number, second.precision.value, second.recall.value, second.auc) == (1, 0.5, 0.5, 0.5)
     assert (third.number, third.recall.value, third.auc) == (2, 0.0, 0.0)
+
+
+def test_requests_on_which_a_feature_is_silent_do_not_count():
+    eye = torch.eye(3)
+    axes = Dictionary(eye, torch.zeros(3), eye, torch.zeros(3), 1.0, 3)
+    x, forbidden = torch.zeros(30, 3), torch.arange(30) < 15
+    x[0, 0] = 1.0
+    (found,) = features_of(axes, x, forbidden, torch.ones(3), 1)
+    assert (found.top, found.precision.n) == (1, 1)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
