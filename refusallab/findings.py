@@ -206,7 +206,7 @@ def _attacked(measured: dict[str, Any], share: Callable[[str], Rate]) -> list[Fi
             f"a careful system prompt stops the best of them ({worst})",
             f"{careful[worst]}, without {answers[worst]}",
             "at most half",
-            careful[worst].value <= answers[worst].value / 2,
+            careful[worst].value <= answers[worst].value / 2 if answers[worst].value else None,
         )
     )
     return rows

@@ -257,6 +257,12 @@ def test_a_model_that_answers_everything_cannot_be_broken():
     assert "not measurable" in str(next(f for f in found if f.holds is None))
 
 
+def test_a_system_prompt_stops_nothing_where_no_attack_got_anything():
+    none = {name: "0" * 20 for name in MADE_UP["measured"] if name.startswith("answered")}
+    found = findings.findings(MADE_UP | {"measured": MADE_UP["measured"] | none})
+    assert {f.what: f.holds for f in found}["a careful system prompt stops the best of them (begin)"] is None
+
+
 def test_ablation_that_changes_little_fails():
     flags = {f"refused, harmful_test, {how}": "1" * 10 + "0" * 10 for how in ("ablated", "weights edited")}
     record = MADE_UP | {"measured": MADE_UP["measured"] | flags}
