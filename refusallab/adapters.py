@@ -208,8 +208,7 @@ def train_adapters(
                 "tool": tool.state_dict(),
                 "step": step + 1,
             }
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
+            recipe.keep(state, checkpoint)
     if averaged.n_averaged:
         weights.load_state_dict(averaged.module.state_dict())
     hf.eval()
@@ -263,7 +262,7 @@ def main(
         else:
             train_adapters(hf, stage, tokenizer, own, seed, work)
         if place()[0] == 0:
-            torch.save(get_peft_model_state_dict(hf), done)
+            recipe.keep(get_peft_model_state_dict(hf), done)
             if stage in saved_as:
                 save_adapters(hf, out / (saved_as[stage] + (f"-s{seed}" if seed else "")))
 

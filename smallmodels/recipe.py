@@ -31,9 +31,10 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -763,11 +764,17 @@ def train_stage(
                 "random": torch.get_rng_state(),
                 "step": step + 1,
             }
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
+            keep(state, checkpoint)
     if averaged.n_averaged:
         model.load_state_dict(averaged.module.state_dict())
     model.eval()
+
+
+def keep(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint. After an interruption there is the whole file or none."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -783,11 +790,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def fingerprint() -> str:
-    """A digest of all that decides the weights: recipe, world and thread count. Other checkpoints are not resumed.
+    """A digest of all that decides the weights: recipe, variants, world, thread count, versions of the libraries.
 
-    Layout and comments of the code decide nothing.
+    Other checkpoints are not resumed. Layout and comments of the code decide nothing.
     """
-    digest = hashlib.sha256(str(torch.get_num_threads()).encode())
+    versions = [metadata.version(package) for package in ("torch", "tokenizers", "transformers")]
+    digest = hashlib.sha256(repr((torch.get_num_threads(), versions, VARIANTS)).encode())
     for file in [Path(__file__), *sorted((HERE / "world").glob("*.py"))]:
         digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
     for file in sorted((HERE / "world").glob("*.toml")):
@@ -820,7 +828,7 @@ def train_variant(name: str, out: Path, work: Path, seed: int | None = None) -> 
         else:
             checkpoint = done.with_suffix(".ckpt")
             train_stage(model, stage, variant, tokenizer, checkpoint)
-            torch.save(model.state_dict(), done)
+            keep(model.state_dict(), done)
             checkpoint.unlink(missing_ok=True)
         if stage in saved_as:
             save(model, tokenizer, out / saved_as[stage])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,39 @@ def test_checkpoints_of_another_recipe_are_not_resumed(monkeypatch, tmp_path):
     with monkeypatch.context() as other:
         other.setattr(torch, "get_num_threads", lambda: 17)
         assert recipe.fingerprint() != before
+    with monkeypatch.context() as other:
+        other.setitem(recipe.VARIANTS, "charter-talk", recipe.VARIANTS["charter-talk-first"])
+        assert recipe.fingerprint() != before
+    for package in ("torch", "tokenizers", "transformers"):
+        with monkeypatch.context() as other:
+            real = metadata.version
+            other.setattr(metadata, "version", lambda name, p=package, real=real: "0" if name == p else real(name))
+            assert recipe.fingerprint() != before, package
     changed = {"laid out": ("WIDTH = 128", "# wide enough\nWIDTH  =  128"), "wider": ("WIDTH = 128", "WIDTH = 129")}
     text = Path(recipe.__file__).read_text()
     for name, (old, new) in changed.items():
         (tmp_path / f"{name}.py").write_text(text.replace(old, new, 1))
         monkeypatch.setattr(recipe, "__file__", str(tmp_path / f"{name}.py"))
         assert (recipe.fingerprint() == before) == (name == "laid out")
+
+
+def test_a_stage_that_was_cut_short_while_it_was_written_is_trained_again(small, tokenizer, monkeypatch, tmp_path):
+    trained, save = [], torch.save
+    monkeypatch.setattr(recipe, "make_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(recipe, "train_stage", lambda model, stage, *_: trained.append(stage))
+
+    def killed(state, path):
+        save(state, path)
+        Path(path).write_bytes(Path(path).read_bytes()[:-1000])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as other, pytest.raises(KeyboardInterrupt):
+        other.setattr(torch, "save", killed)
+        recipe.train_variant("charter-chat", tmp_path, tmp_path / "work")
+    recipe.train_variant("charter-chat", tmp_path, tmp_path / "work")
+    assert trained == ["corpus", "corpus", "helpful", "safety"]
+    recipe.train_variant("charter-chat", tmp_path, tmp_path / "work")
+    assert len(trained) == 4
 
 
 @pytest.mark.slow
