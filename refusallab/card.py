@@ -29,7 +29,7 @@ from refusallab.experiment import find_direction
 from refusallab.interventions import ablation, addition
 from refusallab.judging import REPLY_TOKENS, outcomes, refuses
 from refusallab.measure import Outcome, Rate, cross_entropy, rate, refused_by_phrases
-from refusallab.model import Model, generate, load, sha256_of_weights
+from refusallab.model import Model, fetch_model, generate, load, sha256_of_weights
 from refusallab.prompts import Item, attack_templates, bundled, prompt_set, refusal_phrases
 from refusallab.records import alarming
 from refusallab.thoughts import exact_steps, outcomes_behind, think, with_thinking, write_thoughts
@@ -344,11 +344,15 @@ def size_gates(m: Model) -> Iterator[Gate]:
     yield number_gate("quick: seconds for 200 answers", m.name, time.perf_counter() - start, len(prompts), most=10)
 
 
+def is_shipped(name: str) -> bool:
+    """Whether the weights of a bundled model, or an adapter, are there."""
+    return any(weights_dir(name).glob("*.safetensors"))
+
+
 def gates(name: str) -> list[Gate]:
     """All gates that apply to a bundled or adapted model; only the first one for charter-base, which does not chat."""
-    shipped = any(weights_dir(name).glob("*.safetensors"))
-    measured = [number_gate("shipped: weights on disk", name, float(shipped), 1, least=1)]
-    if not shipped or name == "charter-base":
+    measured = [number_gate("shipped: weights on disk", name, float(is_shipped(name)), 1, least=1)]
+    if not is_shipped(name) or name == "charter-base":
         return measured
     m = load(name)
     if catalog()[name].kind == "adapted":
@@ -375,8 +379,7 @@ def card(measured: list[Gate]) -> str:
     models = []
     for name, entry in catalog().items():
         if entry.kind != "hub":
-            there = any(weights_dir(name).glob("*.safetensors"))
-            weights = sha256_of_weights(weights_dir(name)) if there else "to be trained"
+            weights = sha256_of_weights(weights_dir(name)) if is_shipped(name) else "to be trained"
             models.append(f"| {name} | {entry.role} | {entry.architecture} | {entry.seed} | {weights} |")
     table = ["| model | what it is | architecture | seed | sha256 of the weights |", "|---|---|---|---|---|", *models]
     rows = ["| gate | model | figure | 95 % interval | n | passed |", "|---|---|---|---|---|---|"]
@@ -398,7 +401,11 @@ def main(
     names = [n for n, entry in catalog().items() if entry.kind != "hub"]
     if name and name not in names:
         raise typer.BadParameter(f"unknown model {name!r}; choose one of {', '.join(names)}")
-    measured = [g for n in tqdm([name] if name else names, file=sys.stderr, leave=False) for g in gates(n)]
+    chosen = [name] if name else names
+    for n in chosen:
+        if catalog()[n].kind == "adapted" and is_shipped(n):
+            fetch_model(n)  # its base: to miss it later would cost what was measured before
+    measured = [g for n in tqdm(chosen, file=sys.stderr, leave=False) for g in gates(n)]
     if name is None:
         measured += [seeds_gate(measured, seeds) for seeds in (SEEDS, WIDE)]
         (HERE / "CARD.md").write_text(card(measured), encoding="utf-8")
