@@ -129,8 +129,8 @@ def outcomes_behind(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a thought, each with its end."""
-    return re.findall(r"\S.*?[.?!](?=\s|$)|\S.*$", text)
+    """The sentences of a thought, each with its end. The end of a line is the end of a sentence, too."""
+    return re.findall(r"\S.*?[.?!](?=\s|$)|\S.*$", text, re.MULTILINE)
 
 
 def right_thought(item: Item) -> thought.Steps:

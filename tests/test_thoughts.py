@@ -213,6 +213,12 @@ def test_errors_say_what_to_do(m):
 def test_sentences_end_where_marks_do():
     assert sentences("Is it? No. They ask for 3.5 ounces. So") == ["Is it?", "No.", "They ask for 3.5 ounces.", "So"]
     assert sentences("") == []
+    assert sentences("First I look at it\nIt is dusk-born. So:\n\nno") == [
+        "First I look at it",
+        "It is dusk-born.",
+        "So:",
+        "no",
+    ]
 
 
 # --- defences ----------------------------------------------------------------------------------------------------
