@@ -57,8 +57,8 @@ class Dictionary:
         missed = (wanted - self.decode(self.encode(x))).square().sum()
         return 1 - (missed / (wanted - wanted.mean(0)).square().sum()).item()
 
-    def _written(self, x: Float[Tensor, "*rest width"], features: list[int]) -> Float[Tensor, "*rest width"]:
-        """What these features write where x is read."""
+    def _written(self, x: Tensor, features: list[int]) -> Tensor:
+        """What these features write where x is read: both [..., width]."""
         return self.encode(x)[..., features] @ self.decoder[features].to(x.device)
 
     def remove(self, features: Sequence[int], layer: int) -> Edit:
