@@ -5,11 +5,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
 
 from refusallab import plots
 from refusallab.course.exercise import run_cases
 from refusallab.course.exercises import find_exercise, lab09
-from refusallab.finetuning import reply_loss
+from refusallab.defences.training import refat_loss
 from refusallab.measure import Outcome
 
 
@@ -42,10 +43,15 @@ def test_the_grid_names_both_shares():
 
 @pytest.mark.slow
 def test_a_loss_without_gradient_gets_advice():
-    def detached(m, forbidden, harmless, r):
-        return reply_loss(m, [x.prompt for x in forbidden], [x.reply for x in forbidden]).detach()
+    def a_number(m, forbidden, harmless, r):
+        return refat_loss(m, forbidden, harmless, r).item()
 
-    assert "use no torch.no_grad()" in run_cases(find_exercise("9.2"), detached, 0).problem
+    def without_gradient(m, forbidden, harmless, r):
+        with torch.no_grad():
+            return refat_loss(m, forbidden, harmless, r)
+
+    for answer in (a_number, without_gradient):
+        assert "no gradient" in run_cases(find_exercise("9.2"), answer, 0).problem
 
 
 def test_the_lab_goes_on_with_every_answer():
