@@ -63,7 +63,7 @@ def main() -> None:
 
     def ours() -> None:
         score = Scorer(m, *sets, tokens)
-        scores["ours"] = [score(vectors[layer, -1], layer, -1) for layer in layers]
+        scores["ours"] = [c for layer in layers for c in score(vectors[layer, -1:], layer, [-1])]
 
     def plain() -> None:
         scores["plain"] = plain_scores(m, vectors, *sets, tokens, sites=[(layer, -1) for layer in layers])

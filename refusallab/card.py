@@ -235,7 +235,8 @@ def working_halves(m: Model, found: Search, harmful: list[Item]) -> list[bool]:
         flags = refuses(m, prompts)
         kept.append([p for p, refused in zip(prompts, flags, strict=True) if refused is (name == "harmful_val")])
     score = Scorer(m, *kept, found.refusal_tokens)
-    each = [score.each(found.vectors[c.layer, c.position], c.layer) for c in found.candidates]
+    at_layers = (score.each(found.vectors[layer], layer) for layer in range(len(found.vectors)))
+    each = [scores for several in at_layers for scores in zip(*several, strict=True)]
 
     @cache
     def frees(layer: int, position: int) -> bool:

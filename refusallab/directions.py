@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,7 +121,7 @@ def candidate_directions(
 
 
 class Scorer:
-    """Scores any vector at any site on the same validation prompts. What no vector changes is computed once.
+    """Scores any vectors at any layer on the same validation prompts. What no vector changes is computed once.
 
     Bypass and KL come from one pass over all prompts; for induce the blocks before the vector's own are not run again,
     since addition leaves them as they were.
@@ -132,29 +133,34 @@ class Scorer:
         harmful, harmless = listed_prompts(harmful), listed_prompts(harmless)
         self.tokens, self.n = refusal_tokens, len(harmful)
         self.all = PromptRuns(m, [*harmful, *harmless], BATCH_SIZE)
-        self.base = self.all.logits(no_edit)
+        (self.base,) = self.all.logits(lambda _: no_edit, torch.zeros(1, m.width))
         require_finite(m, self.base, None)
         self.harmless = PromptRuns(m, harmless, BATCH_SIZE, streams=True)
 
-    def __call__(self, r: Float[Tensor, " width"], layer: int, position: int) -> Candidate:
-        """A zero vector does nothing, so its scores are those of the untouched model; NaN gives NaN."""
-        if not r.isfinite().all():
-            return Candidate(position, layer, math.nan, math.nan, math.nan)
-        return Candidate(position, layer, *(scores.mean().item() for scores in self.each(r, layer)))
+    def __call__(self, vectors: Float[Tensor, "k width"], layer: int, positions: Sequence[int]) -> list[Candidate]:
+        """A candidate for each vector, found at these positions."""
+        means = [scores.mean(1).tolist() for scores in self.each(vectors, layer)]
+        return [Candidate(position, layer, *scores) for position, *scores in zip(positions, *means, strict=True)]
 
     def each(
-        self, r: Float[Tensor, " width"], layer: int
-    ) -> tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"], Float[Tensor, " harmless"]]:
-        """Bypass, induce and KL of every prompt."""
-        if r.norm() == 0:
-            ablated, added = self.base, self.base[self.n :]
-        else:
-            ablated = self.all.logits(ablation(r))
-            added = self.harmless.logits_from(layer, addition(r, layer))
+        self, vectors: Float[Tensor, "k width"], layer: int
+    ) -> tuple[Float[Tensor, "k harmful"], Float[Tensor, "k harmless"], Float[Tensor, "k harmless"]]:
+        """Bypass, induce and KL with each vector on every prompt.
+
+        A zero vector does nothing, so its scores are those of the untouched model; NaN or infinity give NaN.
+        """
+        finite = vectors.isfinite().all(1)
+        ablated, added = [self.base] * len(vectors), [self.base[self.n :]] * len(vectors)
+        if moving := (finite & (vectors.norm(dim=1) > 0)).nonzero()[:, 0].tolist():
+            without = self.all.logits(ablation, vectors[moving])
+            behind = self.harmless.logits_from(layer, partial(addition, layer=layer), vectors[moving])
+            for k, *logits in zip(moving, without, behind, strict=True):
+                ablated[k], added[k] = logits
+        nan = torch.where(finite, 0.0, math.nan)[:, None]
         return (
-            refusal_metric(ablated[: self.n], self.tokens),
-            refusal_metric(added, self.tokens),
-            kl_divergence(self.base[self.n :], ablated[self.n :]),
+            torch.stack([refusal_metric(x[: self.n], self.tokens) for x in ablated]) + nan,
+            torch.stack([refusal_metric(x, self.tokens) for x in added]) + nan,
+            torch.stack([kl_divergence(self.base[self.n :], x[self.n :]) for x in ablated]) + nan,
         )
 
 
@@ -169,12 +175,11 @@ def score_candidates(
 ) -> list[Candidate]:
     """Bypass, induce and KL of every candidate on validation prompts, as `Scorer` gives them.
 
-    vectors: as from `candidate_directions`. `progress(n)` is called with the number that are done.
+    vectors: as from `candidate_directions`. `progress(n)` is called with the number that are done, layer by layer.
     """
     score, candidates = Scorer(m, harmful, harmless, refusal_tokens), []
-    sites = [(layer, index) for layer in range(vectors.shape[0]) for index in range(len(m.positions))]
-    for layer, index in with_bar(sites, "candidates", len(sites)):
-        candidates.append(score(vectors[layer, index], layer, m.positions[index]))
+    for layer in with_bar(range(len(vectors)), "layers", len(vectors)):
+        candidates.extend(score(vectors[layer], layer, m.positions))
         if progress:
             progress(len(candidates))
     return candidates

@@ -1,18 +1,20 @@
-"""Many edits of the same prompts: what they have in common is run once.
+"""Edits of the same prompts with many vectors: what they have in common is run once.
 
 A chat template with a system prompt gives all prompts the same first tokens. These are run once for an edit, and their
 keys and values serve every prompt. An edit of the stream from some block on leaves the blocks before it as they were,
-so those are not run again. Prompts are grouped so that there is little padding. And the head reads its weights once for
-all rows of a batch: as transformers slices the last position, it would read them again for each.
+so those are not run again. Several vectors are run in one trace, each with rows of its own, since a trace of a small
+model, or of any on an accelerator, takes longer to begin than to compute. Prompts are grouped so that there is little
+padding. And the head reads its weights once for all rows of a batch: as transformers slices the last position, it would
+read them again for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -23,8 +25,11 @@ WORTH = 8  # tokens; sharing a shorter beginning costs more than it saves
 A_PASS = 64  # tokens: what one more forward pass weighs, between what it costs on a small and on a large model
 
 
+EditOf = Callable[[Float[Tensor, "rows width"]], Edit]  # the edit that takes a vector for each row of a batch
+
+
 class PromptRuns:
-    """Prompts that are to be run under many edits. With `streams`, also under those that begin at some block."""
+    """Prompts that are to be run with many vectors. With `streams`, also under edits that begin at some block."""
 
     @torch.no_grad()
     def __init__(self, m: Model, prompts: Sequence[Prompt], batch_size: int, *, streams: bool = False) -> None:
@@ -38,26 +43,35 @@ class PromptRuns:
         self.shared_stream = self._streams({"input_ids": self.shared}) if streams and self._shares else None
 
     @torch.no_grad()
-    def logits(self, edit: Edit) -> Float32[Tensor, "n vocab"]:
-        """Next-token logits, finite or not, under an edit that may touch every block."""
-        cache = self._read_shared(edit)
-        out = torch.empty(self.n, self.m.vocab_size)
+    def logits(self, edit_of: EditOf, vectors: Float[Tensor, "k width"]) -> Float32[Tensor, "k n vocab"]:
+        """Next-token logits, finite or not, with each vector, under an edit that may touch every block."""
+        cache, out = self._read_shared(edit_of(vectors), len(vectors)), self._empty(vectors)
         for rows, batch in self.batches:
-            out[rows] = trace_logits(self.m, _behind(cache, batch), _at_once(edit)).cpu()
+            edit = edit_of(vectors.repeat_interleave(len(rows), 0))
+            out[:, rows] = self._run(cache, batch, edit, len(vectors))
         return out
 
     @torch.no_grad()
-    def logits_from(self, layer: int, edit: Edit) -> Float32[Tensor, "n vocab"]:
+    def logits_from(
+        self, layer: int, edit_of: EditOf, vectors: Float[Tensor, "k width"]
+    ) -> Float32[Tensor, "k n vocab"]:
         """The same under an edit that leaves all before block `layer` as it was."""
-        cache = None
+        k, cache, out = len(vectors), None, self._empty(vectors)
         if self._shares:
-            cache = self._read_shared(_resumed(layer, self.shared_stream[layer], edit))
+            cache = self._read_shared(_resumed(layer, self.shared_stream[layer], edit_of(vectors), k), k)
             cache.layers[:layer] = self.untouched.layers[:layer]
-        out = torch.empty(self.n, self.m.vocab_size)
         for (rows, batch), stream in zip(self.batches, self.streams, strict=True):
-            resumed = _resumed(layer, stream[layer], edit)
-            out[rows] = trace_logits(self.m, _behind(cache, batch), _at_once(resumed)).cpu()
+            edit = edit_of(vectors.repeat_interleave(len(rows), 0))
+            out[:, rows] = self._run(cache, batch, _resumed(layer, stream[layer], edit, k), k)
         return out
+
+    def _empty(self, vectors: Tensor) -> Tensor:
+        return torch.empty(len(vectors), self.n, self.m.vocab_size)
+
+    def _run(self, cache: DynamicCache | None, batch: dict[str, Tensor], edit: Edit, k: int) -> Tensor:
+        """Logits [k, batch, vocab] of a batch that is run k times side by side."""
+        several = {name: x.repeat(k, 1) for name, x in batch.items()}
+        return trace_logits(self.m, _behind(cache, several), _at_once(edit)).cpu().unflatten(0, (k, -1))
 
     @property
     def _shares(self) -> bool:
@@ -77,12 +91,12 @@ class PromptRuns:
             "position_ids": (first + place - pads[:, None]).clamp(min=0),
         }
 
-    def _read_shared(self, edit: Edit | None = None) -> DynamicCache | None:
-        """Keys and values of the shared tokens, or None if there are none."""
+    def _read_shared(self, edit: Edit | None = None, k: int = 1) -> DynamicCache | None:
+        """Keys and values of the shared tokens, k times side by side, or None if there are none."""
         if not self._shares:
             return None
         nn, cache = self.m.nn, DynamicCache()
-        with all_rows(), nn.trace(self.shared, past_key_values=cache, use_cache=True) as tracer:
+        with all_rows(), nn.trace(self.shared.repeat(k, 1), past_key_values=cache, use_cache=True) as tracer:
             if edit:
                 edit(nn)
             blocks(nn)[-1].output  # noqa: B018  an edit may end before
@@ -132,10 +146,13 @@ def shared_tokens(m: Model, prompts: Sequence[Prompt]) -> Tensor:
 
 
 def for_rows(cache: DynamicCache, n: int, length: int | None = None) -> DynamicCache:
-    """The first `length` positions of a cache of one row, for n rows. The new cache grows by itself."""
+    """The first `length` positions of a cache of one row, for n rows; of k rows, each n / k times. The new cache
+    grows by itself.
+    """
     shared = DynamicCache()
     for i, layer in enumerate(cache.layers):
-        keys, values = (x.detach()[:, :, :length].expand(n, -1, -1, -1) for x in (layer.keys, layer.values))
+        first = (x.detach()[:, None, :, :length] for x in (layer.keys, layer.values))
+        keys, values = (x.expand(-1, n // len(x), -1, -1, -1).flatten(0, 1) for x in first)
         shared.update(keys, values, i)
     return shared
 
@@ -147,12 +164,15 @@ def _behind(cache: DynamicCache | None, batch: dict[str, Tensor]) -> dict[str, A
     return batch | {"past_key_values": for_rows(cache, len(batch["input_ids"])), "use_cache": True}
 
 
-def _resumed(layer: int, stream: Tensor, edit: Edit) -> Edit:
-    """The edit, in a forward pass that starts at block `layer` with a stream [batch, seq, width] known from before."""
+def _resumed(layer: int, stream: Tensor, edit: Edit, k: int) -> Edit:
+    """The edit, in a forward pass that starts at block `layer` with a stream [batch, seq, width] known from before, k
+    times side by side.
+    """
+    several = stream.repeat(k, 1, 1)
 
     def resumed(nn: Any) -> None:
         for block in blocks(nn)[:layer]:
-            block.skip(stream)
+            block.skip(several)
         edit(nn)
 
     return resumed

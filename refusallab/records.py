@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +252,16 @@ def _openings(s: Study) -> dict[str, Any]:
 
 def _search(s: Study) -> None:
     """Score every site, then choose: by the paper's rule or, where that finds none, without its bar for induce."""
+    positions = s.m.positions[-s.sizes.positions :]
+
+    @cache
+    def scores(layer: int) -> dict[int, list[float]]:
+        each = s.score(s.vectors[layer, -len(positions) :], layer, positions)
+        return {c.position: _rounded(c) for c in each}
+
     for layer in range(s.m.n_layers):
-        for position in s.m.positions[-s.sizes.positions :]:
-            s.once(f"candidate {layer} {position}", lambda at=(layer, position): _scores(s, s.vectors[at], *at))
+        for position in positions:
+            s.once(f"candidate {layer} {position}", lambda at=(layer, position): scores(at[0])[at[1]])
     found = scored_sites(s.measured)
 
     def choose() -> dict[str, Any]:
@@ -284,7 +291,11 @@ def scored_sites(measured: dict[str, Any]) -> list[Candidate]:
 
 
 def _scores(s: Study, r: Tensor, layer: int, position: int) -> list[float]:
-    c = s.score(r, layer, position)
+    (found,) = s.score(r[None], layer, [position])
+    return _rounded(found)
+
+
+def _rounded(c: Candidate) -> list[float]:
     return [round(x, 4) for x in (c.bypass, c.induce, c.kl)]
 
 

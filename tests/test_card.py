@@ -115,17 +115,15 @@ def test_a_half_of_the_validation_sets_counts_only_if_the_rule_finds_a_direction
         def __init__(self, _m, harmful, harmless, _tokens):
             assert (len(harmful), len(harmless)) == (4, 4)
 
-        def each(self, r, _layer):
-            return torch.zeros(4) - r[0], torch.ones(4), kl * r[1]
+        def each(self, vectors, _layer):  # one at each layer
+            return torch.zeros(1, 4) - vectors[:, :1], torch.ones(1, 4), kl * vectors[:, 1:]
 
     def outcomes(_m, items, *, edit):
         return [TELLS if edit[0] < 2 else REFUSES] * len(items)
 
     def halves(*vectors):
         candidates = tuple(Candidate(-1, layer, 0.0, 0.0, 0.0) for layer in range(len(vectors)))
-        found = SimpleNamespace(
-            candidates=candidates, vectors=torch.tensor(vectors)[:, None], refusal_tokens=[0], n_layers=10
-        )
+        found = SimpleNamespace(candidates=candidates, vectors=torch.tensor(vectors)[:, None], refusal_tokens=[0])
         return card.working_halves(SimpleNamespace(n_layers=10), found, [Item("i", "How?")] * 5)
 
     for name, fake in {

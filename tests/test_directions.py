@@ -75,7 +75,7 @@ def test_zero_candidates_score_like_the_untouched_model_and_nan_candidates_are_k
     vectors[1, 0] = math.nan
     done = []
     scores = directions.score_candidates(m, vectors, HARMFUL, HARMLESS, TOKENS, progress=done.append)
-    assert done == list(range(1, len(scores) + 1))
+    assert done == list(range(len(m.positions), len(scores) + 1, len(m.positions)))
     zero = scores[0]
     assert (zero.layer, zero.kl) == (0, 0.0)
     for score, prompts in ((zero.bypass, HARMFUL), (zero.induce, HARMLESS)):

@@ -1,5 +1,7 @@
 """Prompts with a common beginning: run once, and the numbers are those of plain hooks."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_directions import HARMFUL, HARMLESS, TOKENS, hooked_scores
@@ -33,18 +35,18 @@ def test_scores_equal_plain_hooks(m, spoken, hooks):
         m.name not in ("gpt2", "gemma2", "gemma3")
     )  # learned positions; a window of 16 tokens
     for layer in range(1, m.n_layers):
-        c = score(vectors[layer, -1], layer, -1)
-        assert (c.bypass, c.induce, c.kl) == pytest.approx(hooked_scores(m, hooks, vectors[layer, -1], layer), abs=1e-4)
+        for c in score(vectors[layer, -2:], layer, [-2, -1]):  # two vectors in one trace
+            expected = hooked_scores(m, hooks, vectors[layer, c.position], layer)
+            assert (c.bypass, c.induce, c.kl) == pytest.approx(expected, abs=1e-4)
 
 
 def test_batches_of_other_lengths_keep_their_order(m, spoken):
     m = spoken(m.name)
-    edit, prompts = ablation(torch.randn(m.width)), [*HARMFUL, *HARMLESS]
+    vectors, prompts = torch.randn(3, m.width), [*HARMFUL, *HARMLESS]
+    singly = torch.stack([unchecked_logits(m, prompts, edit=ablation(v), batch_size=64) for v in vectors])
     for size in (2, 64):
         runs = prefix.PromptRuns(m, prompts, size)
-        torch.testing.assert_close(
-            runs.logits(edit), unchecked_logits(m, prompts, edit=edit, batch_size=64), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(runs.logits(ablation, vectors), singly, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_shared_is_the_whole_common_beginning_and_no_more(spoken):
@@ -91,7 +93,7 @@ def test_the_head_reads_its_weights_once_for_all_rows(spoken, monkeypatch):
         return linear(x, weight, *bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    runs.logits(ablation(torch.randn(m.width)))
-    runs.logits_from(1, addition(torch.randn(m.width), 1))
-    assert [x.shape[:2] for x in seen] == [(len(HARMFUL), 1)] * 2  # once each; what is shared needs no head
+    runs.logits(ablation, torch.randn(2, m.width))
+    runs.logits_from(1, partial(addition, layer=1), torch.randn(2, m.width))
+    assert [x.shape[:2] for x in seen] == [(2 * len(HARMFUL), 1)] * 2  # once each; what is shared needs no head
     assert all(x.is_contiguous() for x in seen)
