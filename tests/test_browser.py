@@ -30,6 +30,9 @@ CONTROLS = {  # of an explorer, and what a person without a mouse does to them
     ".widget-text input": ["ControlOrMeta+a", *"Hello", "Tab"],
     ".widget-dropdown select": ["ArrowDown"],
 }
+FORKED = (
+    sys.platform == "linux"
+)  # the first notebook has a kernel of its own, as students have; the others share imports
 MINUTE = 60_000  # milliseconds, the unit of playwright
 SETTINGS = {  # all cells are in the page, not only those in sight; nothing is fetched from the net
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -51,38 +54,50 @@ FAULTS = {"heading-wrong-order", "image-missing-alt", "link-discernible-text"}
 pytestmark = pytest.mark.browser
 
 
-def names(source: str) -> tuple[set[str], set[str]]:
-    """Names that a cell assigns, imports aside, and global names that it reads."""
-    cell = symtable.symtable(source, "cell", "exec")
-    assigned = {name.get_name() for name in cell.get_symbols() if name.is_assigned() and not name.is_imported()}
-    read = {name.get_name() for name in cell.get_symbols() if name.is_referenced()}
-    inner = [*cell.get_children()]
+def names(source: str) -> tuple[set[str], set[str], set[str]]:
+    """Names that code assigns, not for a loop alone, those whose values it changes in place, and those that it reads."""
+    scope = symtable.symtable(source, "code", "exec")
+    assigned = {name.get_name() for name in scope.get_symbols() if name.is_assigned()}
+    read = {name.get_name() for name in scope.get_symbols() if name.is_referenced()}
+    inner = [*scope.get_children()]
     for table in inner:
         read |= {name.get_name() for name in table.get_symbols() if name.is_global()}
         inner += table.get_children()
-    return assigned, read
-
-
-def imports(source: str) -> str:
-    return "\n".join(
-        ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
-    )
+    changed = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.For):
+            assigned -= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        place = node if isinstance(getattr(node, "ctx", None), ast.Store) else None
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            place = node.value.func  # such as rows.append(row)
+        while isinstance(place, ast.Attribute | ast.Subscript):
+            place = place.value
+            changed |= {place.id} if isinstance(place, ast.Name) else set()
+    return assigned, changed, read
 
 
 def what_the_last_cell_needs(cells: list) -> list:
-    """The first cell, the last, and those between that assign what they read. Of the others, the imports.
+    """The cells. Of those between the first and the last are left the imports and what the last one needs.
 
-    All cells are run, and their outputs compared, without a browser.
+    All cells are run as they are, and their outputs compared, without a browser.
     """
-    kept, (_, needed) = [cells[-1]], names(cells[-1].source)
-    for cell in reversed(cells[1:-1]):
-        assigned, read = names(cell.source)
-        if assigned & needed:
-            needed = needed - assigned | read
-        else:
-            cell.source = imports(cell.source)
-        kept.append(cell)
-    return [cells[0], *reversed(kept)]
+    trees = [ast.parse(cell.source).body for cell in cells[1:-1]]
+    imports = [x for body in trees for x in body if isinstance(x, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name.partition(".")[0] for x in imports for alias in x.names}
+    needed = names(cells[-1].source)[2] - imported
+    for cell, body in zip(reversed(cells[1:-1]), reversed(trees), strict=True):
+        kept = []
+        for statement in reversed(body):
+            assigned, changed, read = names(ast.unparse(statement))
+            if (assigned | changed) & needed:
+                if isinstance(statement, ast.Assign | ast.FunctionDef):
+                    needed -= assigned
+                needed |= read - imported
+            elif statement not in imports:
+                continue
+            kept.append(statement)
+        cell.source = "\n".join(map(ast.unparse, reversed(kept)))
+    return cells
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +111,8 @@ def jupyterlab(tmp_path_factory):
         code = [cell for cell in nb.cells if cell.cell_type == "code" and role(cell) != "real"]
         last = max(i for i, cell in enumerate(code) if "explore." in cell.source)
         nb.cells = what_the_last_cell_needs(code[: last + 1])
+        if FORKED and path != NOTEBOOKS[0]:
+            nb.metadata.kernelspec = {"name": "refusallab", "display_name": "preloaded", "language": "python"}
         nbformat.write(nb, folder / "served" / "solutions" / path.name)
     nbformat.write(FAULTY, folder / "served" / "faulty.ipynb")
     for name, settings in SETTINGS.items():
@@ -111,6 +128,7 @@ def jupyterlab(tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_PATH": str(ROOT / "refusallab" / "sandbox"),
         "OMP_NUM_THREADS": "1",
     }
     with (folder / "log").open("w") as log:
@@ -135,16 +153,24 @@ def jupyterlab(tmp_path_factory):
             server.wait(30)
 
 
-@pytest.fixture
-def page(tmp_path):
+@pytest.fixture(scope="module")
+def context():
+    """One window for all tests: it keeps what it compiled of JupyterLab."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1600})
-        page.set_default_timeout(3 * MINUTE)
-        page.route("https://fonts.googleapis.com/**", lambda route: route.fulfill(content_type="text/css", body=""))
-        yield page
-        page.screenshot(path=tmp_path / "page.png")
+        context = browser.new_context(viewport={"width": 1280, "height": 1600})
+        context.set_default_timeout(3 * MINUTE)
+        context.route("https://fonts.googleapis.com/**", lambda route: route.fulfill(content_type="text/css", body=""))
+        yield context
         browser.close()
+
+
+@pytest.fixture
+def page(context, tmp_path):
+    page = context.new_page()
+    yield page
+    page.screenshot(path=tmp_path / "page.png")
+    page.close()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
