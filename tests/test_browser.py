@@ -30,9 +30,7 @@ CONTROLS = {  # of an explorer, and what a person without a mouse does to them
     ".widget-text input": ["ControlOrMeta+a", *"Hello", "Tab"],
     ".widget-dropdown select": ["ArrowDown"],
 }
-FORKED = (
-    sys.platform == "linux"
-)  # the first notebook has a kernel of its own, as students have; the others share imports
+FORKED = sys.platform == "linux"  # the first notebook has a kernel as students have; others are forked, imports done
 MINUTE = 60_000  # milliseconds, the unit of playwright
 SETTINGS = {  # all cells are in the page, not only those in sight; nothing is fetched from the net
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -55,7 +53,7 @@ pytestmark = pytest.mark.browser
 
 
 def names(source: str) -> tuple[set[str], set[str], set[str]]:
-    """Names that code assigns, not for a loop alone, those whose values it changes in place, and those that it reads."""
+    """Names that code assigns (for more than a loop), those whose values it changes in place, those that it reads."""
     scope = symtable.symtable(source, "code", "exec")
     assigned = {name.get_name() for name in scope.get_symbols() if name.is_assigned()}
     read = {name.get_name() for name in scope.get_symbols() if name.is_referenced()}

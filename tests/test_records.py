@@ -98,7 +98,7 @@ def _searching(kl):
     return SimpleNamespace(
         m=SimpleNamespace(name="m", n_layers=3, positions=(-1,)), sizes=SMALL, measured=measured,
         vectors=torch.arange(3.0)[:, None, None].expand(3, 1, 4),
-        score=lambda r, layer, position: Candidate(position, layer, float(layer), -1.0, kl[layer]),
+        score=lambda vectors, layer, at: [Candidate(p, layer, float(layer), -1.0, kl[layer]) for p in at],
         once=lambda name, measure: measured.setdefault(name, measure()),
     )  # fmt: skip
 

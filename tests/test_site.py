@@ -112,17 +112,23 @@ def test_formulas_need_no_script(site):
     assert text.count("<math") > 20 and not re.search(r"<script[^>]*mathjax", text, re.I) and "$$" not in text
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_everybody_can_read_it(kind, scheme, site, tmp_path):
+@pytest.fixture(scope="module")
+def browser():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
-        page.goto(f"file://{site / KINDS[kind]}")
-        page.wait_for_load_state("networkidle")
-        page.screenshot(path=tmp_path / "page.png")
-        found = Axe().run(page)
+        yield browser
         browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_everybody_can_read_it(kind, scheme, site, browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    page.goto(f"file://{site / KINDS[kind]}")
+    page.wait_for_load_state("networkidle")
+    page.screenshot(path=tmp_path / "page.png")
+    found = Axe().run(page)
+    page.close()
     assert found.violations_count == 0, found.generate_report()
 
 

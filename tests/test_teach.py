@@ -274,27 +274,36 @@ def built(tmp_path_factory):
     return out
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("name", decks.names())
-def test_slides_fit_and_everybody_can_read_them(name, built):
-    wrong = []
+@pytest.fixture(scope="module")
+def browser():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 720})
-        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(f"file://{built / f'{name}.html'}")
-        page.wait_for_function("window.Reveal && Reveal.isReady()")
-        count = page.evaluate("Reveal.getTotalSlides()")
-        assert count == len(slides((decks.SLIDES / f"{name}.md").read_text(encoding="utf-8")))
-        for number in range(count):
-            page.evaluate("k => Reveal.slide(k)", number)
-            title, height = page.evaluate("[Reveal.getCurrentSlide().innerText, Reveal.getCurrentSlide().scrollHeight]")
-            if height > 720:
-                wrong.append(f"{height} pixels high: {title[:60]}")
-            found = Axe().run(page)
-            wrong += [f"{title[:40]}: {v['id']}" for v in found.response["violations"]]
+        yield browser
         browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", decks.names())
+def test_slides_fit_and_everybody_can_read_them(name, built, browser):
+    wrong = []
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(f"file://{built / f'{name}.html'}")
+    page.wait_for_function("window.Reveal && Reveal.isReady()")
+    count = page.evaluate("Reveal.getTotalSlides()")
+    assert count == len(slides((decks.SLIDES / f"{name}.md").read_text(encoding="utf-8")))
+    for number in range(count):
+        page.evaluate("k => Reveal.slide(k)", number)
+        title, height = page.evaluate("[Reveal.getCurrentSlide().innerText, Reveal.getCurrentSlide().scrollHeight]")
+        if height > 720:
+            wrong.append(f"{height} pixels high: {title[:60]}")
+    page.goto(f"file://{built / f'{name}.html'}?print-pdf")  # all slides, one below the other
+    page.wait_for_function(f"document.querySelectorAll('.pdf-page').length == {count}")
+    page.evaluate("document.querySelectorAll('section').forEach(slide => slide.removeAttribute('aria-hidden'))")
+    found = Axe().run(page)
+    wrong += [f"{v['id']}: {node['html'][:80]}" for v in found.response["violations"] for node in v["nodes"]]
+    page.close()
     assert wrong == []
 
 
