@@ -13,6 +13,7 @@ from refusallab.errors import RefusalLabError
 from teach import HERE, decks, questions
 from teach.figures import figure
 from teach.guide import guide
+from teach.rendering import chromium
 
 
 def pages() -> dict[Path, str | bytes]:
@@ -39,7 +40,8 @@ def build(out: Path) -> None:
         name = title.partition(".")[0].lower().replace(" ", "_")
         questions.save_qti(title, asked, out / "qti" / f"{name}.zip")
     try:
-        decks.print_pdf(out / "slides")
+        with chromium() as browser:
+            decks.print_pdf(out / "slides", browser)
     except RefusalLabError as error:  # everything else is there
         print(error, file=sys.stderr)
 

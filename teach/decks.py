@@ -6,9 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+from playwright.sync_api import Browser
+
 from teach import HERE
 from teach.figures import figure
-from teach.rendering import chromium, sphinx
+from teach.rendering import sphinx
 
 SLIDES = HERE / "slides"
 IMAGE = re.compile(r"!\[\]\((lab\d\d/\d+)\)")
@@ -44,12 +46,11 @@ def build(out: Path) -> None:
     sphinx("revealjs", source, out)
 
 
-def print_pdf(folder: Path) -> None:
-    """Print the decks in a folder as PDF beside them, one slide on each page. RefusalLabError without Chromium."""
-    with chromium() as browser:
-        for deck in names():
-            page = browser.new_page(viewport={"width": 1280, "height": 720})
-            page.goto(f"{(folder / deck).resolve().as_uri()}.html?view=print")
-            page.wait_for_selector(".pdf-page")
-            page.pdf(path=folder / f"{deck}.pdf", prefer_css_page_size=True, tagged=True, outline=True)
-            page.close()
+def print_pdf(folder: Path, browser: Browser) -> None:
+    """Print the decks in a folder as PDF beside them, one slide on each page."""
+    for deck in names():
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        page.goto(f"{(folder / deck).resolve().as_uri()}.html?view=print")
+        page.wait_for_selector(".pdf-page")
+        page.pdf(path=folder / f"{deck}.pdf", prefer_css_page_size=True, tagged=True, outline=True)
+        page.close()

@@ -271,3 +271,12 @@ def _ablation_sites(hf, r):
 @pytest.fixture(scope="session")
 def hooks():
     return SimpleNamespace(logits=_logits, greedy=_greedy, hooked=_hooked, ablation=_ablation_sites, layers=_layers)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a window, for the tests of one file."""
+    from teach.rendering import chromium
+
+    with chromium() as running:
+        yield running

@@ -17,12 +17,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
-from playwright.sync_api import TimeoutError, sync_playwright
+from playwright.sync_api import TimeoutError
 
 from refusallab.course.notebook import role
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LABS = sorted(ROOT.glob("labs/*.ipynb"))
 NOTEBOOKS = [path for path in sorted(ROOT.glob("solutions/*.ipynb")) if "explore." in path.read_text(encoding="utf-8")]
 CONTROLS = {  # of an explorer, and what a person without a mouse does to them
@@ -152,15 +151,12 @@ def jupyterlab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def context():
+def context(browser):
     """One window for all tests: it keeps what it compiled of JupyterLab."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1280, "height": 1600})
-        context.set_default_timeout(3 * MINUTE)
-        context.route("https://fonts.googleapis.com/**", lambda route: route.fulfill(content_type="text/css", body=""))
-        yield context
-        browser.close()
+    context = browser.new_context(viewport={"width": 1280, "height": 1600})
+    context.set_default_timeout(3 * MINUTE)
+    context.route("https://fonts.googleapis.com/**", lambda route: route.fulfill(content_type="text/css", body=""))
+    return context
 
 
 @pytest.fixture

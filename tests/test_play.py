@@ -4,14 +4,12 @@ import functools
 import http.server
 import re
 import runpy
-import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from refusallab.directions import random_directions
 from refusallab.experiment import find_direction
@@ -21,7 +19,6 @@ from refusallab.model import encode, generate, load, logits
 from refusallab.prompts import SETS, bundled
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MOST_TOKENS = 40
 # What the page says of prompts under an edit: greedy tokens, logits of the first, the metric, milliseconds a token.
 RUN = """async ([name, prompts, kind, vector, layer, most]) => {
@@ -69,14 +66,6 @@ def address(built):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/play/"
     server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import shutil
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,13 +10,11 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from refusallab.course.notebook import launch_addresses, role, stamp
 from refusallab.course.release import solutions
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KINDS = {  # of pages, and one of each
     "start": "index.html",
     "lab": "labs/02_the_refusal_direction.html",
@@ -110,14 +107,6 @@ def test_every_lab_can_be_downloaded_as_students_get_it(site):
 def test_formulas_need_no_script(site):
     text = (site / "labs" / "05_weight_orthogonalization.html").read_text(encoding="utf-8")
     assert text.count("<math") > 20 and not re.search(r"<script[^>]*mathjax", text, re.I) and "$$" not in text
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

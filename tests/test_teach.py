@@ -12,7 +12,6 @@ import nbformat
 import pytest
 import xmlschema
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from refusallab.course.catalogue import HEADERS
 from refusallab.course.catalogue import QUESTIONS as WRITTEN
@@ -274,14 +273,6 @@ def built(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("name", decks.names())
 def test_slides_fit_and_everybody_can_read_them(name, built, browser):
@@ -308,8 +299,8 @@ def test_slides_fit_and_everybody_can_read_them(name, built, browser):
 
 
 @pytest.mark.browser
-def test_decks_are_printed_with_a_page_for_each_slide(built):
-    decks.print_pdf(built)
+def test_decks_are_printed_with_a_page_for_each_slide(built, browser):
+    decks.print_pdf(built, browser)
     for name in decks.names():
         pages_of = len(re.findall(rb"/Type\s*/Page\b", (built / f"{name}.pdf").read_bytes()))
         assert pages_of == len(slides((decks.SLIDES / f"{name}.md").read_text(encoding="utf-8")))
