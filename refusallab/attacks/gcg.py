@@ -15,8 +15,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from inspect import signature
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -156,14 +157,20 @@ def token_gradient(m: Model, case: SuffixPrompt, suffix: Tensor) -> tuple[Tensor
 def allowed_tokens(m: Model, *, ascii_only: bool = True) -> Tensor:
     """Which tokens a suffix may have: bool [vocab]. Never special ones; only printable ASCII if so wanted."""
     size = embedding(m.hf).weight.shape[0]
-    allowed = torch.zeros(size, dtype=torch.bool)
-    special = {*m.tokenizer.all_special_ids, *m.tokenizer.added_tokens_decoder}
     known = min(size, len(m.tokenizer))  # a tokenizer may have tokens that the model lacks, and the other way round
-    for i, text in enumerate(m.tokenizer.batch_decode([[i] for i in range(known)])):
+    special = frozenset({*m.tokenizer.all_special_ids, *m.tokenizer.added_tokens_decoder})
+    allowed = torch.zeros(size, dtype=torch.bool)
+    for i, text in enumerate(_texts_of_tokens(m.tokenizer, known)):
         allowed[i] = i not in special and bool(text) and (not ascii_only or (text.isascii() and text.isprintable()))
     if not allowed.any():
         raise RefusalLabError(f"No token of {m.name} is printable ASCII: search with ascii_only=False.")
     return allowed
+
+
+@lru_cache(maxsize=4)
+def _texts_of_tokens(tokenizer: Any, known: int) -> list[str]:
+    """The text of each of the first `known` tokens alone: the same for every search, and slow to make."""
+    return tokenizer.batch_decode([[i] for i in range(known)])
 
 
 def sample_candidates(
@@ -506,7 +513,7 @@ def random_suffix(m: Model, prompt: Prompt, knobs: Knobs = Knobs()) -> str:  # n
         tokens = allowed[torch.randperm(len(allowed), generator=generator)[:128]].to(suffix.device)
         candidates = suffix.repeat(len(tokens), 1)  # [128, s]
         candidates[:, i] = tokens
-        for few in candidates.split(8):  # the first that survives is taken, and it is seldom far behind
+        for few in candidates.split(3):  # the first that survives is taken, and it is seldom far behind
             good = survives(m, case, few).nonzero().flatten()
             if len(good):
                 suffix = few[good[0]]
