@@ -18,7 +18,7 @@ from torch import Tensor
 from refusallab.activations import residual
 from refusallab.errors import RefusalLabError
 from refusallab.inputs import listed
-from refusallab.model import Begun, Model, Prompt, behind_turns, messages
+from refusallab.model import Begun, Model, Prompt, behind_turns, ids_of, messages, render
 from refusallab.prompts import Item, things_of
 from refusallab.truth import request_of
 from smallmodels.world import dialogue
@@ -106,6 +106,15 @@ def streams_by_turn(m: Model, prompts: Sequence[Prompt], layer: int) -> Float32[
     counts = {len(several) for several in cut}
     if len(counts) != 1:
         raise RefusalLabError(f"The conversations have {sorted(counts)} user turns: give some with equally many.")
-    flat = [prompt for several in cut for prompt in several]
-    x = residual(m, flat, layers=[layer], positions=[-1], batch_size=32)[:, 0, 0]  # they are long
-    return torch.stack(x.split(counts.pop()))
+    ids = [[ids_of(m, render(m, prompt)) for prompt in several] for several in cut]
+    if any(whole[: len(part)] != part for *parts, whole in ids for part in parts):  # the template tells the turns apart
+        flat = [prompt for several in cut for prompt in several]
+        x = residual(m, flat, layers=[layer], positions=[-1], batch_size=32)[:, 0, 0]  # they are long
+        return torch.stack(x.split(counts.pop()))
+    streams: dict[int, Tensor] = {}
+    for length in sorted({len(several[-1]) for several in ids}):  # one pass for a conversation: it holds its beginnings
+        rows = [i for i, several in enumerate(ids) if len(several[-1]) == length]
+        places = list(range(-length, 0))
+        x = residual(m, [cut[i][-1] for i in rows], layers=[layer], positions=places, batch_size=32)[:, 0]
+        streams |= {i: x[k, [len(part) - 1 for part in ids[i]]] for k, i in enumerate(rows)}
+    return torch.stack([streams[i] for i in range(len(ids))])
