@@ -103,13 +103,21 @@ def edit_writers(
     """
     if not len(attention) == len(mlp) == m.n_layers:
         raise RefusalLabError(f"Give a strength for each of {m.n_layers} blocks, not {len(attention)} and {len(mlp)}.")
-    hf, r = copy.deepcopy(m.hf), unit(r).to(m.device)
+    hf = copy.deepcopy(m.hf)
+    _project_writers(hf, unit(r).to(m.device), attention, mlp, project)
+    return wrap(hf, m.tokenizer, f"{m.name} (edited)", m.commit)
+
+
+@torch.no_grad()
+def _project_writers(
+    hf: torch.nn.Module, r: Tensor, attention: Sequence[float], mlp: Sequence[float], project: Project
+) -> None:
+    """What `edit_writers` does, in place; r has length 1."""
     for block, strengths in zip(blocks(hf), zip(attention, mlp, strict=True), strict=True):
         for module, strength in zip((attention_writes(block), mlp_writes(block)), strengths, strict=True):
             if strength:
                 written = outputs_last(module)
                 written.copy_(project(written.float(), r, strength).to(written.dtype))
-    return wrap(hf, m.tokenizer, f"{m.name} (edited)", m.commit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +155,8 @@ def search_edit(
     if len(vectors) != m.n_layers:
         raise RefusalLabError(f"Give a direction for each of {m.n_layers} layers, not {len(vectors)}.")
     untouched, last, done = logits(m, harmless), m.n_layers - 1, []
+    none = [0.0] * m.n_layers
+    edited = edit_writers(m, vectors[-1], none, none, project)  # one copy for all trials: to test each takes long
 
     def strengths(trial: optuna.Trial, part: str) -> tuple[float, ...]:
         peak = trial.suggest_float(f"{part} peak", 0.0, 1.5)
@@ -160,7 +170,10 @@ def search_edit(
         low = min(int(source), last - 1)
         r = unit(torch.lerp(unit(vectors[low]), unit(vectors[low + 1]), source - low))
         attention, mlp = strengths(trial, "attention"), strengths(trial, "MLP")
-        edited = edit_writers(m, r, attention, mlp, project)
+        with torch.no_grad():
+            for weight, untouched_weight in zip(edited.hf.parameters(), m.hf.parameters(), strict=True):
+                weight.copy_(untouched_weight)
+        _project_writers(edited.hf, unit(r).to(m.device), attention, mlp, project)
         bypass = refusal_metric(logits(edited, harmful), tokens).mean().item()
         kl = kl_divergence(untouched, logits(edited, harmless)).mean().item()
         done.append(EditTrial(r, source, attention, mlp, bypass, kl))
