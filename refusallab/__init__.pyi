@@ -42,7 +42,7 @@ from .harmfulness import (
     verdicts,
     verdicts_by_layer,
 )
-from .interventions import ablation, addition, affine, project_out, unit
+from .interventions import ablation, addition, affine, project_out, span_ablation, unit
 from .judging import judge, judge_test_sets, outcomes, rates, refusal_openings, refuses, report
 from .measure import (
     Difference, Outcome, cross_entropy, holm, kl_divergence, mcnemar, outcome, p_text, paired_bootstrap,
