@@ -20,7 +20,7 @@ from refusallab.defences.conditional import ConditionalSteering, conditional_add
 from refusallab.defences.exchange import ExchangeProbe, exchange_defences, fit_exchange
 from refusallab.defences.integrity import hide, quietest
 from refusallab.defences.monitor import Monitor, linear_probe
-from refusallab.defences.perplexity import PerplexityFilter, count_bigrams, worst_window
+from refusallab.defences.perplexity import WINDOW, PerplexityFilter, count_bigrams, worst_window
 from refusallab.defences.prompting import SAFETY, SelfReminder, SystemPrompt
 from refusallab.defences.resistance import spread_refusal
 from refusallab.defences.runtime import FALSE_ALARMS, fit_filter, run_time_defences
@@ -414,6 +414,10 @@ def test_every_defence_meets_an_attack_that_knows_it(m, r, monkeypatch):
     trained = [ModelAlone(m, name) for name in ("first", "second")]
     attacks = [*evaluation.knowing_attacks(at_run_time), *evaluation.weight_attacks(trained, r)]
     assert {a.against for a in attacks} == {d.name for d in [*at_run_time, *trained]}
+    from_short = [a.against for a in attacks if a.name == "GCG, shorter start"]
+    assert from_short == list(evaluation.HIDES_FROM)
+    short, usual = (len(m.tokenizer.tokenize(knobs.init)) for knobs in (evaluation.SHORT, evaluation.KNOBS))
+    assert short <= WINDOW / 2 < WINDOW <= usual
     hidden = [a for a in attacks if a.name.startswith("GCG, unseen")]
     for attack in hidden:
         for d in (ModelAlone(m), next(d for d in at_run_time if d.name == attack.against)):
