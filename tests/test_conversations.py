@@ -102,7 +102,7 @@ def test_a_system_turn_stays_first_and_a_reply_that_has_begun_last(m, forbidden)
     assert [turn["role"] for turn in rewritten.prompt] == ["system", *["user", "assistant"] * 6, "user"]
 
 
-def test_streams_are_read_before_each_reply(m, forbidden):
+def test_streams_are_read_before_each_reply(m, forbidden, monkeypatch):
     items = after_turns(forbidden[:3], "same thing", 2)
     assert [len(prompt) for prompt in turn_prompts(items[0].prompt)] == [1, 3, 5]
     x = streams_by_turn(m, [item.prompt for item in items], 3)
@@ -114,6 +114,9 @@ def test_streams_are_read_before_each_reply(m, forbidden):
         )
     with pytest.raises(RefusalLabError, match=r"\[1, 3\] user turns"):
         streams_by_turn(m, [forbidden[0].prompt, items[0].prompt], 3)
+    monkeypatch.setattr("refusallab.conversations.ids_of", lambda m, text: [len(text)])  # no turn begins the next
+    apart = streams_by_turn(m, [item.prompt for item in items], 3)
+    torch.testing.assert_close(apart, x, atol=1e-4, rtol=0)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
