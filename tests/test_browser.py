@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-import symtable
 import sys
 import time
 import urllib.request
@@ -19,6 +18,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 from playwright.sync_api import TimeoutError
 
+from refusallab.course.lint import names
 from refusallab.course.notebook import role
 
 ROOT = Path(__file__).parent.parent
@@ -49,28 +49,6 @@ FAULTY = new_notebook(
 FAULTS = {"heading-wrong-order", "image-missing-alt", "link-discernible-text"}
 
 pytestmark = pytest.mark.browser
-
-
-def names(source: str) -> tuple[set[str], set[str], set[str]]:
-    """Names that code assigns (for more than a loop), those whose values it changes in place, those that it reads."""
-    scope = symtable.symtable(source, "code", "exec")
-    assigned = {name.get_name() for name in scope.get_symbols() if name.is_assigned()}
-    read = {name.get_name() for name in scope.get_symbols() if name.is_referenced()}
-    inner = [*scope.get_children()]
-    for table in inner:
-        read |= {name.get_name() for name in table.get_symbols() if name.is_global()}
-        inner += table.get_children()
-    changed = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.For):
-            assigned -= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
-        place = node if isinstance(getattr(node, "ctx", None), ast.Store) else None
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            place = node.value.func  # such as rows.append(row)
-        while isinstance(place, ast.Attribute | ast.Subscript):
-            place = place.value
-            changed |= {place.id} if isinstance(place, ast.Name) else set()
-    return assigned, changed, read
 
 
 def what_the_last_cell_needs(cells: list) -> list:

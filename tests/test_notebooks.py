@@ -174,6 +174,24 @@ def test_a_bad_cell_is_found(good, problems, cell, problem):
     assert len(found) == 1 and problem in found[0]
 
 
+@pytest.mark.parametrize(
+    ("inside", "outside", "missing"),
+    [
+        ("x = 1", "print(x)", "x"),
+        ("rows.append(2)", "print(rows)", "rows"),
+        ("import math", "def area(r):\n    return math.pi * r**2", "math"),
+        ("x = 1", "x = 2\nprint(x)", None),
+        ("x = 1", "for x in rows:\n    print(x)", None),
+        ("import ast\nast.parse('')", "print(ast)", None),
+    ],
+)
+def test_what_an_optional_part_sets_is_needed_nowhere_else(good, problems, inside, outside, missing):
+    good.cells.append(code("import ast\nrows = []"))
+    good.cells += [markdown("### Optional: more"), markdown("#### In detail"), code(inside), markdown("## 9. On")]
+    good.cells.append(code(outside))
+    assert problems(good) == ([f"it needs {missing}, which an optional part sets"] if missing else [])
+
+
 def test_a_cell_may_use_an_answer_through_solved(good, problems):
     good.cells.append(code('difference_in_means = solved("2.1", mean_difference)'))
     assert problems(good) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import symtable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def lint(path: Path) -> list[str]:
     nb = read(path)
     rules = (
         headings, alternatives, code, one_figure, places, portable, reproducible, links, graded_cells, independent,
-        sections, terms,
+        skippable, sections, terms,
     )  # fmt: skip
     return [f"{path}: {cell.id}: {text}" for rule in rules for cell, text in rule(nb, path)]
 
@@ -241,6 +242,56 @@ def independent(nb: NotebookNode, path: Path) -> Problems:
                 yield cell, "an answer holds imports and functions only"
         elif used := answers & {node.id for node in _outside_solved(tree)}:
             yield cell, f"it uses {min(used)}, which students write: take solved(number, {min(used)})"
+
+
+def names(source: str) -> tuple[set[str], set[str], set[str]]:
+    """Names that code sets, those whose values it changes in place, and those that it reads; without names of loops."""
+    scope = symtable.symtable(source, "code", "exec")
+    assigned = {name.get_name() for name in scope.get_symbols() if name.is_assigned() or name.is_imported()}
+    read = {name.get_name() for name in scope.get_symbols() if name.is_referenced()}
+    inner = [*scope.get_children()]
+    for table in inner:
+        read |= {name.get_name() for name in table.get_symbols() if name.is_global()}
+        inner += table.get_children()
+    changed, loops = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.For):
+            loops |= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        place = node if isinstance(getattr(node, "ctx", None), ast.Store) else None
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            place = node.value.func  # such as rows.append(row)
+        while isinstance(place, ast.Attribute | ast.Subscript):
+            place = place.value
+            changed |= {place.id} if isinstance(place, ast.Name) else set()
+    return assigned - loops, changed, read - loops
+
+
+def skippable(nb: NotebookNode, path: Path) -> Problems:
+    """A part whose heading says that it is optional can be left out: no other cell needs what its cells set."""
+    level, imported = 7, set()  # of the heading of the part
+    known, values = set(), set()  # names that other cells set, and those that were last set in such a part
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            for marks, title in re.findall(r"^(#{1,6}) +(.+)", cell.source, flags=re.M):
+                if len(marks) <= level:
+                    level = len(marks) if "optional" in title.lower() else 7
+            continue
+        try:
+            statements = ast.parse(cell.source).body
+        except SyntaxError:
+            continue  # `independent` says so
+        for statement in statements:
+            assigned, changed, read = names(ast.unparse(statement))
+            imports = isinstance(statement, ast.Import | ast.ImportFrom)
+            imported |= assigned if imports else set()
+            if level < 7:
+                values |= (assigned - known if imports else assigned) | (changed - imported)
+                continue
+            own = assigned if hasattr(statement, "body") else set()  # a block may set what it reads
+            if missing := sorted((read & values) - own):
+                yield cell, f"it needs {missing[0]}, which an optional part sets"
+            known |= assigned
+            values -= assigned
 
 
 def sections(nb: NotebookNode, path: Path) -> Problems:
