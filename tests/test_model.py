@@ -508,7 +508,7 @@ def test_catalogue():
     bundled = [e for e in entries.values() if e.kind == "bundled"]
     hub = [e for e in entries.values() if e.kind == "hub"]
     adapted = [e for e in entries.values() if e.kind == "adapted"]
-    assert (len(bundled), len(adapted), len(hub)) == (14, 2, 11)
+    assert (len(bundled), len(adapted), len(hub)) == (15, 2, 11)
     assert all(e.role and e.architecture and e.seed is not None for e in bundled + adapted)
     assert all(entries[e.base] in hub and e.world in WORLDS and len(e.sha256) == 64 for e in adapted)
     assert all(e.id.count("/") == 1 and e.parameters and e.license and e.memory_gb and e.dtype for e in hub)
