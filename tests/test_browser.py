@@ -129,6 +129,7 @@ def jupyterlab(tmp_path_factory):
                 server.wait(30)
             except subprocess.TimeoutExpired:  # on a busy computer its kernels take longer; they end with it
                 server.kill()
+                server.wait()
 
 
 @pytest.fixture(scope="module")
