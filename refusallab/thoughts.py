@@ -35,6 +35,7 @@ from refusallab.model import (
     render,
     switched,
     thought_of,
+    thought_tags,
 )
 from refusallab.prompts import Item
 from refusallab.truth import request_of
@@ -82,7 +83,9 @@ def _tokenizer(m: Model, thought_tokens: int) -> Any:
 def think(m: Model, prompts: Sequence[Prompt], *, edit: Edit | None = None) -> list[str]:
     """The thought that the model writes for each prompt, without its tags. It has to think: see `with_thinking`."""
     _require_thinking(m)
-    replies = generate(m, prompts, edit=edit, max_new_tokens=1, batch_size=BATCH_SIZE)
+    ends = [token for token, tag in thought_tags(m).items() if tag == layout(m)[1].strip()]
+    silent = replace(m, stop_ids=(*m.stop_ids, *ends))  # no reply is written behind the thought
+    replies = generate(silent, prompts, edit=edit, max_new_tokens=1, batch_size=BATCH_SIZE)
     return [thought_of(reply) for reply in replies]
 
 

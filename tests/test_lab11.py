@@ -1,12 +1,13 @@
 """Lab 11: its explorer, what its claims rest on, and the bug of its clinic."""
 
 import pytest
+import torch
 
 from refusallab import explore
 from refusallab.course.exercises import lab11
 from refusallab.defences.thinking import ThoughtReader
 from refusallab.interventions import ablation
-from refusallab.model import generate, load
+from refusallab.model import generate, ids_of, load
 from refusallab.prompts import bundled
 from refusallab.thoughts import (
     behind,
@@ -16,6 +17,7 @@ from refusallab.thoughts import (
     think,
     thought_of,
     with_thinking,
+    within,
     write_thoughts,
 )
 from smallmodels.world.thought import steps_of
@@ -62,6 +64,22 @@ def test_both_think_the_right_thoughts(t, twin, forbidden):
     for m in (t, twin):
         thoughts = think(m, [item.prompt for item in forbidden])
         assert share([all(exact_steps(i, x).values()) for i, x in zip(forbidden, thoughts, strict=True)]) >= 0.9
+
+
+@pytest.mark.slow
+def test_a_model_that_is_asked_for_its_thought_writes_no_reply(t, forbidden):
+    """Also where its thought has been begun, and under an edit."""
+    alone = [item.prompt for item in forbidden[:4]]
+    begun = within(t, alone, ["They ask"] * 4)
+    seen = []
+    hook = t.hf.register_forward_hook(lambda *_: seen.append(1))
+    for prompts, edit in ((alone, None), (begun, None), (alone, ablation(torch.randn(t.width)))):
+        replies = generate(t, prompts, edit=edit, max_new_tokens=32)
+        longest = max(len(ids_of(t, reply.partition("</think>")[0] + "</think>")) for reply in replies)
+        seen.clear()
+        assert think(t, prompts, edit=edit) == [thought_of(reply) for reply in replies]
+        assert len(seen) == longest
+    hook.remove()
 
 
 @pytest.mark.slow

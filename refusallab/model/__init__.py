@@ -45,7 +45,7 @@ from refusallab.model.prompts import (
     render,
     text_behind,
 )
-from refusallab.model.run import generate, logits, no_edit, require_finite, trace_logits, unchecked_logits
+from refusallab.model.run import generate, logits, no_edit, require_finite, thought_tags, trace_logits, unchecked_logits
 from refusallab.model.templates import (
     PROBES,
     TEMPLATE_SETTINGS,
@@ -107,6 +107,7 @@ __all__ = [
     "switched",
     "text_behind",
     "thought_of",
+    "thought_tags",
     "trace_logits",
     "unchecked_logits",
     "unembed",

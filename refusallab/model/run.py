@@ -84,8 +84,8 @@ def generate(
         raise RefusalLabError(f"{m.name} is remote, where replies are greedy: load it without remote.")
     prompts = listed_prompts(prompts)
     max_new_tokens += m.thought_tokens
-    replies = [""] * len(prompts)
-    (_, end), tags = end_of_turn(m.tokenizer), _thought_tokens(m)
+    replies, cut = [""] * len(prompts), []
+    (_, end), tags = end_of_turn(m.tokenizer), thought_tags(m)
     encoded = batches(m, prompts, batch_size, edit=edit, system=system, prefill=prefill)
     for rows, batch in with_bar(encoded, "replies", math.ceil(len(prompts) / batch_size)):
         width = batch["input_ids"].shape[1]
@@ -109,10 +109,13 @@ def generate(
         for i, last, new in zip(rows, ids[:, width - 1].tolist(), ids[:, width:].tolist(), strict=True):
             head = [last] if prefill or isinstance(prompts[i], Begun) else []
             stop = next((k for k, token in enumerate(new) if token in m.stop_ids), len(new))
-            replies[i] = _text(m, head, new[:stop], tags)
+            closing = [token for token in new[stop : stop + 1] if token in tags]  # where a thought is all that is asked
+            replies[i] = _text(m, head, new[:stop] + closing, tags)
             if end:
                 replies[i] = replies[i].partition(end)[0]
-    unfinished = sum(isinstance(reply, str) and bool(reply.strip()) and not spoken(reply).strip() for reply in replies)
+            if stop == len(new):
+                cut.append(replies[i])
+    unfinished = sum(isinstance(reply, str) and bool(reply.strip()) and not spoken(reply).strip() for reply in cut)
     if unfinished:
         warnings.warn(
             f"{unfinished} of {len(replies)} replies end within a thought and say nothing: raise max_new_tokens.",
@@ -192,23 +195,24 @@ class _Highest(LogitsProcessor):
         return scores
 
 
-def _thought_tokens(m: Model) -> dict[int, str]:
-    """Special tokens that open or close a thought: id -> text."""
-    added = m.tokenizer.added_tokens_decoder.items()
-    return {i: str(token) for i, token in added if token.special and THOUGHT.fullmatch(str(token))}
+def thought_tags(m: Model) -> dict[int, str]:
+    """The tokens that open or close a thought: id -> text. A tag that is several tokens is not among them."""
+    return {i: str(tag) for i, tag in m.tokenizer.added_tokens_decoder.items() if THOUGHT.fullmatch(str(tag))}
 
 
 def _text(m: Model, anchor: list[int], ids: list[int], tags: dict[int, str]) -> str:
     """The text of a reply behind the last token before it: no special tokens, but the tags of thoughts."""
-    pieces = [[]]
+    pieces, between = [[]], []
     for token in ids:
-        pieces[-1].append(token)
         if token in tags:
+            between.append(tags[token])
             pieces.append([])
+        else:
+            pieces[-1].append(token)
     first, *rest = pieces
     text = text_behind(m, anchor, first) if anchor else m.tokenizer.decode(first, skip_special_tokens=True)
-    for before, piece in zip(pieces, rest, strict=False):
-        text += tags[before[-1]] + m.tokenizer.decode(piece, skip_special_tokens=True)
+    for tag, piece in zip(between, rest, strict=True):
+        text += tag + m.tokenizer.decode(piece, skip_special_tokens=True)
     return text
 
 
