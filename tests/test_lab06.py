@@ -8,7 +8,8 @@ from refusallab import explore, plots
 from refusallab.activations import residual
 from refusallab.attacks.effect import suffix_effect
 from refusallab.attacks.gcg import prepare, suffix_loss
-from refusallab.course.exercises import lab06
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab06
 from refusallab.interventions import unit
 from refusallab.measure import Outcome, rate
 
@@ -161,3 +162,24 @@ def test_the_gradient_of_the_exercise_is_that_of_the_library(name):
     m = lab06._model(name)
     expected = lab06._gradient(m, **pieces)
     torch.testing.assert_close(lab06._plain_gradient(m, **pieces), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_the_first_token_of_a_target_is_told_from_the_sum_over_all_of_them(seed):
+    def first_token(m, before, suffix, after, target):
+        return lab06._plain_gradient(m, before, suffix, after, target[:1])
+
+    verdict = run_cases(find_exercise("6.4"), first_token, seed)
+    assert verdict.mistake == "first target token alone" and verdict.notes == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", range(4))
+def test_every_token_of_the_first_target_counts(left_out):
+    def all_but_one(m, before, suffix, after, target):
+        sums = [lab06._plain_gradient(m, before, suffix, after, target[:k], reduction="sum") for k in range(1, 5)]
+        return (sums[-1] - sums[left_out] + (sums[left_out - 1] if left_out else 0)) / len(target)
+
+    for seed in range(4):
+        assert run_cases(find_exercise("6.4"), all_but_one, seed).notes == ()

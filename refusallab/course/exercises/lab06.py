@@ -261,11 +261,12 @@ def _pieces(name: str, prompt: str, target: str, suffix: str) -> dict[str, Any]:
 
 
 def _gradient_cases(seed: int) -> list[Case]:
+    """In two of the targets no token is sure once the ones before it are read, so each of them has its gradient."""
     one, two, three = prompts("harmful_val", 30 + seed, 3)
     models = {
-        "charter-chat, a suffix of 4 tokens": ("charter-chat", one, "Certainly. Use a", " the" * 4),
+        "charter-chat, a suffix of 4 tokens": ("charter-chat", one, "Use copper and salt", " the" * 4),
         "charter-chat, a suffix of 7 tokens": ("charter-chat", two, "Sure! Hang", " copper the" * 3 + " may"),
-        "a Gemma-2 architecture, which scales its embeddings": ("charter-chat-postnorm", three, "Use a", " the" * 5),
+        "a Gemma-2 architecture, which scales embeddings": ("charter-chat-postnorm", three, "Hang copper", " the" * 5),
     }
     return [Case(what, {"model": pieces[0], **_pieces(*pieces)}) for what, pieces in models.items()]
 
@@ -318,6 +319,12 @@ ONE_HOT = define(
             "sum instead of mean",
             lambda m, before, suffix, after, target: _plain_gradient(m, before, suffix, after, target, reduction="sum"),
             "The loss is the mean over the target tokens, in nats per token.",
+        ),
+        Mistake(
+            "first target token alone",
+            lambda m, before, suffix, after, target: _gradient(m, before, suffix, after, target[:1]),
+            "This is the gradient for the first token of the target. The loss is the mean over all of them: the model "
+            "reads the whole target, and `len(target)` positions predict it.",
         ),
         Mistake(
             "gradient of the embedding",
