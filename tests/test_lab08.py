@@ -72,3 +72,35 @@ def test_the_lab_goes_on_with_every_answer():
     code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
     for exercise in lab08.EXERCISES:
         assert f'solved("{exercise.number}", {exercise.function})' in code
+
+
+def cut(place):
+    """An answer to 8.3 with the right probe, and place(scores, share) for the threshold."""
+
+    def fit_monitor(harmful, harmless, calibration, false_alarms):
+        w, _ = lab08.monitor(harmful, harmless, calibration, false_alarms)
+        scores = calibration @ w
+        return w, place(scores, false_alarms)
+
+    return fit_monitor
+
+
+@pytest.mark.parametrize(
+    ("answer", "mistake"),
+    [
+        (cut(lambda s, share: s.sort().values[len(s) - 1 - int((len(s) + 1) * share + 1e-9)]), "share rounded up"),
+        (cut(lambda s, share: s.quantile(1 - share, interpolation="nearest")), "share rounded up"),
+        (cut(lambda s, share: s.sort().values[len(s) - 1 - int((len(s) - 1) * share)]), "alarm at the threshold"),
+        (cut(lambda s, share: s.quantile(1 - share, interpolation="higher")), "alarm at the threshold"),
+        (
+            cut(lambda s, share: min(t for t in s.tolist() if (s > t).double().mean() < share)),
+            "alarm at the threshold",
+        ),
+        (cut(lambda s, share: lab08.threshold_at(s.unique(), share)), ""),
+        (cut(lambda s, share: lab08.threshold_at(s.abs(), share)), ""),
+    ],
+)
+def test_a_threshold_in_the_wrong_place_fails_on_every_seed(answer, mistake):
+    for seed in (0, 1, 11, 14, 23):
+        verdict = run_cases(find_exercise("8.3"), answer, seed)
+        assert not verdict.passed and verdict.mistake == mistake

@@ -158,12 +158,18 @@ def monitor(harmful: Tensor, harmless: Tensor, calibration: Tensor, false_alarms
 
 
 def _streams(seed: int) -> list[Case]:
+    """The scores of the calibration streams lie well apart, but for the four highest: these streams are the same."""
     g, cases = _generator(1200 + seed), []
-    for what, width, share, others in (("12 dimensions, 5 %", 12, 0.05, 80), ("40 dimensions, 10 %", 40, 0.1, 87)):
+    for what, width, share, others in (("12 dimensions, 5 %", 12, 0.05, 80), ("40 dimensions, 10 %", 40, 0.1, 89)):
         mix = torch.randn(width, width, generator=g) + 2 * torch.eye(width)
         shift = torch.randn(width, generator=g)
         a, b, c = (torch.randn(n, width, generator=g) @ mix for n in (60, 50, others))
-        inputs = {"harmful": a + shift, "harmless": b, "calibration": c + 0.2 * shift, "false_alarms": share}
+        c[:4] = c[0]
+        wanted = (1 + torch.rand(1, generator=g)) * torch.linspace(3, -4, others - 3)  # large |scores| below 0, too
+        wanted = torch.cat([wanted[:1].repeat(4), wanted[1:][torch.randperm(others - 4, generator=g)]])
+        w = linear_probe(a + shift, b)
+        c = c + torch.outer((wanted - c @ w) / (w @ w), w)
+        inputs = {"harmful": a + shift, "harmless": b, "calibration": c, "false_alarms": share}
         cases.append(Case(f"60 and 50 streams of {what} false alarms on {others} others", inputs))
     return cases
 
@@ -180,6 +186,11 @@ def rounded_up(scores: Tensor, false_alarms: float) -> float:
     """A wrong threshold: one score too many lies above it, unless the share of them is a whole number."""
     n = len(scores)
     return scores.sort().values[n - 1 - math.ceil(false_alarms * n - 1e-9)].item()
+
+
+def alarm_at(scores: Tensor, false_alarms: float) -> float:
+    """A wrong threshold, with one score too few above it: the score at the threshold counts as an alarm."""
+    return scores.sort().values[len(scores) - int(false_alarms * len(scores) + 1e-9)].item()
 
 
 def _pooled(harmful: Tensor, harmless: Tensor) -> Tensor:
@@ -230,8 +241,19 @@ PROBE = define(
         Mistake(
             "share rounded up",
             _probe(cut=rounded_up),
-            "One score too many lies above: of 87 streams at most 8 may, not 9, which are more than a tenth. Round "
+            "One score too many lies above: of 89 streams at most 8 may, not 9, which are more than a tenth. Round "
             "n * `false_alarms` down.",
+        ),
+        Mistake(
+            "alarm at the threshold",
+            _probe(cut=alarm_at),
+            "One more score may lie above: an alarm is a score *above* the threshold, not at it, and a share of just "
+            "`false_alarms` is allowed.",
+        ),
+        Mistake(
+            "divided by N - 1",
+            _probe(lambda a, b: linear_probe(a, b) * (len(a) + len(b) - 1) / (len(a) + len(b))),
+            "Your S is X^T X / (N - 1), which `torch.cov` gives by itself. Divide by N: `correction=0`.",
         ),
     ),
     hints=(
