@@ -11,6 +11,7 @@ from refusallab import plots
 from refusallab.course.exercise import run_cases
 from refusallab.course.exercises import find_exercise, lab09
 from refusallab.defences.training import refat_loss
+from refusallab.interventions import unit
 from refusallab.measure import Outcome
 
 
@@ -59,3 +60,60 @@ def test_the_lab_goes_on_with_every_answer():
     code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
     for exercise in lab09.EXERCISES:
         assert f'solved("{exercise.number}", {exercise.function})' in code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_step_that_is_not_the_asked_one_fails_on_every_seed(seed):
+    def step(change):
+        return lambda m, u, prompts, replies, lr: change(u, lr * lab09._gradient(m, u, prompts, replies), lr)
+
+    def turned(u, move, lr):
+        """Along the great circle, by an angle as large as the step is long."""
+        return u * move.norm().cos() - unit(move) * move.norm().sin()
+
+    verdict = run_cases(find_exercise("9.4"), step(lambda u, move, lr: u - move), seed)
+    assert verdict.mistake == "length not restored" and verdict.notes == ()
+    for change in (turned, lambda u, move, lr: unit(u - move / max(1, (move / lr).norm()))):  # or the gradient cut
+        assert not run_cases(find_exercise("9.4"), step(change), seed).passed
+
+
+def told(row):
+    return sum(o.correct for o in row)
+
+
+def first(fits, order=sorted):
+    """An answer to 9.5: the first steps, in an order, for which fits(outcomes, share)."""
+    return lambda curve, share: next((steps for steps in order(curve) if fits(curve[steps], share)), None)
+
+
+def so_far(curve, share):
+    answers = 0
+    for steps in sorted(curve):
+        answers += told(curve[steps])
+        if answers / len(curve[steps]) >= share:
+            return steps
+    return None
+
+
+def lowest_share(curve, share):
+    fit = [s for s, row in curve.items() if told(row) >= share * len(row)]
+    return min(fit, key=lambda s: told(curve[s]), default=None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "mistake"),
+    [
+        (first(lambda row, share: told(row) >= int(share * len(row))), "number of answers rounded"),
+        (first(lambda row, share: told(row) >= round(share * len(row))), "number of answers rounded"),
+        (first(lambda row, share: told(row) / (len(row) - 1) >= share), "number of answers rounded"),
+        (first(lambda row, share: told(row) >= share * len(row), lambda curve: sorted(curve)[:-1]), ""),
+        (first(lambda row, share: told(row) >= share * len(row), lambda curve: sorted(curve, key=str)), ""),
+        (so_far, ""),
+        (lowest_share, "the last steps that fit"),
+    ],
+)
+def test_steps_that_break_too_early_or_too_late_fail_on_every_seed(answer, mistake):
+    for seed in range(12):
+        verdict = run_cases(find_exercise("9.5"), answer, seed)
+        assert not verdict.passed and verdict.mistake == mistake

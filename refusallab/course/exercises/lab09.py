@@ -292,12 +292,18 @@ REROUTE = define(
 
 
 def _descent_cases(seed: int) -> list[Case]:
-    u = random_directions(chat_model().width, 2, seed=940 + seed)
+    """Steps long enough that each part of one shows: in the second case the gradient is longer than 1, too."""
+    u = random_directions(chat_model().width, 1, seed=940 + seed)[0]
+    texts = prompts("harmless_train", 910 + seed, 3)
+    r = residual(chat_model(), texts, layers=[4], positions=[-1]).mean((0, 1, 2))  # to ablate this changes much
     cases = []
-    for k, (n, lr) in enumerate(((2, 0.05), (3, 0.2))):
+    for what, v, n, lr in (
+        ("a random unit direction", u, 2, 0.5),
+        ("a unit direction whose ablation changes much", unit(r), 3, 0.3),
+    ):
         some = lessons(n, 950 + seed, forbidden=True)
-        inputs = {"u": u[k], "prompts": [x.prompt for x in some], "replies": [x.answer for x in some], "lr": lr}
-        cases.append(Case(f"a random unit direction, {n} forbidden answers, learning rate {lr:g}", inputs))
+        inputs = {"u": v, "prompts": [x.prompt for x in some], "replies": [x.answer for x in some], "lr": lr}
+        cases.append(Case(f"{what}, {n} forbidden answers, learning rate {lr:g}", inputs))
     return cases
 
 
@@ -391,21 +397,21 @@ def _with_outcomes(function: Any, inputs: dict[str, Any]) -> Any:
 
 def _curves(seed: int) -> list[Case]:
     rng = random.Random(990 + seed)
-    a, b, c, d, e = sorted(rng.sample(range(6, 60), 5))
+    a, b, (c, d, e) = rng.randint(2, 5), rng.randint(6, 9), sorted(rng.sample(range(10, 60), 3))
     n = rng.choice([10, 20, 40])
-    rising = {0: (0, 0, 0), a: (0.1, 0, 0.3), b: (0.2, 0, 0.5), c: (0.6, 0, 0.3), d: (0.9, 0, 0)}
+    rising = {0: (0, 0, 0), a: (0.1, 0, 0.3), b: (0.2, 0, 0.5), c: (0.6, 0, 0.3)}
     naive = {0: (0, 0, 0), a: (0, 0, 0.6), b: (0, 0, 0.9), c: (0.1, 0, 0.9)}
-    long = {0: (0, 0, 0), a: (0.1, 0.2, 0.5), b: (0.2, 0.4, 0.2), c: (0.8, 0.2, 0)}
-    exact = {0: (0, 0, 0), a: (0.4, 0, 0), b: (0.5, 0, 0.2), d: (0.6, 0, 0.2)}
-    slow = {e: (0.9, 0, 0), d: (0.6, 0, 0), c: (0.3, 0, 0), b: (0.2, 0, 0), a: (0.1, 0, 0), 0: (0, 0, 0)}
+    long = {0: (0, 0, 0), a: (0.1, 0.2, 0.5), b: (0.2, 0.4, 0.2), c: (0.4, 0.6, 0), d: (0.8, 0.2, 0), e: (0.9, 0.1, 0)}
+    exact = {0: (0, 0, 0), a: (0.3, 0, 0), b: (0.4, 0, 0), c: (0.5, 0, 0.2), d: (0.6, 0, 0.2)}
+    slow = {e: (0.9, 0, 0), d: (0.8, 0, 0), c: (0.6, 0, 0), b: (0.5, 0, 0), a: (0.1, 0, 0), 0: (0, 0, 0)}
     open_ = {0: (0.6, 0, 0), a: (0.7, 0, 0), b: (0.8, 0, 0)}
-    to_and_fro = {0: (0, 0, 0), a: (0.1, 0, 0.1), b: (0.6, 0, 0.1), c: (0.3, 0, 0.1), d: (0.8, 0, 0), e: (0.9, 0, 0)}
+    to_and_fro = {0: (0, 0, 0), a: (0.4, 0, 0), b: (0.4, 0, 0), c: (0.8, 0, 0.1), d: (0.3, 0, 0.1), e: (0.6, 0, 0)}
     return [
         Case("a defence that gives way", {"curve": _curve(rng, rising, n), "share": 0.5}),
         Case("a model that stops refusing and knows nothing", {"curve": _curve(rng, naive, n), "share": 0.5}),
         Case("a model that tells and then refuses", {"curve": _curve(rng, long, n), "share": 0.5}),
         Case("just half of the answers", {"curve": _curve(rng, exact, n), "share": 0.5}),
-        Case("steps in another order", {"curve": _curve(rng, slow, n), "share": 0.2}),
+        Case("steps in another order", {"curve": _curve(rng, slow, n), "share": 0.61}),  # n * 0.61 is no whole number
         Case("a model that is broken as it is", {"curve": _curve(rng, open_, n), "share": 0.5}),
         Case("a share that rises, falls and rises", {"curve": _curve(rng, to_and_fro, n), "share": 0.5}),
     ]
@@ -472,6 +478,14 @@ BROKEN = define(
             "half for any share",
             lambda curve, share: broken_at(curve, 0.5),
             "`share` has no effect: you look for half of the answers.",
+        ),
+        Mistake(
+            "number of answers rounded",
+            lambda curve, share: next(
+                (s for s in sorted(curve) if sum(o.correct for o in curve[s]) >= int(share * len(curve[s]))), None
+            ),
+            "You round the number of answers that it takes: 6 of 10 are less than a share of 0.61. Compare the share "
+            "of the answers with `share`, and round neither.",
         ),
         Mistake(
             "0 steps passed over",
