@@ -7,10 +7,12 @@ from refusallab import explore
 from refusallab.activations import residual
 from refusallab.attacks.conversing import many_shot, search_rewritings
 from refusallab.conversations import after_turns, streams_by_turn
-from refusallab.course.exercises import lab13
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab13
 from refusallab.decoding import contrasted_replies
 from refusallab.defences.exchange import Reader, rolling_means
 from refusallab.defences.monitor import linear_probe
+from refusallab.defences.thresholds import threshold_at
 from refusallab.defences.traffic import sample_exchanges
 from refusallab.directions import difference_in_means
 from refusallab.interventions import ablation, addition
@@ -160,3 +162,54 @@ def test_the_explorer_puts_turns_in_front(every, first, r, forbidden):
     assert len(shown.tables[0][1]) == 2
     model.value = "every"
     assert "refused" in shown.tables[0][1][-1][2]
+
+
+def stops_at(place, other=lambda window: window):
+    """An answer to 13.5: place(highest rolling means, share), or another window."""
+
+    def answer(scores, window, false_alarms):
+        return place(torch.stack([rolling_means(x, other(window)).max() for x in scores]), false_alarms)
+
+    return answer
+
+
+def run_on(scores, window, false_alarms):
+    """The window runs on from one reply into the next."""
+    means = rolling_means(torch.cat(scores), window).split([len(x) for x in scores])
+    return threshold_at(torch.stack([x.max() for x in means]), false_alarms)
+
+
+@pytest.mark.parametrize(
+    ("answer", "mistake"),
+    [
+        (stops_at(lambda h, share: h.quantile(1 - share, interpolation="nearest")), "share rounded up"),
+        (stops_at(lambda h, share: h.sort().values[len(h) - 1 - int((len(h) + 1) * share)]), "share rounded up"),
+        (stops_at(lambda h, share: h.sort().values[len(h) - int(len(h) * share)]), "alarm at the threshold"),
+        (stops_at(lambda h, share: threshold_at(h.unique(), share)), "replies that are alike counted once"),
+        (stops_at(threshold_at, lambda window: 4), ""),  # as WINDOW in the notebook
+        (stops_at(threshold_at, lambda window: window - 1), ""),
+        (run_on, ""),
+        (find_exercise("13.5").reference, ""),
+    ],
+)
+def test_only_the_lowest_threshold_passes_on_any_seed(answer, mistake):
+    for seed in (0, 1, 7, 8, 13, 15):
+        verdict = run_cases(find_exercise("13.5"), answer, seed)
+        assert verdict.passed == (answer is lab13._stop_threshold) and verdict.mistake == mistake
+
+
+@pytest.mark.parametrize("seed", [0, 1, 33, 189, 300, 358])
+def test_both_judges_shares_are_needed_on_every_seed(seed):
+    def with_one(share):
+        def kappa(a, b):
+            p, observed = share(a, b), sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+            expected = p * p + (1 - p) ** 2
+            return (observed - expected) / (1 - expected)
+
+        return kappa
+
+    e = find_exercise("13.6")
+    assert run_cases(e, with_one(lambda a, b: sum(a) / len(a)), seed).mistake == "one judge twice"
+    assert not run_cases(e, with_one(lambda a, b: sum(b) / len(b)), seed).passed
+    assert run_cases(e, with_one(lambda a, b: sum(a + b) / len(a + b)), seed).mistake == "one share for both judges"
+    assert not run_cases(e, lambda a, b: torch.corrcoef(torch.tensor([a, b]).float())[0, 1], seed).passed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refusallab.course.exercise import Case, Mistake, define
-from refusallab.course.exercises.lab08 import rounded_up
+from refusallab.course.exercises.lab08 import alarm_at, rounded_up
 from refusallab.decoding import contrast
 from refusallab.defences.exchange import rolling_means
 from refusallab.defences.thresholds import threshold_at
@@ -303,15 +303,24 @@ def _stop_threshold(scores: list[Tensor], window: int, false_alarms: float) -> f
 def _harmless_scores(seed: int) -> list[Case]:
     g = torch.Generator().manual_seed(seed)
 
-    def inputs(n: int, window: int, false_alarms: float) -> dict[str, Any]:
-        lengths = torch.randint(10, 30, (n,), generator=g).tolist()
-        return {
-            "scores": [torch.randn(length, generator=g).double() for length in lengths],
-            "window": window,
-            "false_alarms": false_alarms,
-        }
+    def inputs(n: int, window: int, false_alarms: float, alike: int) -> dict[str, Any]:
+        """The highest rolling means of the replies lie well apart, but for the highest of all, which `alike` share.
 
-    return [Case("40 replies, at most 0.1", inputs(40, 3, 0.1)), Case("58 replies, at most 0.2", inputs(58, 4, 0.2))]
+        By turns they are at the last token, in the middle (as in the reply that gives the threshold), and at the first.
+        """
+        scores = []
+        for k, height in enumerate(((4 + torch.rand(1, generator=g)) * torch.linspace(1, -1, n - alike + 1)).tolist()):
+            x = 0.15 * torch.randn(int(torch.randint(10, 30, (1,), generator=g)), generator=g).double()
+            x[(slice(-window, None), 6, 0)[k % 3]] += 4
+            scores.append(x + height - rolling_means(x, window).max())
+        scores += scores[:1] * (alike - 1)
+        first = int(torch.randint(15, n - 15, (1,), generator=g))  # not the highest one
+        return {"scores": scores[first:] + scores[:first], "window": window, "false_alarms": false_alarms}
+
+    return [
+        Case("40 replies, at most 0.1", inputs(40, 3, 0.1, 1)),
+        Case("59 replies, at most 0.2", inputs(59, 5, 0.2, 5)),
+    ]
 
 
 THRESHOLD = define(
@@ -369,7 +378,23 @@ THRESHOLD = define(
             lambda scores, window, false_alarms: rounded_up(
                 torch.stack([rolling_means(x, window).max() for x in scores]), false_alarms
             ),
-            "One reply too many is stopped: a fifth of 58 replies are 11.6. So 11 may be stopped, and 12 are too many.",
+            "One reply too many is stopped: a fifth of 59 replies are 11.8. So 11 may be stopped, and 12 are too many.",
+        ),
+        Mistake(
+            "alarm at the threshold",
+            lambda scores, window, false_alarms: alarm_at(
+                torch.stack([rolling_means(x, window).max() for x in scores]), false_alarms
+            ),
+            "One more reply may be stopped: an alarm is a score *above* the threshold, not at it, and a share of just "
+            "`false_alarms` is allowed.",
+        ),
+        Mistake(
+            "replies that are alike counted once",
+            lambda scores, window, false_alarms: threshold_at(
+                torch.stack([rolling_means(x, window).max() for x in scores]).unique(), false_alarms
+            ),
+            "Several replies can have the same highest rolling mean, and each of them counts. Leave out `unique` or "
+            "`set`.",
         ),
     ),
     hints=(
@@ -402,7 +427,7 @@ def _verdicts(seed: int) -> list[Case]:
         return {"a": a, "b": b}
 
     each = [True, False, True, False], [True, False, False, False]
-    apart = [True] * 8 + [False] * 8, [False] * 8 + [True] * 8
+    apart = [True] * 4 + [False] * 12, [False] * 5 + [True] * 11  # so the second judge says yes more often, for sure
     return [
         Case("40 replies, few refused", inputs(40, 0.15, 0.6, *each)),
         Case("25 replies", inputs(25, 0.4, 0.4, *each)),
@@ -450,6 +475,13 @@ KAPPA = define(
                 sum(x == y for x, y in zip(a, b, strict=True)) / len(a), sum(a) / len(a)
             ),
             "The expected agreement needs both judges' shares of yes, not one of them twice.",
+        ),
+        Mistake(
+            "one share for both judges",
+            lambda a, b: (lambda o, p: (o - p * p - (1 - p) ** 2) / (1 - p * p - (1 - p) ** 2))(
+                sum(x == y for x, y in zip(a, b, strict=True)) / len(a), (sum(a) + sum(b)) / len(a) / 2
+            ),
+            "You took one share of yes for both judges together. Each judge has a share of their own: p and q.",
         ),
         Mistake(
             "cut off at 0",
