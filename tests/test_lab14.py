@@ -6,7 +6,8 @@ import torch
 
 from refusallab import explore, plots
 from refusallab.attacks import gradient_direction
-from refusallab.course.exercises import lab14
+from refusallab.course.exercise import run_cases
+from refusallab.course.exercises import find_exercise, lab14
 from refusallab.defences.resistance import RESISTANT
 from refusallab.interventions import ablation
 from refusallab.judging import outcomes
@@ -84,3 +85,26 @@ def test_spread_refusal_falls_to_one_direction_by_gradient():
     untouched, freed = (outcomes(m, bundled("harmful_test")[::8], edit=e) for e in (None, ablation(found)))
     assert sum(o.refused for o in untouched) > 0.9 * len(untouched)
     assert sum(o.correct for o in freed) > 0.5 * len(freed)
+
+
+@pytest.mark.parametrize(
+    ("unchanged", "mistake"),
+    [
+        (lambda d: d.sum() == 0, "entries added up"),
+        (lambda d: d.sum().abs() < 1e-6, "entries added up"),
+        (lambda d: d[0, 0] == 0, "entries added up"),
+        (lambda d: not d.all(), ""),
+        (lambda d: d.max() <= 0, ""),
+        (lambda d: d.square().sum() < 1e-3, "small changes counted 0"),
+        (lambda d: torch.allclose(d, torch.zeros_like(d), atol=1e-2), "small changes counted 0"),
+        (lambda d: not d.any(), None),
+    ],
+)
+def test_only_a_matrix_of_zeros_counts_0(unchanged, mistake):
+    def one_rank_energy(differences):
+        energies = [torch.linalg.svdvals(d).square() for d in differences if not unchanged(d)]
+        return sum(float(e[0] / e.sum()) for e in energies) / len(differences)
+
+    for seed in range(12):
+        verdict = run_cases(find_exercise("14.6"), one_rank_energy, seed)
+        assert verdict.passed == (mistake is None) and verdict.mistake == (mistake or "")

@@ -428,12 +428,24 @@ def _differences(seed: int) -> list[Case]:
     g = torch.Generator().manual_seed(seed)
     one_rank = torch.outer(torch.randn(5, generator=g), torch.randn(4, generator=g))
     spread = torch.randn(4, 6, generator=g)
+    whole = torch.randint(1, 9, (4, 4), generator=g).float()
+    turned = whole.triu(1) - whole.triu(1).T  # the entries add up to 0, and those of the diagonal are 0
     return [
         Case("one of rank 1 and one that is spread", {"differences": [one_rank, spread]}),
         Case(
             "three of different sizes", {"differences": [10 * spread.T, torch.randn(3, 3, generator=g), one_rank / 9]}
         ),
-        Case("one matrix that did not change", {"differences": [torch.zeros(4, 4), spread, one_rank]}),
+        Case(
+            "one matrix that did not change, one that hardly did, two with entries of 0",
+            {
+                "differences": [
+                    torch.zeros(4, 4),
+                    0.005 * spread / spread.norm(),
+                    turned,
+                    -torch.diag(torch.tensor([2.0, 1.0, 0.0])),
+                ]
+            },
+        ),
     ]
 
 
@@ -479,6 +491,17 @@ ENERGY = define(
             "unchanged matrices left out",
             lambda differences: rank_one_share([d for d in differences if d.abs().sum() > 0]),
             "A matrix that did not change counts 0. Keep it in the mean.",
+        ),
+        Mistake(
+            "entries added up",
+            lambda differences: sum(rank_one_share([d]) for d in differences if d.sum() != 0) / len(differences),
+            "Entries of both signs can add up to 0 in a matrix that did change. Add up their squares, or those of the "
+            "singular values.",
+        ),
+        Mistake(
+            "small changes counted 0",
+            lambda differences: sum(rank_one_share([d]) for d in differences if d.norm() > 0.1) / len(differences),
+            "A small change is one, too. Only a matrix of zeros counts 0.",
         ),
         Mistake(
             "smallest value",
