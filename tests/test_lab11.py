@@ -1,5 +1,7 @@
 """Lab 11: its explorer, what its claims rest on, and the bug of its clinic."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -77,7 +79,9 @@ def test_a_model_that_is_asked_for_its_thought_writes_no_reply(t, forbidden):
         replies = generate(t, prompts, edit=edit, max_new_tokens=32)
         longest = max(len(ids_of(t, reply.partition("</think>")[0] + "</think>")) for reply in replies)
         seen.clear()
-        assert think(t, prompts, edit=edit) == [thought_of(reply) for reply in replies]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a thought that is all that was asked for is not one that is cut short
+            assert think(t, prompts, edit=edit) == [thought_of(reply) for reply in replies]
         assert len(seen) == longest
     hook.remove()
 
