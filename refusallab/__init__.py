@@ -9,9 +9,11 @@ import os
 from refusallab.faces import face
 from refusallab.memory import keep_small_tensors
 
-# Let threads sleep while they wait for each other, instead of spinning: on a computer with other work to do, spinning
-# makes these small models about ten times slower. OpenMP reads it when torch is imported.
+# How long threads spin while they wait for each other, before they sleep. OpenMP's default makes these small models
+# about ten times slower on a computer with other work to do; sleeping at once makes training a third slower on an idle
+# one. A thousand rounds are enough there (GNU's OpenMP; others sleep at once). Both are read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 keep_small_tensors()
 

@@ -12,13 +12,15 @@ from refusallab.course import session
 from refusallab.memory import give_back
 
 
-@pytest.mark.parametrize(("chosen", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_sleep(chosen, policy):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
-    shown = "import os, sys, refusallab; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    done = subprocess.run([sys.executable, "-c", shown], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == policy
+@pytest.mark.parametrize(
+    ("name", "ours", "chosen"), [("OMP_WAIT_POLICY", "PASSIVE", "ACTIVE"), ("GOMP_SPINCOUNT", "1000", "0")]
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(name, ours, chosen):
+    shown = f"import os, sys, refusallab; assert 'torch' not in sys.modules; print(os.environ['{name}'])"
+    for given, expected in ({}, ours), ({name: chosen}, chosen):
+        environment = {key: value for key, value in os.environ.items() if key != name} | given
+        done = subprocess.run([sys.executable, "-c", shown], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 USES = """
