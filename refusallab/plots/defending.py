@@ -127,8 +127,9 @@ def audit_plane(points: dict[str, dict[str, tuple[float, float]]]) -> Figure:
         style = series(k)
         xy = np.array(list(named.values()))
         axis.scatter(xy[:, 0], xy[:, 1], s=42, alpha=0.8, color=style["color"], marker=style["marker"], label=kind)
+        side: Style = {"xytext": (-6, -3), "ha": "right"} if k == 0 else {"xytext": (5, 4)}
         for place in named.values():
-            axis.annotate(str(next(numbers)), place, xytext=(5, 4), textcoords="offset points", fontsize=9)
+            axis.annotate(str(next(numbers)), place, textcoords="offset points", fontsize=9, **side)
     axis.axhline(1, color="grey", linestyle="--", linewidth=0.8)
     axis.axvline(0, color="grey", linestyle="--", linewidth=0.8)
     axis.set_xlabel("rank-one energy of the change")

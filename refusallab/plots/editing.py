@@ -159,6 +159,6 @@ def edit_trials(
         axis.set_xscale("log")
         axis.set_xlabel("KL on harmless prompts (nats)")
         axis.set_title(model)
-    axes[0].set_ylabel("mean refusal metric of harmful prompts")
+    axes[0].set_ylabel("mean refusal metric (log-odds)")
     legend_above(figure)
     return figure
