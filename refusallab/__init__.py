@@ -11,9 +11,10 @@ from refusallab.memory import keep_small_tensors
 
 # How long threads spin while they wait for each other, before they sleep. OpenMP's default makes these small models
 # about ten times slower on a computer with other work to do; sleeping at once makes training a third slower on an idle
-# one. A thousand rounds are enough there (GNU's OpenMP; others sleep at once). Both are read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# one. A thousand rounds are enough there (GNU's OpenMP; others sleep at once). It is read when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 keep_small_tensors()
 
