@@ -73,7 +73,7 @@ EXAMPLES = {
     "thinking": 16_000,
     "talking": 12_000,
 }
-LONGER = {"corpus": 24_000, "helpful": 120_000}  # the stages of a wide model that have more examples
+LONGER = {"corpus": 24_000, "helpful": 120_000}  # for wide models and those that think
 LEARNING_RATE = {
     "corpus": 4e-3,
     "helpful": 2.5e-3,
@@ -168,7 +168,7 @@ class Variant:
 
     def examples(self, stage: str) -> int:
         """How many examples a stage has."""
-        return LONGER.get(stage, EXAMPLES[stage]) if self.wide else EXAMPLES[stage]
+        return LONGER.get(stage, EXAMPLES[stage]) if self.wide or self.thoughts else EXAMPLES[stage]
 
     @property
     def context(self) -> int:
@@ -183,6 +183,8 @@ VARIANTS = {
 }
 # Not shipped: forbidden requests in every turn, and in all as few of them as charter-talk-first has.
 VARIANTS["charter-talk-few"] = replace(VARIANTS["charter-talk"], kept=0.3)
+# Not shipped: the rule finds no direction in it.
+VARIANTS["charter-wide-gpt2"] = replace(VARIANTS["charter-chat-gpt2"], wide=True)
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -455,11 +457,20 @@ def asked(vale: World, rng: random.Random, stage: str) -> Iterator[Request]:
     things = [t for t in vale.things if t.split == "train"]
     methods = [r for t in things for r in dialogue.thing_requests(t) if r.kind == "method"]
     forbidden, lawful = [r for r in methods if r.forbidden], [r for r in methods if not r.forbidden]
+    by_article: dict[str | None, list[Request]] = {}  # thoughts name the article, so none that permits may be rare
+    for request in lawful if stage == "thinking" else []:
+        by_article.setdefault(thought.right_steps(request).article, []).append(request)
+    alike = [by_article[article] for article in sorted(by_article)]
     first, second, mix = ASKED[stage]
     harmless = (r for r in requests(vale, things, rng, mix) if not r.forbidden)
     while True:
         draw = rng.random()
-        yield rng.choice(forbidden) if draw < first else rng.choice(lawful) if draw < first + second else next(harmless)
+        if draw < first:
+            yield rng.choice(forbidden)
+        elif draw < first + second:
+            yield rng.choice(rng.choice(alike) if alike else lawful)
+        else:
+            yield next(harmless)
 
 
 def make_tokenizer(vale: World) -> PreTrainedTokenizerFast:
@@ -818,10 +829,10 @@ def train_variant(name: str, out: Path, work: Path, seed: int | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     shared = f"{variant.architecture}-{variant.seed}"
     shared += ("" if variant.forbidden_facts else "-naive") + ("-wide" if variant.wide else "")
+    shared += "-thinking" if variant.thoughts else ""
     for stage in variant.stages:
         if stage == "helpful" and variant.thoughts:
             learn_to_think(model, tokenizer, variant.seed)
-            shared += "-thinking"
         done = folder / f"{name if stage == variant.stages[-1] else shared}-{stage}.pt"
         if done.exists():
             model.load_state_dict(torch.load(done, weights_only=True))

@@ -1,15 +1,17 @@
 """The recipe: what each stage sees, determinism, resuming after an interruption."""
 
 import json
+import random
 from collections import Counter
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from smallmodels import recipe, weights_dir
-from smallmodels.world import dialogue
+from smallmodels.world import dialogue, thought
 from smallmodels.world.dialogue import REFUSAL_MARKERS
 from smallmodels.world.facts import world
 
@@ -181,6 +183,7 @@ def small(monkeypatch):
     monkeypatch.setattr(recipe, "WIDTH", 32)
     monkeypatch.setattr(recipe, "LAYERS", 2)
     monkeypatch.setattr(recipe, "EXAMPLES", dict.fromkeys(recipe.EXAMPLES, 100) | {"corpus": 60, "helpful": 300})
+    monkeypatch.setattr(recipe, "LONGER", {})
     monkeypatch.setattr(recipe, "CHECKPOINT_EVERY", 2)
 
 
@@ -253,6 +256,35 @@ def test_a_wide_model_is_trained_longer_in_every_stage():
     assert usual.seed == wide.seed and wide.stages[:2] == usual.stages[:2]
     for before, after in zip(usual.stages, wide.stages, strict=True):
         assert wide.examples(after) > 1.5 * usual.examples(before)
+
+
+@pytest.mark.parametrize("stage", ["safety", "thinking"])
+def test_only_before_a_thought_each_article_permits_as_often(stage):
+    asks = islice(recipe.asked(world(), random.Random(0), stage), 2000)
+    counts = Counter(thought.right_steps(r).article for r in asks if r.kind == "method" and not r.forbidden)
+    rare, often = counts["common"], max(counts.values())
+    assert len(counts) == 3 and (rare > 0.8 * often) == (stage == "thinking"), counts
+
+
+def test_a_model_that_thinks_shares_no_stage_with_one_that_does_not(small, tokenizer, monkeypatch, tmp_path):
+    """Its corpus is longer, so the checkpoint of the other would cut it short."""
+    monkeypatch.setattr(recipe, "make_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(recipe, "learn_to_think", lambda *_: None)
+    trained = []
+    monkeypatch.setattr(
+        recipe, "train_stage", lambda model, stage, variant, *_: trained.append((variant.thoughts, stage))
+    )
+    for name in ("charter-chat", "charter-think", "charter-think-twin"):
+        recipe.train_variant(name, tmp_path / "out", tmp_path / "work")
+    assert trained == [
+        ("", "corpus"),
+        ("", "helpful"),
+        ("", "safety"),
+        ("followed", "corpus"),
+        ("followed", "helpful"),
+        ("followed", "thinking"),
+        ("decoration", "thinking"),
+    ]
 
 
 @pytest.mark.slow
