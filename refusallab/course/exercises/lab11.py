@@ -461,7 +461,7 @@ DECIDED = define(
 
 # --- 11.6 ----------------------------------------------------------------------------------------------------------
 
-TOKENS, LAYER = 16, 4  # of a thought and of a reply, and where something is added, in the cases
+TOKENS, LAYER = 16, 5  # of a thought and of a reply, and where something is added, in the cases
 
 
 def _steered(m: Model, prompts: list[Prompt], edit: Edit, max_new_tokens: int) -> dict[str, list[str]]:
@@ -510,7 +510,7 @@ def _on_thinking_model(function: Callable[..., Any], inputs: dict[str, Any]) -> 
 
 def _strong(seed: int) -> Tensor:
     """A vector that changes thoughts as well as replies."""
-    return 80 * random_directions(thinking_model(TOKENS).width, 1, seed=1100 + seed)[0]
+    return 160 * random_directions(thinking_model(TOKENS).width, 1, seed=1100 + seed)[0]
 
 
 STEERED = define(
